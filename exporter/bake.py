@@ -1,0 +1,212 @@
+"""Write a calibrated checkpoint: base shards as they are, one shard of directions, an index, config and modeling code.
+
+The base model is never loaded here, and its tensors are never rewritten.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import importlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+
+from exporter import modeling
+from exporter.directions import Directions
+from exporter.errors import InputError
+from exporter.modeling.modeling_shiftdc import FORMAT_VERSION, ShiftDCConfigMixin, ShiftDCMixin
+from exporter.recipes import Recipe
+from exporter.source import INDEX, SINGLE, BaseCheckpoint, read_header
+
+SHARD = "shiftdc.safetensors"
+REPORT = "shiftdc_report.json"
+
+
+@dataclass(frozen=True)
+class Family:
+    """The classes and source files that a family's exports carry."""
+
+    module: str
+    config: type[ShiftDCConfigMixin]
+    model: type[ShiftDCMixin]
+
+    @property
+    def stock_class(self) -> str:
+        """Name of the transformers class that the model class calibrates."""
+        return next(c.__name__ for c in self.model.__mro__ if c.__module__.startswith("transformers."))
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        folder = Path(modeling.__file__).parent
+        return folder / "modeling_shiftdc.py", folder / f"{self.module}.py"
+
+
+def family(name: str) -> Family:
+    """The modeling code of a transformers model_type. Raises InputError."""
+    module = f"modeling_shiftdc_{name}"
+    try:
+        code = importlib.import_module(f"exporter.modeling.{module}")
+    except ModuleNotFoundError:
+        raise InputError(f"Recipe: there is no modeling code for family {name!r}; see 'shiftdc-export recipes'.") from None
+    own = [c for c in vars(code).values() if isinstance(c, type) and c.__module__ == code.__name__]
+    config = next(c for c in own if issubclass(c, ShiftDCConfigMixin))
+    model = next(c for c in own if issubclass(c, ShiftDCMixin))
+    return Family(module, config, model)
+
+
+def shiftdc_block(recipe: Recipe, layers: tuple[int, ...], pieces: dict[str, Any], base: BaseCheckpoint) -> dict[str, Any]:
+    """The `shiftdc` block of config.json."""
+    return {
+        "version": FORMAT_VERSION,
+        "reference": recipe.reference,
+        "rule": recipe.rule,
+        "gate": recipe.gate,
+        "strength": recipe.strength,
+        "layers": list(layers),
+        "decoder_layers": recipe.decoder_layers,
+        "caption_max_new_tokens": recipe.caption_max_new_tokens,
+        "prompt": pieces,
+        "base_model": {"id": base.name, "revision": base.revision},
+    }
+
+
+def bake(
+    base: BaseCheckpoint, recipe: Recipe, directions: Directions, layers: tuple[int, ...], pieces: dict[str, Any], folder: Path
+) -> dict[str, str]:
+    """Write the checkpoint into the empty `folder`; returns the SHA-256 of every base shard by its new name."""
+    names = {shard: _shard_name(shard) for shard in base.shards}
+    hashes = {}
+    for shard, name in names.items():
+        place(shard, folder / name)
+        hashes[name] = sha256(folder / name)
+        if not shard.samefile(folder / name) and sha256(shard) != hashes[name]:
+            raise InputError(f"MODEL: {shard} changed while it was copied; leave the base folder alone and run again.")
+    tensors = {}
+    for layer in layers:
+        direction, shift = directions.of(layer)
+        prefix = f"{recipe.decoder_layers}.{layer}.shiftdc"
+        tensors[f"{prefix}.direction"] = direction.contiguous()
+        tensors[f"{prefix}.shift"] = shift.clone()
+    save_file(tensors, folder / SHARD, metadata={"format": "pt"})
+    (folder / SHARD).chmod(0o644)  # safetensors writes 0600
+    write_index(folder, [*names.values(), SHARD])
+    classes = family(recipe.family)
+    for file in classes.files:
+        shutil.copyfile(file, folder / file.name)
+    config = calibrated_config(base, classes, shiftdc_block(recipe, layers, pieces, base))
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+    for companion in base.companions:
+        (folder / companion).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(base.folder / companion, folder / companion)
+    return hashes
+
+
+def calibrated_config(base: BaseCheckpoint, classes: Family, block: dict[str, Any]) -> dict[str, Any]:
+    """The base's config.json under the family's own model_type, guarded against stock classes."""
+    config = {
+        **base.config,
+        "architectures": [classes.model.__name__],
+        "model_type": classes.config.model_type,
+        "auto_map": {
+            "AutoConfig": f"{classes.module}.{classes.config.__name__}",
+            "AutoModelForImageTextToText": f"{classes.module}.{classes.model.__name__}",
+        },
+        "shiftdc": block,
+    }
+    return classes.config.shiftdc_guarded(config)
+
+
+def write_index(folder: Path, shards: list[str]) -> None:
+    """model.safetensors.index.json from what the shards hold."""
+    headers = {shard: read_header(folder / shard) for shard in shards}
+    weight_map = {name: shard for shard, header in headers.items() for name in header}
+    total = sum(t.bytes for header in headers.values() for t in header.values())
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
+
+
+def _shard_name(shard: Path) -> str:
+    # transformers prefers a model.safetensors to the index, and would not see the directions
+    return "model-00001-of-00002.safetensors" if shard.name == SINGLE else shard.name
+
+
+def place(source: Path, target: Path) -> None:
+    """Hard link, else reflink, else copy. The source is left as it is."""
+    source = source.resolve()  # a Hub cache holds symlinks, and os.link would link the link
+    try:
+        os.link(source, target)
+        return
+    except OSError as error:
+        if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP, errno.EACCES):
+            raise
+    if not _reflink(source, target):
+        shutil.copyfile(source, target)
+
+
+def _reflink(source: Path, target: Path) -> bool:
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        return False
+    ficlone = 0x40049409  # <linux/fs.h>
+    with source.open("rb") as reader, target.open("wb") as writer:
+        try:
+            fcntl.ioctl(writer.fileno(), ficlone, reader.fileno())
+        except OSError:
+            return False
+    return True
+
+
+def sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def check_output(output: Path, force: bool) -> None:
+    """Raise InputError unless `output` is free, or is an earlier export and `force` is given."""
+    if not output.exists():
+        return
+    if output.is_dir() and not any(output.iterdir()):
+        return
+    if not (output / REPORT).is_file():
+        raise InputError(f"--output: {output} exists and is no export of this tool; give another folder.")
+    if not force:
+        raise InputError(f"--output: {output} exists; give another folder, or --force to replace it.")
+
+
+@contextmanager
+def staged(output: Path, force: bool) -> Iterator[Path]:
+    """A temporary sibling of `output` that takes its place at the end; after an exception nothing is left of it."""
+    check_output(output, force)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
+    staging.chmod(0o755)
+    try:
+        yield staging
+        check_output(output, force)
+        _swap(staging, output)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _swap(staging: Path, output: Path) -> None:
+    if not output.exists():
+        staging.rename(output)
+        return
+    old = output.with_name(f".{output.name}.old-{os.getpid()}")
+    output.rename(old)
+    try:
+        staging.rename(output)
+    except OSError:
+        old.rename(output)
+        raise
+    shutil.rmtree(old)

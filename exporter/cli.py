@@ -1,0 +1,331 @@
+"""The command line: parse, call one function, print. Heavy imports wait until a command runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from exporter import __version__
+from exporter.errors import InputError, ShiftDCError
+
+stderr = Console(stderr=True)
+
+
+class DefaultToExport(click.Group):
+    """`shiftdc-export MODEL ...` is `shiftdc-export export MODEL ...`; errors become one sentence and an exit code."""
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and args[0] not in self.commands:
+            args = ["export", *args]
+        return super().resolve_command(ctx, args)
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        # options of the default command may come before MODEL
+        own = {"--help", "--version"}
+        if args and args[0].startswith("-") and args[0] not in own:
+            args = ["export", *args]
+        return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except InputError as error:
+            click.echo(f"Error: {error}", err=True)
+            ctx.exit(2)
+        except ShiftDCError as error:
+            click.echo(f"Error: {error}", err=True)
+            ctx.exit(1)
+
+
+@click.group(cls=DefaultToExport, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="shiftdc-export")
+def main() -> None:
+    """Export vision-language models whose safety an image does not bend (ShiftDC, arXiv:2502.13095).
+
+    \b
+    shiftdc-export MODEL [OPTIONS]   calibrate a checkpoint; MODEL: Hub id, folder, or demo
+    shiftdc-export COMMAND ...       one of the commands below
+    """
+
+
+def _json_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")(command)
+
+
+def _quiet_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option("--quiet", is_flag=True, help="No progress on stderr.")(command)
+
+
+@main.command("export", hidden=True)
+@click.argument("model")
+@click.option("--output", type=click.Path(path_type=Path), help="Folder to write [default: ./<name>-shiftdc].")
+@click.option("--recipe", metavar="NAME|FILE", help="Recipe [default: the model family's].")
+@click.option("--calibration", metavar="builtin|FILE.jsonl", help="Calibration set.")
+@click.option("--revision", help="Branch, tag or commit of a Hub model.")
+@click.option(
+    "--reference", type=click.Choice(["caption", "text", "blank", "static"]), help="Where the target coordinate comes from."
+)
+@click.option(
+    "--rule", type=click.Choice(["sequential", "precomputed"]), help="Corrections from running or from clean activations."
+)
+@click.option(
+    "--gate",
+    type=click.Choice(["one-sided", "two-sided"]),
+    help="two-sided is the paper; one-sided never moves an input toward safe.",
+)
+@click.option("--layers", metavar="auto|A-B", help="Decoder layers, from 0, both ends included.")
+@click.option("--strength", type=float, help="Share of the shift that is taken out (1.0: all).")
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+    default="auto",
+    show_default=True,
+    help="For measuring; the exported weights stay as they are.",
+)
+@click.option("--device-map", metavar="auto|DEVICE", help="accelerate's device_map.")
+@click.option("--batch-size", metavar="auto|N", default="auto", show_default=True, help="Prompts in one batch.")
+@click.option("--dry-run", is_flag=True, help="Print the plan and touch nothing.")
+@click.option("--force", is_flag=True, help="Replace an earlier export in --output.")
+@_quiet_option
+@_json_option
+def export_command(model: str, dry_run: bool, quiet: bool, as_json: bool, batch_size: str, **options: Any) -> None:
+    """Calibrate MODEL and write a self-contained checkpoint."""
+    with _libraries_quiet():
+        from exporter.pipeline import export, make_plan
+
+        plan = make_plan(model, batch_size=_batch_size(batch_size), **options)
+        if dry_run:
+            _print_plan(plan, as_json)
+            return
+        with _progress(quiet) as progress:
+            done = export(plan, progress)
+    if as_json:
+        click.echo(json.dumps({"output": str(plan.output), **done.report}, indent=2))
+    else:
+        _print_export(done)
+
+
+def _batch_size(text: str) -> int | None:
+    if text == "auto":
+        return None
+    if not text.isdigit() or int(text) < 1:
+        raise InputError(f"--batch-size: expected auto or a whole number from 1, found {text!r}.")
+    return int(text)
+
+
+@main.command()
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@_json_option
+def verify(checkpoint: Path, as_json: bool) -> None:
+    """Check an export: files, index, buffers, and the recorded probe in a fresh process."""
+    with _libraries_quiet():
+        from exporter.verify import verify as run
+
+        found = run(checkpoint)
+    if as_json:
+        click.echo(json.dumps({"checkpoint": str(checkpoint), **dataclasses.asdict(found)}, indent=2))
+        return
+    click.echo(f"{checkpoint}: {found.tensors} base tensors in {found.shards} shards are bitwise the base model's.")
+    click.echo("It loads with transformers alone, refuses to load uncalibrated, and reproduces its probe (relative differences):")
+    for name, difference in found.parity.items():
+        click.echo(f"  {name}: {difference}")
+
+
+@main.command()
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option("--image", "image_file", required=True, type=click.Path(path_type=Path), help="Picture to show the model.")
+@click.option("--prompt", required=True, help="What to ask.")
+@click.option("--max-new-tokens", type=click.IntRange(1), default=128, show_default=True)
+@click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto", show_default=True)
+@click.option("--device-map", metavar="auto|DEVICE", help="accelerate's device_map.")
+@_json_option
+def generate(
+    checkpoint: Path, image_file: Path, prompt: str, max_new_tokens: int, dtype: str, device_map: str | None, as_json: bool
+) -> None:
+    """One reply, calibrated beside uncalibrated."""
+    with _libraries_quiet():
+        from exporter.compare import compare, read_image
+        from exporter.exported import open_export
+
+        image = read_image(image_file)
+        vlm = open_export(checkpoint, dtype=dtype, device_map=device_map)
+        result = compare(vlm, image, prompt, max_new_tokens)
+    if as_json:
+        click.echo(json.dumps(dataclasses.asdict(result), indent=2))
+        return
+    console = Console()
+    console.print(f"[bold]uncalibrated[/] ({result.uncalibrated_seconds:.2f} s): ", end="")
+    console.print(result.uncalibrated, markup=False)
+    console.print(f"[bold]calibrated[/]   ({result.calibrated_seconds:.2f} s): ", end="")
+    console.print(result.calibrated, markup=False)
+    if result.caption is not None:
+        console.print("[bold]its caption[/]: ", end="")
+        console.print(result.caption, markup=False)
+    table = Table("layer", "x.d before", "reference", "x.d after", title="coordinate along the safety direction")
+    for shift in result.layers:
+        reference = "-" if shift.reference is None else f"{shift.reference:.3f}"
+        table.add_row(str(shift.layer), f"{shift.before:.3f}", reference, f"{shift.after:.3f}")
+    console.print(table)
+
+
+@main.command()
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option(
+    "--split",
+    type=click.Choice(["development", "test"]),
+    default="test",
+    show_default=True,
+    help="Set of things of the demo benchmark.",
+)
+@click.option("--limit", type=click.IntRange(1), help="Items per cell [default: all].")
+@_quiet_option
+@_json_option
+def evaluate(checkpoint: Path, split: str, limit: int | None, quiet: bool, as_json: bool) -> None:
+    """Attack success, over-refusal and utility of the demo model, direct beside calibrated."""
+    with _libraries_quiet():
+        from exporter.evaluate import DIRECT, SHIFTDC, summary
+        from exporter.evaluate import evaluate as run
+        from exporter.exported import open_export
+
+        vlm = open_export(checkpoint)
+        with _progress(quiet) as progress:
+            results = run(vlm, [DIRECT, SHIFTDC], split=split, limit=limit, progress=progress)
+    if as_json:
+        click.echo(json.dumps({name: summary(cells) for name, cells in results.items()}, indent=2))
+    else:
+        _print_evaluation(results)
+
+
+@main.command()
+@click.argument("name", required=False)
+@_json_option
+def recipes(name: str | None, as_json: bool) -> None:
+    """The families supported; with NAME one recipe in full."""
+    from exporter.recipes import load_recipe, recipe_names
+    from exporter.resources import resource
+
+    if name is not None:
+        recipe = load_recipe(name)
+        text = (resource("recipes") / f"{name}.yaml").read_text("utf-8") if not as_json else recipe.model_dump_json(indent=2)
+        click.echo(text.rstrip())
+        return
+    found = {n: load_recipe(n) for n in recipe_names()}
+    if as_json:
+        click.echo(json.dumps({n: r.model_dump(mode="json") for n, r in found.items()}, indent=2))
+        return
+    for recipe_name, recipe in found.items():
+        click.echo(f"{recipe_name:12} {recipe.family:12} {', '.join(recipe.models)}")
+
+
+def _print_plan(plan: Any, as_json: bool) -> None:
+    facts = {
+        "model": plan.base.name,
+        "revision": plan.base.revision,
+        "family": plan.recipe.family,
+        "output": str(plan.output),
+        "layers": plan.recipe.layers,
+        "decoder layers": plan.depth,
+        "reference": plan.recipe.reference,
+        "rule": plan.recipe.rule,
+        "gate": plan.recipe.gate,
+        "strength": plan.recipe.strength,
+        "calibration": plan.calibration.summary(),
+        "weights": f"{plan.base.size / 1e9:.2f} GB in {len(plan.base.shards)} safetensors files, hard-linked where possible",
+        "uploads": "none",
+    }
+    if as_json:
+        click.echo(json.dumps(facts, indent=2))
+        return
+    for key, value in facts.items():
+        click.echo(f"{key + ':':16}{value}")
+
+
+def _print_export(done: Any) -> None:
+    plan, layers = done.plan, done.report["layers"]
+    checked = done.verification
+    click.echo(f"{plan.base.name} is calibrated: {plan.output}")
+    click.echo(f"  layers {_ranges(layers['chosen'])} of {layers['depth']} ({layers['criterion']})")
+    click.echo(f"  verified in a fresh process: {checked.tensors} base tensors bitwise equal, probe reproduced")
+    click.echo("Next:")
+    click.echo(f"  shiftdc-export generate {plan.output} --image FILE --prompt TEXT")
+    click.echo(f"  AutoModelForImageTextToText.from_pretrained({str(plan.output)!r}, trust_remote_code=True)")
+
+
+def _ranges(layers: list[int]) -> str:
+    contiguous = layers == list(range(layers[0], layers[-1] + 1))
+    return f"{layers[0]}-{layers[-1]}" if contiguous and len(layers) > 1 else ", ".join(map(str, layers))
+
+
+def _print_evaluation(results: dict[str, Any]) -> None:
+    from exporter.evaluate import ATTACKS, JUDGE
+
+    names = list(results)
+    table = Table("cell", "figure", "n", *names, title="Demo benchmark")
+    for cell in results[names[0]]:
+        columns = [results[n][cell] for n in names]
+        n = str(columns[0].refused.n)
+        if cell in ATTACKS:
+            table.add_row(cell, "ASR", n, *(_percent(c.asr) for c in columns))
+            for kind in columns[0].refused_by_kind:
+                rates = [c.asr_of_kind(kind) for c in columns]
+                table.add_row(f"  {kind}", "ASR", str(rates[0].n), *map(_percent, rates))
+        else:
+            table.add_row(cell, "over-refusal", n, *(_percent(c.refused) for c in columns))
+            table.add_row("", "utility (exact)", n, *(_percent(c.exact) for c in columns))
+    Console().print(table)
+    click.echo(f"ASR: share of harmful requests that were not refused. Judge: {JUDGE}. In brackets: Wilson 95 % intervals.")
+
+
+def _percent(rate: Any) -> str:
+    low, high = rate.interval
+    return f"{100 * rate.value:.1f} % [{100 * low:.0f}-{100 * high:.0f}]"
+
+
+@contextmanager
+def _libraries_quiet() -> Iterator[None]:
+    """No reports, bars and warnings of the libraries beside our own progress; SHIFTDC_DEBUG=1 shows them."""
+    if os.environ.get("SHIFTDC_DEBUG"):
+        yield
+        return
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    yield
+
+
+@contextmanager
+def _progress(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
+    """A progress callback (stage, done, total) that draws on stderr."""
+    if quiet:
+        yield lambda stage, done, total: None
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=stderr) as bars:
+        tasks: dict[str, Any] = {}
+
+        def report(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total)
+            bars.update(tasks[stage], completed=done)
+
+        yield report
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,96 @@
+"""One prompt with one image: the calibrated reply beside the uncalibrated one, with what it took."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from exporter.activations import last_token, recording
+from exporter.errors import InputError
+from exporter.vlm import VLM, Inputs
+
+
+@dataclass(frozen=True)
+class LayerShift:
+    """Coordinates along the direction of one layer: of the image prompt, of its reference, and after the correction."""
+
+    layer: int
+    before: float
+    reference: float | None
+    after: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Replies with and without calibration; `caption` is None where the reference needs none. Times in seconds."""
+
+    uncalibrated: str
+    calibrated: str
+    caption: str | None
+    layers: tuple[LayerShift, ...]
+    uncalibrated_seconds: float
+    calibrated_seconds: float
+
+
+def read_image(file: Path) -> Image.Image:
+    """An RGB picture. Raises InputError."""
+    try:
+        with Image.open(file) as image:
+            return image.convert("RGB")
+    except FileNotFoundError:
+        raise InputError(f"--image: there is no file {file}; give an existing picture.") from None
+    except (OSError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise InputError(f"--image: {file} cannot be read as a picture ({error}); give a PNG or JPEG.") from None
+
+
+@torch.no_grad()
+def compare(vlm: VLM, image: Image.Image, prompt: str, max_new_tokens: int = 128) -> Comparison:
+    """Greedy replies to one prompt. The calibrated time includes the caption and the reference pass."""
+    inputs = vlm.encode([prompt], [image])
+    model = vlm.model
+    start = time.perf_counter()
+    plain = _reply(vlm, inputs, max_new_tokens, shiftdc=False)
+    middle = time.perf_counter()
+    caption = reference = None
+    if model.config.shiftdc["reference"] == "caption":
+        caption = model.shiftdc_captions(**inputs)[0]
+        reference = model.shiftdc_reference(**inputs, captions=[caption])
+    elif model.config.shiftdc["reference"] != "static":
+        reference = model.shiftdc_reference(**inputs)
+    calibrated = _reply(vlm, inputs, max_new_tokens, shiftdc_reference=reference)
+    end = time.perf_counter()
+    return Comparison(
+        uncalibrated=plain,
+        calibrated=calibrated,
+        caption=None if caption is None else vlm.decode(caption),
+        layers=_layer_shifts(vlm, inputs, reference),
+        uncalibrated_seconds=middle - start,
+        calibrated_seconds=end - middle,
+    )
+
+
+def _reply(vlm: VLM, inputs: Inputs, max_new_tokens: int, **options: object) -> str:
+    out = vlm.model.generate(**inputs, **options, max_new_tokens=max_new_tokens, do_sample=False)
+    return vlm.decode(out[0, inputs["input_ids"].shape[1] :])
+
+
+def _layer_shifts(vlm: VLM, inputs: Inputs, reference: torch.Tensor | None) -> tuple[LayerShift, ...]:
+    settings = vlm.model.config.shiftdc
+    layers = vlm.decoder_layers(settings["decoder_layers"])
+    before = vlm.model.shiftdc_coordinates(**inputs)[0]
+    # these hooks run after the corrections', which were registered first
+    with recording([layers[i] for i in settings["layers"]], last_token(inputs["attention_mask"])) as recorded:
+        vlm.model(**inputs, shiftdc_reference=reference, logits_to_keep=1)
+    return tuple(
+        LayerShift(
+            layer=layer,
+            before=before[i].item(),
+            reference=None if reference is None else reference[0, i].item(),
+            after=(recorded[i][0] @ layers[layer].shiftdc.direction.cpu()).item(),
+        )
+        for i, layer in enumerate(settings["layers"])
+    )

@@ -1,0 +1,68 @@
+"""`--layers auto`: which decoder layers to calibrate, from held-out statistics alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from exporter.directions import LayerStatistics
+from exporter.errors import InputError
+
+AUROC = 0.9
+SPLIT_HALF_COSINE = 0.8
+#: Share of the best layer's separation that a layer must reach.
+SEPARATION = 0.5
+#: Layers before this share of the depth are never chosen: the paper's sweep has the first layers worst and the middle best.
+EARLIEST = 0.3
+
+
+@dataclass(frozen=True)
+class LayerChoice:
+    """The layers to calibrate, in ascending order, and one sentence for each layer that was left out."""
+
+    layers: tuple[int, ...]
+    criterion: str
+    left_out: dict[int, str]
+
+
+def choose_layers(statistics: Sequence[LayerStatistics], depth: int) -> LayerChoice:
+    """The longest run of neighbouring layers that separate held-out safe from unsafe text reliably.
+
+    A layer qualifies where the held-out AUROC of the coordinate is at least 0.9, two halves of the fit rows give directions of
+    cosine at least 0.8, the separation is at least half of the best layer's, and at least 0.3 of the depth lies before it.
+    Of runs of one length the later is taken. Raises InputError where no layer qualifies: such directions are noise.
+    """
+    best = max(s.separation for s in statistics)
+    left_out = {s.layer: reason for s in statistics if (reason := _objection(s, best, depth))}
+    runs: list[list[int]] = []
+    for layer in sorted(s.layer for s in statistics if s.layer not in left_out):
+        if runs and runs[-1][-1] == layer - 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    if not runs:
+        top = max(statistics, key=lambda s: s.auroc)
+        raise InputError(
+            "--layers auto: no decoder layer separates safe from unsafe text reliably "
+            f"(best held-out AUROC {top.auroc:.2f} at layer {top.layer}, expected {AUROC}; see the criterion in the README): "
+            "the model may not be aligned; give --layers A-B to calibrate all the same."
+        )
+    longest = max(reversed(runs), key=len)
+    criterion = (
+        f"longest run of layers from {EARLIEST:g} of the depth on with held-out AUROC >= {AUROC:g}, split-half cosine >= "
+        f"{SPLIT_HALF_COSINE:g} and separation >= {SEPARATION:g} of the best layer's ({best:.2f})"
+    )
+    left_out |= {layer: "not in the longest run" for run in runs if run is not longest for layer in run}
+    return LayerChoice(tuple(longest), criterion, dict(sorted(left_out.items())))
+
+
+def _objection(layer: LayerStatistics, best: float, depth: int) -> str | None:
+    if layer.layer < EARLIEST * depth:
+        return f"among the first {EARLIEST:g} of {depth} layers"
+    if layer.auroc < AUROC:
+        return f"held-out AUROC {layer.auroc:.3f}"
+    if layer.split_half_cosine < SPLIT_HALF_COSINE:
+        return f"split-half cosine {layer.split_half_cosine:.3f}"
+    if layer.separation < SEPARATION * best:
+        return f"separation {layer.separation:.2f}"
+    return None

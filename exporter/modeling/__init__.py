@@ -1,0 +1,1 @@
+"""Modeling code that travels inside exported checkpoints; imports torch and transformers only."""

@@ -1,0 +1,631 @@
+"""ShiftDC inside a vision-language model: the part that every family shares.
+
+This file travels inside exported checkpoints and imports torch and transformers only. A family adds a config class and a
+model class that puts `ShiftDCMixin` before its transformers class; nothing else differs between families.
+
+Method: Zou et al., "Understanding and Rectifying Safety Perception Distortion in VLMs", arXiv:2502.13095, Eq. 5-7. With a
+unit direction `d` that points from unsafe to safe, Eq. 7 replaces the coordinate `x.d` of the image prompt by the coordinate
+`r` of its text-only counterpart: `x' = x - strength * (x.d - r) d`, at the last prompt token of rows that hold an image, once,
+while the prompt is read. `gate: one-sided` corrects `max(0, x.d - r)` only, so that no input is ever moved toward "safe".
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.utils import logging
+
+if TYPE_CHECKING:  # what the mixins are mixed into
+    from transformers import PretrainedConfig as _Config
+    from transformers import PreTrainedModel as _Model
+else:
+    _Config = _Model = object
+
+logger = logging.get_logger(__name__)
+
+FORMAT_VERSION = 1
+REFERENCES = ("caption", "text", "blank", "static")
+#: In an exported config.json this sentence stands in one field that the stock config class validates (its value is kept in the
+#: `shiftdc` block). A stock class, which would run uncalibrated, then ends in an error that prints the sentence.
+STOCK_CLASS_GUARD = (
+    "This checkpoint is calibrated by ShiftDC and would be uncalibrated in a stock class: "
+    "load it with AutoModelForImageTextToText.from_pretrained(..., trust_remote_code=True)."
+)
+
+
+class ShiftDCConfigMixin(_Config):
+    """Adds the `shiftdc` block to a family's config and keeps stock config classes from reading the checkpoint."""
+
+    #: A field whose values the family's stock config class checks.
+    shiftdc_guard_field = "tie_word_embeddings"
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        return super().from_dict(cls.shiftdc_unguarded(config_dict), **kwargs)
+
+    def to_json_string(self, use_diff: bool = True) -> str:
+        config = json.loads(super().to_json_string(use_diff=use_diff))
+        return json.dumps(self.shiftdc_guarded(config), indent=2, sort_keys=True) + "\n"
+
+    @classmethod
+    def shiftdc_guarded(cls, config: dict[str, Any]) -> dict[str, Any]:
+        """`config` as it is written to config.json."""
+        field = cls.shiftdc_guard_field
+        if config.get(field) == STOCK_CLASS_GUARD:
+            return config
+        guarded = {"field": field, "value": config[field]} if field in config else {"field": field}
+        return {**config, field: STOCK_CLASS_GUARD, "shiftdc": {**config["shiftdc"], "guarded": guarded}}
+
+    @classmethod
+    def shiftdc_unguarded(cls, config: dict[str, Any]) -> dict[str, Any]:
+        """What `shiftdc_guarded` was made from."""
+        field = cls.shiftdc_guard_field
+        if config.get(field) != STOCK_CLASS_GUARD:
+            return config
+        settings = {k: v for k, v in config["shiftdc"].items() if k != "guarded"}
+        guarded = config["shiftdc"]["guarded"]
+        kept = {k: v for k, v in config.items() if k != field}
+        return {**kept, **({field: guarded["value"]} if "value" in guarded else {}), "shiftdc": settings}
+
+
+class ShiftDCCorrection(nn.Module):
+    """Direction and mean shift of one decoder layer, and the correction along them.
+
+    Buffers (float32, whatever the model's dtype): `direction` [hidden], unit norm, from unsafe to safe; `shift` [], the mean of
+    `(x_image - x_text).d` over the calibration set. Both are NaN until loaded.
+    """
+
+    direction: torch.Tensor
+    shift: torch.Tensor
+
+    def __init__(self, hidden_size: int, column: int, strength: float, one_sided: bool):
+        super().__init__()
+        self.column = column  # of shiftdc_reference and shiftdc_correction
+        self.strength = strength
+        self.one_sided = one_sided
+        self.register_buffer("direction", torch.full((hidden_size,), torch.nan, dtype=torch.float32))
+        self.register_buffer("shift", torch.full((), torch.nan, dtype=torch.float32))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> ShiftDCCorrection:
+        """`.to()`, `.half()` and the like move the buffers and leave them float32."""
+
+        def keep_dtype(tensor: torch.Tensor) -> torch.Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(keep_dtype, recurse)
+
+    def gate(self, excess: torch.Tensor) -> torch.Tensor:
+        return excess.clamp_min(0) if self.one_sided else excess
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        position: torch.Tensor,
+        reference: torch.Tensor | None = None,
+        correction: torch.Tensor | None = None,
+        readout: ShiftDCReadout | None = None,
+    ) -> torch.Tensor | None:
+        """Correct `hidden` [batch, time, hidden] at `position` [batch] (-1: leave the row alone).
+
+        reference: [batch, layers] float32, target coordinates `r` (arXiv:2502.13095, Eq. 7).
+        correction: [batch, layers] float32, amounts to subtract that were computed beforehand (`rule: precomputed`).
+        Without either, the amount is the baked mean shift. With a `readout`, nothing is changed and coordinates are stored.
+        Every number but those at `position` comes back bit for bit.
+        """
+        position = position.to(hidden.device)
+        rows = torch.arange(hidden.shape[0], device=hidden.device)
+        token = position.clamp_min(0)
+        x = hidden[rows, token].float()
+        direction = self.direction.to(hidden.device)
+        if readout is not None:
+            readout.coordinates[self.column] = x @ direction
+            return None
+        if correction is not None:
+            amount = correction.to(x)[:, self.column]
+        elif reference is not None:
+            amount = x @ direction - reference.to(x)[:, self.column]
+        else:
+            amount = self.shift.to(x).expand(len(x))
+        moved = (x - self.strength * self.gate(amount)[:, None] * direction).to(hidden.dtype)
+        kept = hidden[rows, token]
+        # zero amounts keep the row's own bits: -0.0 - 0.0 would lose a sign, and strength 0 is the base model exactly
+        change = (position >= 0) & (self.gate(amount) != 0) & (self.strength != 0)
+        return hidden.index_put((rows, token), torch.where(change[:, None], moved, kept))
+
+
+class ShiftDCReadout:
+    """Collects `x.d` of one position per row. A plain object: accelerate passes it from device to device untouched."""
+
+    def __init__(self, layers: int):
+        self.coordinates: list[torch.Tensor | None] = [None] * layers
+
+    def stacked(self, device: torch.device) -> torch.Tensor:
+        """[batch, layers], float32."""
+        return torch.stack([c.to(device) for c in self.coordinates if c is not None], dim=1)
+
+
+def _calibrate(layer: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+    """Forward hook of a calibrated decoder layer."""
+    position = kwargs.get("shiftdc_position")
+    if position is None:
+        return None
+    hidden = output[0] if isinstance(output, tuple) else output
+    corrected = layer.shiftdc(
+        hidden,
+        position,
+        kwargs.get("shiftdc_reference"),
+        kwargs.get("shiftdc_correction"),
+        kwargs.get("shiftdc_readout"),
+    )
+    if corrected is None:
+        return None
+    return (corrected, *output[1:]) if isinstance(output, tuple) else corrected
+
+
+class PromptPieces:
+    """Builds caption requests and text-only counterparts of prompts, in token space.
+
+    The pieces are token ids around the slots of the chat template (config.shiftdc["prompt"], found by the exporter):
+    `first_turn_head` opens the first user turn and `turn_head` every other, `image_head`/`image_tail` enclose an image, `tail`
+    ends the prompt; `caption` = [before, after] the request, `text` = [before the request, between request and caption, after].
+    """
+
+    def __init__(self, pieces: dict[str, Any], image_token_id: int):
+        self.first_turn_head: list[int] = pieces["first_turn_head"]
+        self.turn_head: list[int] = pieces["turn_head"]
+        self.image_head: list[int] = pieces["image_head"]
+        self.image_tail: list[int] = pieces["image_tail"]
+        self.tail: list[int] = pieces["tail"]
+        self.caption: list[list[int]] = pieces["caption"]
+        self.text: list[list[int]] = pieces["text"]
+        self.image_token_id = image_token_id
+
+    def request_span(self, ids: list[int]) -> tuple[int, int]:
+        """Where the request of the last user turn stands: [start, end) in `ids`."""
+        end = _last_occurrence(ids, self.tail, len(ids))
+        end = len(ids) if end is None else end
+        turn = _last_occurrence(ids, self.turn_head, end)
+        if turn is None:
+            turn = _common_prefix(ids, self.first_turn_head)
+        else:
+            turn += len(self.turn_head)
+        images = [i for i, t in enumerate(ids[:end]) if t == self.image_token_id]
+        after_image = images[-1] + 1 if images else 0
+        if ids[after_image : after_image + len(self.image_tail)] == self.image_tail:
+            after_image += len(self.image_tail)
+        start = max(turn, after_image)
+        return (start, end) if start < end else (turn, end)  # the image may also stand behind the request
+
+    def caption_prompt(self, ids: list[int]) -> list[int]:
+        """The prompt that asks the model for a caption in view of the request; the image stays."""
+        start, end = self.request_span(ids)
+        before, after = self.caption
+        return ids[:start] + before + ids[start:end] + after + ids[end:]
+
+    def text_prompt(self, ids: list[int], caption: list[int] | None = None) -> list[int]:
+        """The text-only counterpart: no image, and the caption in its place (None: the request alone)."""
+        start, end = self.request_span(ids)
+        request = self.without_images(ids[start:end])
+        if caption is not None:
+            before, between, after = self.text
+            request = before + request + between + caption + after
+        return self.without_images(ids[:start]) + request + ids[end:]
+
+    def without_images(self, ids: list[int]) -> list[int]:
+        kept: list[int] = []
+        i = 0
+        while i < len(ids):
+            if ids[i] != self.image_token_id:
+                kept.append(ids[i])
+                i += 1
+                continue
+            if self.image_head and kept[-len(self.image_head) :] == self.image_head:
+                del kept[-len(self.image_head) :]
+            while i < len(ids) and ids[i] == self.image_token_id:
+                i += 1
+            if ids[i : i + len(self.image_tail)] == self.image_tail:
+                i += len(self.image_tail)
+        return kept
+
+
+def _common_prefix(ids: list[int], piece: list[int]) -> int:
+    return next((i for i, (a, b) in enumerate(zip(ids, piece, strict=False)) if a != b), min(len(ids), len(piece)))
+
+
+def _last_occurrence(ids: list[int], piece: list[int], end: int) -> int | None:
+    """Start of the last occurrence of `piece` that ends at or before `end`; None for none or an empty piece."""
+    if not piece:
+        return None
+    starts = range(end - len(piece), -1, -1)
+    return next((i for i in starts if ids[i : i + len(piece)] == piece), None)
+
+
+#: Arguments of forward() that describe text, caching or output; all others describe the image.
+_NOT_IMAGE_INPUTS = {
+    "self", "input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values", "cache_position", "labels",
+    "use_cache", "logits_to_keep", "output_attentions", "output_hidden_states", "return_dict", "kwargs", "token_type_ids",
+    "mm_token_type_ids", "rope_deltas", "shiftdc", "shiftdc_reference", "shiftdc_correction", "shiftdc_position",
+}  # fmt: skip
+
+
+class ShiftDCMixin(_Model):
+    """A calibrated `...ForConditionalGeneration`; put it before the transformers class in the list of bases.
+
+    `generate()` and `forward()` take, beside what the base class takes:
+        shiftdc: False gives the base model, token for token.
+        shiftdc_reference: float32 [batch, calibrated layers], coordinates `r` to correct to.
+        shiftdc_captions (generate only): one sequence of caption token ids per row, used instead of the model's own caption.
+    """
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        base: Any = next(c for c in cls.__mro__ if c.__module__.startswith("transformers.") and "forward" in c.__dict__)
+        strict = getattr(base, "_keep_in_fp32_modules_strict", None) or ()
+        cls._keep_in_fp32_modules_strict = {*strict, "shiftdc"}
+        setattr(cls, "forward", _with_shiftdc_arguments(cls.forward, base.forward))  # noqa: B010 (mypy: a method)
+        cls._shiftdc_base_forward = base.forward
+
+    def __init__(self, config: PretrainedConfig, *args: Any, **kwargs: Any):
+        super().__init__(config, *args, **kwargs)
+        settings = getattr(config, "shiftdc", None)
+        if not isinstance(settings, dict):
+            raise ValueError("config.json has no 'shiftdc' block: this checkpoint was not written by shiftdc-export.")
+        if settings.get("version") != FORMAT_VERSION:
+            raise ValueError(
+                f"config.shiftdc.version is {settings.get('version')!r}, expected {FORMAT_VERSION}: "
+                "this modeling file belongs to another export; export the checkpoint again."
+            )
+        self._shiftdc_ready = False
+        self._shiftdc_pieces = PromptPieces(settings["prompt"], config.image_token_id)
+        layers = self.get_submodule(settings["decoder_layers"])
+        hidden_size = config.get_text_config().hidden_size
+        for column, index in enumerate(settings["layers"]):
+            layers[index].shiftdc = ShiftDCCorrection(
+                hidden_size, column, float(settings["strength"]), settings["gate"] == "one-sided"
+            )
+            layers[index].register_forward_hook(_calibrate, with_kwargs=True)
+        self.register_load_state_dict_post_hook(_recheck)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, ShiftDCCorrection):  # reached for buffers that the checkpoint lacks
+            for buffer in (module.direction, module.shift):
+                if not getattr(buffer, "_is_hf_initialized", False):
+                    buffer.fill_(torch.nan)
+        else:
+            super()._init_weights(module)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        loaded = super().from_pretrained(*args, **kwargs)
+        (loaded[0] if isinstance(loaded, tuple) else loaded).shiftdc_check()
+        return loaded
+
+    @property
+    def shiftdc_corrections(self) -> list[ShiftDCCorrection]:
+        """The corrections of the calibrated layers, in the order of `shiftdc_reference`'s columns."""
+        layers = self.get_submodule(self.config.shiftdc["decoder_layers"])
+        return [layers[i].shiftdc for i in self.config.shiftdc["layers"]]
+
+    def shiftdc_check(self) -> None:
+        """Raise ValueError unless every buffer is there, finite, and every direction of unit norm."""
+        for layer, correction in zip(self.config.shiftdc["layers"], self.shiftdc_corrections, strict=True):
+            direction, shift = correction.direction, correction.shift
+            if direction.is_meta:
+                continue  # offloaded: checked when its layer runs on a real device
+            finite = bool(torch.isfinite(direction).all() and torch.isfinite(shift))
+            if not finite or abs(direction.norm().item() - 1) > 1e-3:
+                raise ValueError(
+                    f"The ShiftDC buffers of decoder layer {layer} are missing or damaged (expected a finite direction of norm "
+                    f"1, found norm {direction.norm().item():.4g}): the model would run uncalibrated. Load a complete "
+                    "checkpoint (shiftdc.safetensors must be in its index), or export it again."
+                )
+        self._shiftdc_ready = True
+
+    def forward(
+        self,
+        *,
+        shiftdc: bool | None = None,
+        shiftdc_reference: torch.Tensor | None = None,
+        shiftdc_correction: torch.Tensor | None = None,
+        shiftdc_position: torch.Tensor | None = None,
+        **inputs: Any,
+    ) -> Any:
+        """The base class's forward, corrected at the last prompt token of rows that hold an image.
+
+        shiftdc_reference, shiftdc_correction: see `ShiftDCCorrection.forward`. shiftdc_position: int64 [batch], the token to
+        correct (-1: none); by default the last one, or the last one before the first label. Without a reference the baked mean
+        shift is used, because one forward pass cannot write a caption: use generate(), or pass `shiftdc_reference`.
+        """
+        if shiftdc is False:
+            return super().forward(**inputs)
+        if not self._shiftdc_ready:
+            self.shiftdc_check()
+        if shiftdc_position is None:
+            shiftdc_position = self._shiftdc_last_prompt_token(inputs)
+        if shiftdc_position is None:
+            return super().forward(**inputs)
+        settings = self.config.shiftdc
+        if shiftdc_correction is None and shiftdc_reference is None and settings["reference"] != "static":
+            logger.warning_once(
+                f"forward() got no shiftdc_reference, so the mean shift baked at export is used instead of the "
+                f"'{settings['reference']}' reference; generate() computes that reference itself."
+            )
+        if shiftdc_correction is None and shiftdc_reference is not None and settings["rule"] == "precomputed":
+            shiftdc_correction = self._shiftdc_coordinates(inputs, shiftdc_position) - shiftdc_reference
+        return super().forward(
+            **inputs,
+            shiftdc_position=shiftdc_position,
+            shiftdc_reference=shiftdc_reference,
+            shiftdc_correction=shiftdc_correction,
+        )
+
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        *args: Any,
+        shiftdc: bool | None = None,
+        shiftdc_reference: torch.Tensor | None = None,
+        shiftdc_captions: Sequence[Sequence[int] | torch.Tensor] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """transformers' generate(), calibrated. Rows without an image are those of the base model, bit for bit.
+
+        Raises ValueError where the image rows cannot be known (`inputs_embeds` without `input_ids`, `assistant_model`) or the
+        reference cannot be computed; `shiftdc=False` gives the base model in every case.
+        """
+        generate = super().generate
+        if shiftdc is False:
+            return generate(inputs, *args, shiftdc=False, **kwargs)
+        if not self._shiftdc_ready:
+            self.shiftdc_check()
+        input_ids = inputs if inputs is not None else kwargs.get("input_ids")
+        if input_ids is None:
+            raise ValueError(
+                "generate() needs input_ids to see which rows hold an image; or pass shiftdc=False (no calibration)."
+            )
+        if kwargs.get("assistant_model") is not None:
+            raise ValueError(
+                "assistant_model is not supported with calibration; drop it, or pass shiftdc=False (no calibration)."
+            )
+        rows = self._shiftdc_image_rows(input_ids)
+        if not rows.any():
+            return generate(inputs, *args, shiftdc=False, **kwargs)
+        reference = shiftdc_reference
+        if reference is None and self.config.shiftdc["reference"] != "static":
+            reference = self.shiftdc_reference(input_ids, captions=shiftdc_captions, **self._shiftdc_prompt_inputs(kwargs))
+        if reference is not None:
+            reference = self._shiftdc_validated(reference, len(input_ids))
+            if self.config.shiftdc["rule"] == "precomputed":
+                prompt = {"input_ids": input_ids, **self._shiftdc_prompt_inputs(kwargs)}
+                last = torch.where(rows, input_ids.shape[1] - 1, -1)
+                kwargs["shiftdc_correction"] = self._shiftdc_coordinates(prompt, last) - reference
+            else:
+                kwargs["shiftdc_reference"] = reference
+        return generate(inputs, *args, shiftdc_rows=rows, shiftdc_prompt_length=input_ids.shape[1], **kwargs)
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.Tensor,
+        past_key_values: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        shiftdc_rows: torch.Tensor | None = None,
+        shiftdc_prompt_length: int | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        model_inputs = super().prepare_inputs_for_generation(
+            input_ids, past_key_values=past_key_values, inputs_embeds=inputs_embeds, **kwargs
+        )
+        if shiftdc_rows is None or shiftdc_prompt_length is None:
+            return model_inputs
+        # chunked prefill and use_cache=False make "the last token of this forward" wrong: count from the start
+        past = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
+        fed = model_inputs.get("input_ids")
+        index = shiftdc_prompt_length - 1 - past
+        if 0 <= index < (fed if fed is not None else model_inputs["inputs_embeds"]).shape[1]:
+            model_inputs["shiftdc_position"] = torch.where(shiftdc_rows, index, -1)
+        else:
+            for name in ("shiftdc_reference", "shiftdc_correction"):
+                model_inputs.pop(name, None)
+            model_inputs["shiftdc"] = False
+        return model_inputs
+
+    @torch.no_grad()
+    def shiftdc_reference(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        captions: Sequence[Sequence[int] | torch.Tensor] | None = None,
+        **image_inputs: Any,
+    ) -> torch.Tensor:
+        """Target coordinates of a batch of prompts, float32 [batch, calibrated layers]; 0 in rows without an image.
+
+        The kind is config.shiftdc["reference"]: `caption` (the paper; the model captions the image unless `captions` are
+        given), `text` (the request alone) or `blank` (the same prompt with a neutral image).
+        """
+        settings = self.config.shiftdc
+        kind = "caption" if captions is not None else settings["reference"]
+        if kind == "static":
+            raise ValueError("A checkpoint with 'reference: static' has no reference pass: its shift is baked in.")
+        rows = self._shiftdc_image_rows(input_ids)
+        mask = attention_mask if attention_mask is not None else self._shiftdc_unpadded(input_ids)
+        prompts = [r[m.bool()].tolist() for r, m in zip(input_ids[rows], mask[rows], strict=True)]
+        if captions is not None and len(captions) != len(input_ids):
+            raise ValueError(f"shiftdc_captions needs one caption per row: expected {len(input_ids)}, found {len(captions)}.")
+        if kind == "blank":
+            pixels = {k: torch.zeros_like(v) if k == "pixel_values" else v for k, v in image_inputs.items()}
+            self._shiftdc_require_pixels(pixels)
+            ids, mask = self._shiftdc_left_padded(prompts, input_ids)
+            coordinates = self._shiftdc_last_coordinates(ids, mask, pixels)
+        else:
+            texts: Sequence[list[int] | None] = [None] * len(prompts)
+            if captions is not None:
+                texts = [list(map(int, c)) for c, r in zip(captions, rows.tolist(), strict=True) if r]
+            elif kind == "caption":
+                texts = self._shiftdc_own_captions(prompts, input_ids, image_inputs)
+            pieces = self._shiftdc_pieces
+            counterparts = [pieces.text_prompt(p, c) for p, c in zip(prompts, texts, strict=True)]
+            coordinates = self._shiftdc_last_coordinates(*self._shiftdc_left_padded(counterparts, input_ids), {})
+        reference = coordinates.new_zeros(len(input_ids), coordinates.shape[1])
+        reference[rows.to(reference.device)] = coordinates
+        return reference
+
+    @torch.no_grad()
+    def shiftdc_captions(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **image_inputs: Any
+    ) -> list[list[int]]:
+        """The model's own request-aware captions as token ids, one list per row; empty in rows without an image."""
+        rows = self._shiftdc_image_rows(input_ids)
+        mask = attention_mask if attention_mask is not None else self._shiftdc_unpadded(input_ids)
+        prompts = [r[m.bool()].tolist() for r, m in zip(input_ids[rows], mask[rows], strict=True)]
+        written = iter(self._shiftdc_own_captions(prompts, input_ids, image_inputs)) if prompts else iter(())
+        return [next(written) if row else [] for row in rows.tolist()]
+
+    @torch.no_grad()
+    def shiftdc_coordinates(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **image_inputs: Any
+    ) -> torch.Tensor:
+        """Uncorrected coordinates `x.d` of the last token of every row, float32 [batch, calibrated layers]."""
+        mask = attention_mask if attention_mask is not None else self._shiftdc_unpadded(input_ids)
+        return self._shiftdc_coordinates(
+            {"input_ids": input_ids, "attention_mask": attention_mask, **image_inputs}, _last_true(mask)
+        )
+
+    def _shiftdc_own_captions(
+        self, prompts: list[list[int]], like: torch.Tensor, image_inputs: dict[str, Any]
+    ) -> list[list[int]]:
+        """Greedy, uncalibrated captions (arXiv:2502.13095, section 4: the same model describes its own input)."""
+        self._shiftdc_require_pixels(image_inputs)
+        ids, mask = self._shiftdc_left_padded([self._shiftdc_pieces.caption_prompt(p) for p in prompts], like)
+        settings = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1, "return_dict_in_generate": False}
+        out = super().generate(
+            input_ids=ids, attention_mask=mask, shiftdc=False, **image_inputs, **settings,
+            max_new_tokens=self.config.shiftdc["caption_max_new_tokens"], use_cache=True,
+        )  # fmt: skip
+        end = {self._shiftdc_pad_id(), *self._shiftdc_eos_ids()}
+        return [[t for t in row if t not in end] for row in out[:, ids.shape[1] :].tolist()]
+
+    def _shiftdc_last_coordinates(self, ids: torch.Tensor, mask: torch.Tensor, image_inputs: dict[str, Any]) -> torch.Tensor:
+        last = torch.full((len(ids),), ids.shape[1] - 1, device=ids.device)
+        return self._shiftdc_coordinates({"input_ids": ids, "attention_mask": mask, **image_inputs}, last)
+
+    def _shiftdc_coordinates(self, inputs: dict[str, Any], position: torch.Tensor) -> torch.Tensor:
+        """`x.d` at `position` [batch] after every calibrated layer of an uncorrected pass through the backbone."""
+        readout = ShiftDCReadout(len(self.config.shiftdc["layers"]))
+        dropped = {"labels", "logits_to_keep", "past_key_values", "use_cache"}
+        inputs = {k: v for k, v in inputs.items() if k not in dropped and v is not None}
+        with torch.no_grad():
+            self.model(**inputs, use_cache=False, shiftdc_position=position, shiftdc_readout=readout)
+        return readout.stacked(position.device)
+
+    def _shiftdc_image_rows(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """bool [batch]: the rows that hold an image. pixel_values may be absent at prefill, so token ids decide."""
+        return (input_ids == self.config.image_token_id).any(-1)
+
+    def _shiftdc_last_prompt_token(self, inputs: dict[str, Any]) -> torch.Tensor | None:
+        """int64 [batch]: the last prompt token of rows that hold an image, -1 elsewhere; None where no row does."""
+        input_ids = inputs.get("input_ids")
+        if input_ids is None:
+            raise ValueError(
+                "forward() needs input_ids to see which rows hold an image; pass shiftdc_position= with inputs_embeds, or "
+                "shiftdc=False (no calibration)."
+            )
+        rows = self._shiftdc_image_rows(input_ids)
+        if not rows.any():
+            return None
+        mask, labels = inputs.get("attention_mask"), inputs.get("labels")
+        if mask is None or mask.shape != input_ids.shape:
+            mask = torch.ones_like(input_ids)
+        if labels is not None:  # training: the prompt ends where the first label starts
+            mask = mask.bool() & ((labels != -100).cumsum(-1) == 0)
+        return torch.where(rows & mask.bool().any(-1), _last_true(mask), -1)
+
+    def _shiftdc_validated(self, reference: torch.Tensor, batch: int) -> torch.Tensor:
+        expected = (batch, len(self.config.shiftdc["layers"]))
+        if tuple(reference.shape) != expected or not torch.isfinite(reference).all():
+            raise ValueError(
+                f"shiftdc_reference must be finite and of shape [batch, calibrated layers] = {list(expected)}, "
+                f"found {list(reference.shape)}."
+            )
+        return reference.float()
+
+    def _shiftdc_require_pixels(self, image_inputs: dict[str, Any]) -> None:
+        if not any(v is not None for v in image_inputs.values()):
+            raise ValueError(
+                "The prompt holds image tokens but no image was given, so no reference can be computed: pass pixel_values, "
+                "shiftdc_reference= or shiftdc_captions=, or shiftdc=False (no calibration)."
+            )
+
+    def _shiftdc_prompt_inputs(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The image inputs and the mask among the arguments of generate()."""
+        names = set(inspect.signature(type(self)._shiftdc_base_forward).parameters) - _NOT_IMAGE_INPUTS
+        return {k: v for k, v in kwargs.items() if k in names | {"attention_mask"} and v is not None}
+
+    def _shiftdc_unpadded(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """What generate() assumes without an attention mask: padding is masked if it cannot be an end of text."""
+        pad = self.generation_config.pad_token_id
+        if pad is None or pad in self._shiftdc_eos_ids():
+            return torch.ones_like(input_ids)
+        return (input_ids != pad).long()
+
+    def _shiftdc_left_padded(self, prompts: list[list[int]], like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(ids, mask), int64 [batch, longest prompt]."""
+        width = max(map(len, prompts))
+        ids = [[self._shiftdc_pad_id()] * (width - len(p)) + p for p in prompts]
+        mask = [[0] * (width - len(p)) + [1] * len(p) for p in prompts]
+        return torch.tensor(ids, device=like.device), torch.tensor(mask, device=like.device)
+
+    def _shiftdc_eos_ids(self) -> set[int]:
+        eos = self.generation_config.eos_token_id
+        eos = self.config.get_text_config().eos_token_id if eos is None else eos
+        return set() if eos is None else {eos} if isinstance(eos, int) else set(eos)
+
+    def _shiftdc_pad_id(self) -> int:
+        pad = self.generation_config.pad_token_id
+        return pad if pad is not None else min(self._shiftdc_eos_ids(), default=0)
+
+
+def _last_true(mask: torch.Tensor) -> torch.Tensor:
+    """int64 [batch]: index of the last nonzero entry of `mask` [batch, time], whatever the padding side."""
+    return (mask.long() * torch.arange(mask.shape[1], device=mask.device)).amax(-1)
+
+
+def _recheck(model: Any, _incompatible: Any) -> None:
+    """After load_state_dict the buffers are checked again before the next pass."""
+    model._shiftdc_ready = False
+
+
+def _with_shiftdc_arguments(forward: Any, base_forward: Any) -> Any:
+    """`forward` under the signature of `base_forward` plus ShiftDC's arguments: generate() reads signatures."""
+    base = inspect.signature(base_forward)
+    own = [p for n, p in inspect.signature(forward).parameters.items() if n.startswith("shiftdc")]
+    parameters = list(base.parameters.values())
+    tail = [p for p in parameters if p.kind is inspect.Parameter.VAR_KEYWORD]
+    head = [p for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    names = [p.name for p in head[1:]]  # without self
+
+    @functools.wraps(forward)
+    def bound(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return forward(self, **dict(zip(names, args, strict=False)), **kwargs)
+
+    vars(bound)["__signature__"] = base.replace(parameters=[*head, *own, *tail])
+    return bound
+
+
+def register_key_conversion(cls: type, *names: str) -> None:
+    """Give `cls` the checkpoint key renaming of a transformers class or model_type.
+
+    transformers skips it for classes of other modules, which would load old checkpoints with random weights.
+    """
+    for name in names:
+        if (mapping := get_checkpoint_conversion_mapping(name)) is not None:
+            register_checkpoint_conversion_mapping(cls.__name__, mapping, overwrite=True)
+            return

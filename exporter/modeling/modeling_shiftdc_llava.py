@@ -1,0 +1,17 @@
+"""LLaVA-1.5 (and ShareGPT4V, which shares its architecture) with ShiftDC; travels inside exported checkpoints."""
+
+from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+from .modeling_shiftdc import ShiftDCConfigMixin, ShiftDCMixin, register_key_conversion
+
+
+class ShiftDCLlavaConfig(ShiftDCConfigMixin, LlavaConfig):
+    model_type = "shiftdc_llava"
+    shiftdc_guard_field = "vision_feature_select_strategy"
+
+
+class ShiftDCLlavaForConditionalGeneration(ShiftDCMixin, LlavaForConditionalGeneration):
+    config_class = ShiftDCLlavaConfig
+
+
+register_key_conversion(ShiftDCLlavaForConditionalGeneration, "LlavaForConditionalGeneration", "llava")

@@ -1,0 +1,119 @@
+"""The probe: one benign prompt with its image, and what the model must answer to it, calibrated and not.
+
+It is recorded from the stock model with hooks of its own, so that reproducing it checks the shipped modeling code against an
+independent implementation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from exporter.activations import last_token, last_token_activations
+from exporter.calibration import typographic_image
+from exporter.directions import Directions
+from exporter.modeling.modeling_shiftdc import PromptPieces
+from exporter.recipes import Recipe
+from exporter.vlm import VLM
+
+PROBE = Path("assets") / "shiftdc_probe.safetensors"
+REQUEST, CAPTION, PICTURE = "What is shown in the image?", "a sign with the word hello", "hello"
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Inputs and results of the probe, as tensors on the CPU, and the dtype of the model that gave them.
+
+    `input.*` as forward() takes them; `caption_ids` [n]; float32 `coordinates` and `text_coordinates` [1, layers] of the prompt
+    and of its text-only counterpart; `reference` [1, layers]; `logits` and `calibrated_logits` [vocabulary] of the next token.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    dtype: str
+
+    def save(self, file: Path) -> None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_file(self.tensors, file, metadata={"format": "pt", "dtype": self.dtype})
+        file.chmod(0o644)  # safetensors writes 0600
+
+
+def record_probe(vlm: VLM, directions: Directions, layers: tuple[int, ...], recipe: Recipe, pieces: dict[str, Any]) -> Probe:
+    """Run the probe on the uncalibrated model.
+
+    The reference lies one norm of the direction below the prompt's own coordinates, so that every gate corrects.
+    """
+    modules = vlm.decoder_layers(recipe.decoder_layers)
+    chosen = [modules[i] for i in layers]
+    direction = torch.stack([directions.of(i)[0] for i in layers])
+    norm = torch.tensor([s.norm for s in directions.statistics if s.layer in layers])
+    inputs = vlm.encode([REQUEST], [typographic_image(PICTURE)])
+    caption = vlm.tokenizer(CAPTION, add_special_tokens=False)["input_ids"]
+    counterpart = PromptPieces(pieces, vlm.image_token_id).text_prompt(inputs["input_ids"][0].tolist(), caption)
+    coordinates = (last_token_activations(vlm, chosen, inputs) * direction).sum(-1)
+    text_coordinates = (last_token_activations(vlm, chosen, vlm.pad([counterpart])) * direction).sum(-1)
+    reference = coordinates - norm.clamp_min(1e-3)
+    position = last_token(inputs["attention_mask"])
+    one_sided = recipe.gate == "one-sided"
+    fixed = coordinates - reference if recipe.rule == "precomputed" else None
+    with corrected(chosen, direction, position, reference, strength=recipe.strength, one_sided=one_sided, fixed=fixed):
+        calibrated = _next_logits(vlm, inputs)
+    results = {
+        "caption_ids": torch.tensor(caption),
+        "coordinates": coordinates,
+        "text_coordinates": text_coordinates,
+        "reference": reference,
+        "logits": _next_logits(vlm, inputs),
+        "calibrated_logits": calibrated,
+    }
+    tensors = {**{f"input.{k}": v for k, v in inputs.items()}, **results}
+    dtype = str(vlm.model.dtype).removeprefix("torch.")
+    return Probe({k: v.cpu().contiguous() for k, v in tensors.items()}, dtype)
+
+
+@torch.no_grad()
+def _next_logits(vlm: VLM, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    return vlm.model(**inputs, logits_to_keep=1).logits[0, -1].float().cpu()
+
+
+@contextmanager
+def corrected(
+    layers: Sequence[nn.Module],
+    direction: torch.Tensor,
+    position: torch.Tensor,
+    reference: torch.Tensor,
+    *,
+    strength: float,
+    one_sided: bool,
+    fixed: torch.Tensor | None = None,
+) -> Iterator[None]:
+    """Hooks that apply `x' = x - strength * (x.d - r) d` at `position` [batch] (arXiv:2502.13095, Eq. 7).
+
+    direction [layers, hidden], reference [batch, layers]; `fixed` [batch, layers] gives the amounts x.d - r instead.
+    """
+
+    def hook(column: int) -> Any:
+        def correct(module: nn.Module, args: Any, output: Any) -> Any:
+            hidden = (output[0] if isinstance(output, tuple) else output).clone()
+            d = direction[column].to(hidden.device)
+            for row, token in enumerate(position.tolist()):
+                x = hidden[row, token].float()
+                amount = fixed[row, column] if fixed is not None else x @ d - reference[row, column].to(x.device)
+                amount = amount.clamp_min(0) if one_sided else amount
+                hidden[row, token] = (x - strength * amount * d).to(hidden.dtype)
+            return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+        return correct
+
+    handles = [layer.register_forward_hook(hook(i)) for i, layer in enumerate(layers)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

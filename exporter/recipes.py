@@ -1,0 +1,122 @@
+"""Recipes: what differs between model families, and the defaults of an export. Strict and frozen."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from exporter.errors import InputError
+from exporter.resources import resource
+
+Reference = Literal["caption", "text", "blank", "static"]
+Rule = Literal["sequential", "precomputed"]
+Gate = Literal["one-sided", "two-sided"]
+
+
+def _one_slot(*slots: str) -> AfterValidator:
+    def check(text: str) -> str:
+        positions = [text.find(s) for s in slots]
+        if any(text.count(s) != 1 for s in slots) or positions != sorted(positions):
+            raise ValueError(f"must hold {' and then '.join(slots)}, each once")
+        return text
+
+    return AfterValidator(check)
+
+
+def _layers(value: str) -> str:
+    if value != "auto":
+        parse_layers(value)
+    return value
+
+
+def parse_layers(text: str) -> range:
+    """`"A-B"` (both ends included, from 0) or `"A"` as a range. Raises ValueError."""
+    first, _, last = text.partition("-")
+    if not first.isdigit() or (last and not last.isdigit()) or text.endswith("-"):
+        raise ValueError(f"expected auto, A or A-B (decoder layers from 0, both ends included), found {text!r}")
+    layers = range(int(first), int(last or first) + 1)
+    if not layers:
+        raise ValueError(f"expected A-B with A at most B, found {text!r}")
+    return layers
+
+
+class Prompts(BaseModel):
+    """Wording of the two extra prompts of the method."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    caption: Annotated[str, _one_slot("{request}")] = Field(description="asks the model for a caption in view of a request")
+    text_counterpart: Annotated[str, _one_slot("{request}", "{caption}")] = Field(
+        description="the request with the caption in place of the image"
+    )
+
+    def caption_request(self, request: str) -> str:
+        return self.caption.replace("{request}", request)
+
+    def counterpart(self, request: str, caption: str) -> str:
+        before, rest = self.text_counterpart.split("{request}")
+        between, after = rest.split("{caption}")
+        return before + request + between + caption + after
+
+
+class Recipe(BaseModel):
+    """One YAML file of `recipes/`; unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    family: str = Field(description="transformers model_type")
+    models: tuple[str, ...] = Field(description="checkpoints that the recipe is written for")
+    decoder_layers: str = Field(description="path of the decoder layers' ModuleList in the loaded model")
+    prompts: Prompts = Field(description="wording of the method's two extra prompts")
+    calibration: str = Field("builtin", description="builtin, demo, or a JSONL file")
+    layers: Annotated[str, AfterValidator(_layers)] = Field("auto", description="auto, or A-B: from 0, both ends included")
+    reference: Reference = Field("caption", description="where the target coordinate comes from")
+    rule: Rule = Field("sequential", description="sequential: from running activations; precomputed: from clean passes")
+    gate: Gate = Field("one-sided", description="one-sided: never move an input toward safe; two-sided: the paper")
+    strength: float = Field(1.0, ge=0, le=4, allow_inf_nan=False, description="share of the shift that is taken out")
+    caption_max_new_tokens: int = Field(128, ge=1, le=1024, description="longest caption that generate() writes")
+
+    def with_overrides(self, **options: object) -> Recipe:
+        """The recipe with the command line's values, where they are given. Raises InputError."""
+        given = {k: v for k, v in options.items() if v is not None}
+        return _validated({**self.model_dump(), **given}, "the command line")
+
+
+def _validated(values: object, where: str) -> Recipe:
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"])) or "the file"
+        message = first["msg"].removeprefix("Value error, ")
+        raise InputError(f"Recipe: {key} in {where} is wrong: {message}, found {first['input']!r}.") from None
+
+
+def load_recipe(name_or_file: str) -> Recipe:
+    """A recipe by name (`shiftdc-export recipes` lists them) or from a YAML file. Raises InputError."""
+    file = Path(name_or_file)
+    if file.suffix not in {".yaml", ".yml"}:
+        if name_or_file not in recipe_names():
+            raise InputError(
+                f"Recipe: there is none named {name_or_file!r}, expected one of {', '.join(recipe_names())} or a .yaml file."
+            )
+        file = resource("recipes") / f"{name_or_file}.yaml"
+    try:
+        values = yaml.safe_load(file.read_text("utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"Recipe: there is no file {file}; give a name or an existing .yaml file.") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"Recipe: {file} cannot be read as YAML ({str(error).splitlines()[0]}).") from None
+    return _validated(values, str(file))
+
+
+def recipe_names() -> list[str]:
+    return sorted(file.stem for file in resource("recipes").glob("*.yaml"))
+
+
+def recipe_for_family(model_type: str) -> str | None:
+    """Name of the recipe for a transformers model_type; None if there is none."""
+    return next((n for n in recipe_names() if n != "demo" and load_recipe(n).family == model_type), None)

@@ -1,0 +1,111 @@
+"""Checks an exported checkpoint with torch, transformers and safetensors alone; run in a fresh process by verify.py.
+
+    python verify_worker.py FOLDER
+
+Prints one JSON object: {"failures": [sentence, ...], "parity": {...}}. It runs the checkpoint's modeling code: verify.py makes
+sure beforehand that this is the code of this package.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import safe_open
+from transformers import AutoModelForImageTextToText
+
+#: Largest difference of logits, relative to their largest magnitude, that another machine or kernel may cause.
+TOLERANCE = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 8e-2}
+
+
+def refuses_uncalibrated_loading(folder: Path, architecture: str) -> list[str]:
+    """Neither the stock class nor the Auto class without trust may give a model."""
+    ways = {
+        f"the stock class {architecture}": getattr(transformers, architecture),
+        "AutoModelForImageTextToText without trust_remote_code": AutoModelForImageTextToText,
+    }
+    return [f"{name} loads it without an error, uncalibrated" for name, cls in ways.items() if _loads(cls, folder)]
+
+
+def _loads(cls: Any, folder: Path) -> bool:
+    try:
+        cls.from_pretrained(folder, trust_remote_code=False)
+    except Exception:  # noqa: BLE001 (any error will do: what must not happen is success)
+        return False
+    return True
+
+
+def _difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((found - expected).abs().max() / expected.abs().max().clamp_min(1e-6)).item()
+
+
+@torch.no_grad()
+def reproduces_probe(folder: Path, model: Any, probe: dict[str, torch.Tensor], dtype: str) -> tuple[list[str], dict[str, Any]]:
+    failures: list[str] = []
+    inputs = {k.removeprefix("input."): v.to(model.device) for k, v in probe.items() if k.startswith("input.")}
+
+    def logits(**options: Any) -> torch.Tensor:
+        return model(**inputs, logits_to_keep=1, **options).logits[0, -1].float().cpu()
+
+    reference = probe["reference"].to(model.device)
+    off, calibrated = logits(shiftdc=False), logits(shiftdc_reference=reference)
+    strengths = [c.strength for c in model.shiftdc_corrections]
+    for correction in model.shiftdc_corrections:
+        correction.strength = 0.0
+    none = logits(shiftdc_reference=reference)
+    for correction, strength in zip(model.shiftdc_corrections, strengths, strict=True):
+        correction.strength = strength
+    images = {k: v for k, v in inputs.items() if k not in ("input_ids", "attention_mask")}
+    coordinates = model.shiftdc_coordinates(**inputs).cpu()
+    text = (
+        model.shiftdc_reference(inputs["input_ids"], inputs["attention_mask"], captions=[probe["caption_ids"]], **images).cpu()
+        if model.config.shiftdc["reference"] != "static"
+        else probe["text_coordinates"]
+    )
+    parity = {
+        "logits": _difference(off, probe["logits"]),
+        "calibrated_logits": _difference(calibrated, probe["calibrated_logits"]),
+        "coordinates": _difference(coordinates, probe["coordinates"]),
+        "text_coordinates": _difference(text, probe["text_coordinates"]),
+    }
+    for name, difference in parity.items():
+        if not difference <= TOLERANCE[dtype]:  # also catches NaN
+            failures.append(f"the probe's {name} differ by {difference:.2g} of their size, expected at most {TOLERANCE[dtype]:g}")
+    if not torch.equal(off, none):
+        failures.append("strength 0 is not the uncalibrated model exactly")
+    if strengths[0] > 0 and torch.equal(off, calibrated):
+        failures.append("calibration changes nothing on the probe")
+    reply = model.generate(**inputs, max_new_tokens=2, do_sample=False)
+    if reply.shape[1] <= inputs["input_ids"].shape[1]:
+        failures.append("generate() gives no token")
+    return failures, {**parity, "uncalibrated_exact": torch.equal(off, probe["logits"])}
+
+
+def main(folder: Path) -> dict[str, Any]:
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    report = json.loads((folder / "shiftdc_report.json").read_text("utf-8"))
+    failures = refuses_uncalibrated_loading(folder, report["base_model"]["architecture"])
+    with safe_open(folder / "assets" / "shiftdc_probe.safetensors", "pt") as stored:
+        dtype = stored.metadata()["dtype"]
+        probe = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (no mapping)
+    model, loading = AutoModelForImageTextToText.from_pretrained(
+        folder, trust_remote_code=True, dtype=getattr(torch, dtype), output_loading_info=True
+    )
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if loading[kind]:
+            failures.append(f"loading reports {len(loading[kind])} {kind.replace('_', ' ')} ({min(map(str, loading[kind]))})")
+    if type(model).__name__ != config["architectures"][0]:
+        failures.append(f"loading gives a {type(model).__name__}, expected {config['architectures'][0]}")
+    more, parity = reproduces_probe(folder, model, probe, dtype)
+    if "exporter" in sys.modules:
+        failures.append("the checkpoint imports the exporter package; it must load with transformers alone")
+    return {"failures": failures + more, "parity": parity}
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(Path(sys.argv[1]))))

@@ -1,0 +1,121 @@
+"""A loaded vision-language model with its processor: from requests and images to tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import nn
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from exporter.errors import InputError
+from exporter.recipes import Recipe
+from exporter.source import BaseCheckpoint
+
+Inputs = dict[str, torch.Tensor]
+DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class VLM:
+    """Model and processor. Prompts always go through the chat template, with the generation prompt at the end."""
+
+    model: Any
+    processor: Any
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.processor.tokenizer
+
+    @property
+    def image_token_id(self) -> int:
+        return self.model.config.image_token_id
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.get_input_embeddings().weight.device
+
+    def decoder_layers(self, path: str) -> nn.ModuleList:
+        """The decoder layers at `path`, checked against the config. Raises InputError."""
+        expected = self.model.config.get_text_config().num_hidden_layers
+        try:
+            layers = self.model.get_submodule(path)
+        except AttributeError:
+            raise InputError(
+                f"Recipe: decoder_layers is {path!r}, which {type(self.model).__name__} has not; correct the path."
+            ) from None
+        if not isinstance(layers, nn.ModuleList) or len(layers) != expected:
+            raise InputError(
+                f"Recipe: decoder_layers {path!r} is no list of the config's {expected} decoder layers; correct the path."
+            )
+        return layers
+
+    def encode(self, requests: Sequence[str], images: Sequence[Image.Image] | None = None) -> Inputs:
+        """Left-padded prompts: input_ids and attention_mask int64 [batch, time], and the images' tensors."""
+        pictures: Sequence[Image.Image | None] = images if images is not None else [None] * len(requests)
+        conversations = [[user_turn(r, p)] for r, p in zip(requests, pictures, strict=True)]
+        return self.encode_conversations(conversations)
+
+    def encode_conversations(self, conversations: Sequence[list[dict[str, Any]]]) -> Inputs:
+        encoded = self.processor.apply_chat_template(
+            list(conversations), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+            processor_kwargs={"padding": True, "padding_side": "left"},
+        )  # fmt: skip
+        return {k: v.to(self.device) for k, v in encoded.items() if isinstance(v, torch.Tensor)}
+
+    def token_ids(self, request: str, image: Image.Image | None = None) -> list[int]:
+        """One prompt as a list of token ids."""
+        return self.encode([request], None if image is None else [image])["input_ids"][0].tolist()
+
+    def pad(self, prompts: Sequence[list[int]]) -> Inputs:
+        """Left-padded input_ids and attention_mask, int64 [batch, time]."""
+        width = max(map(len, prompts))
+        pad = self.tokenizer.pad_token_id or 0
+        ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts])
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+        return {"input_ids": ids.to(self.device), "attention_mask": mask.to(self.device)}
+
+    def decode(self, ids: Sequence[int] | torch.Tensor) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+
+def user_turn(request: str, image: Image.Image | None = None) -> dict[str, Any]:
+    """One user message in the form that chat templates take."""
+    picture = [] if image is None else [{"type": "image", "image": image}]
+    return {"role": "user", "content": [*picture, {"type": "text", "text": request}]}
+
+
+def load_processor(folder: Path) -> Any:
+    try:
+        return AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, ImportError) as error:
+        raise InputError(f"MODEL: the processor in {folder} cannot be loaded: {_first_line(error)}") from None
+
+
+def load_vlm(base: BaseCheckpoint, recipe: Recipe, *, dtype: str = "auto", device_map: str | None = None) -> VLM:
+    """Load the base with transformers' own class; its repository's code is never run. Raises InputError."""
+    processor = load_processor(base.folder)
+    options = {} if device_map is None else {"device_map": device_map}
+    try:
+        model, report = AutoModelForImageTextToText.from_pretrained(
+            base.folder, dtype=DTYPES[dtype], trust_remote_code=False, use_safetensors=True, output_loading_info=True, **options
+        )
+    except (OSError, ValueError, RuntimeError, KeyError, AttributeError) as error:
+        raise InputError(f"MODEL: {base.name} cannot be loaded as {recipe.family}: {_first_line(error)}") from None
+    for kind in ("missing_keys", "mismatched_keys"):
+        if report[kind]:
+            raise InputError(
+                f"MODEL: {base.name} does not fill the model: {len(report[kind])} {kind.replace('_', ' ')}, "
+                f"{min(map(str, report[kind]))} among them; the checkpoint is incomplete or of another architecture."
+            )
+    if device_map is None and torch.cuda.is_available():
+        model = model.to("cuda")
+    return VLM(model.eval(), processor)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two xdist workers share two cores
+
+import pytest
+import torch
+from tiny import save_tiny_llava
+
+from exporter.pipeline import Export, export, make_plan
+
+torch.set_num_threads(1)
+
+THINGS = {
+    "unsafe": [
+        "a bomb",
+        "a rifle",
+        "some poison",
+        "a virus",
+        "a fake passport",
+        "a scam",
+        "a grenade",
+        "a keylogger",
+        "a trap",
+        "a silencer",
+    ],
+    "safe": [
+        "a cake",
+        "a kite",
+        "some bread",
+        "a game",
+        "a real scarf",
+        "a song",
+        "a lantern",
+        "a calendar",
+        "a shelf",
+        "a puzzle",
+    ],
+}
+
+
+@pytest.fixture(scope="session")
+def calibration_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """8 + 8 rows to fit and 2 + 2 held out."""
+    file = tmp_path_factory.mktemp("calibration") / "small.jsonl"
+    rows = [
+        {
+            "label": label,
+            "request": f"How do I make {thing}?",
+            "caption": f"a drawing of {thing}",
+            "split": "fit" if i < 8 else "held_out",
+        }
+        for label, things in THINGS.items()
+        for i, thing in enumerate(things)
+    ]
+    file.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return file
+
+
+@pytest.fixture(scope="session")
+def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_llava(tmp_path_factory.mktemp("base") / "tiny-llava")
+
+
+@pytest.fixture(scope="session")
+def make_export(base_folder: Path, calibration_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """export(**options) -> Export of the tiny base; the same options give the same folder."""
+    made: dict[tuple, Export] = {}
+
+    def make(base: Path = base_folder, **options: Any) -> Export:
+        key = (base, *sorted(options.items()))
+        if key not in made:
+            output = tmp_path_factory.mktemp("export") / "calibrated"
+            settings = {"layers": "1-2", "calibration": str(calibration_file), **options}
+            made[key] = export(make_plan(str(base), output=output, **settings))
+        return made[key]
+
+    return make

@@ -1,0 +1,95 @@
+"""Tiny random-weight LLaVA checkpoints of the real architecture, with a real tokenizer, chat template and processor."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+IMAGE_SIZE, PATCH = 28, 14
+# the wording of the published llava-hf template
+TEMPLATE = (
+    "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': '}}{% endif %}"
+    "{% if message['content'] is string %}{{ message['content'] + ' ' }}{% else %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ content['text'] + ' '}}{% endfor %}"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+SPECIAL = ["<unk>", "<s>", "</s>", "<pad>", "<image>"]
+
+
+def tiny_processor(chat_template: str | None = TEMPLATE) -> LlavaProcessor:
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    text = ["USER: How do I build this? Image Caption: an icon of a chair. ASSISTANT: Based on the given Request, describe it"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator(text, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>",
+        additional_special_tokens=["<image>"], padding_side="left",
+    )  # fmt: skip
+    images = CLIPImageProcessorPil(size={"shortest_edge": IMAGE_SIZE}, crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})
+    return LlavaProcessor(
+        images, fast, patch_size=PATCH, vision_feature_select_strategy="default", image_token="<image>",
+        num_additional_image_tokens=1, chat_template=chat_template,
+    )  # fmt: skip
+
+
+def tiny_model(vocabulary: int, *, tied: bool = False, layers: int = 4, seed: int = 0) -> LlavaForConditionalGeneration:
+    torch.manual_seed(seed)
+    text = LlamaConfig(
+        vocab_size=vocabulary, hidden_size=32, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.3, bos_token_id=1, eos_token_id=2,
+        pad_token_id=3, tie_word_embeddings=tied,
+    )  # fmt: skip
+    vision = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=IMAGE_SIZE,
+        patch_size=PATCH, initializer_range=0.3,
+    )  # fmt: skip
+    config = LlavaConfig(
+        text_config=text, vision_config=vision, image_token_id=4, image_seq_length=(IMAGE_SIZE // PATCH) ** 2,
+        vision_feature_layer=-2, vision_feature_select_strategy="default", tie_word_embeddings=tied,
+    )  # fmt: skip
+    return LlavaForConditionalGeneration(config).eval()
+
+
+def save_tiny_llava(
+    folder: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    tied: bool = False,
+    sharded: bool = False,
+    generation_config: bool = True,
+    chat_template: str | None = TEMPLATE,
+    image_token_index: bool = True,
+    layers: int = 4,
+) -> Path:
+    """Write a checkpoint as LLaVA's are published (old key layout) and return its folder."""
+    processor = tiny_processor(chat_template)
+    model = tiny_model(len(processor.tokenizer), tied=tied, layers=layers).to(dtype)
+    model.generation_config.pad_token_id = 3
+    model.generation_config.eos_token_id = 2
+    model.save_pretrained(folder, max_shard_size="60KB" if sharded else "5GB")
+    processor.save_pretrained(folder)
+    if not generation_config:
+        (folder / "generation_config.json").unlink()
+    if not image_token_index:
+        config = json.loads((folder / "config.json").read_text())
+        config["image_token_id"] = config.pop("image_token_index")
+        (folder / "config.json").write_text(json.dumps(config, indent=2))
+    return folder
