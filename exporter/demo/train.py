@@ -230,6 +230,7 @@ def save(model: LlavaForConditionalGeneration, processor: LlavaProcessor, log: d
     shutil.rmtree(staging, ignore_errors=True)
     model.generation_config = GenerationConfig(pad_token_id=PAD_ID, bos_token_id=BOS_ID, eos_token_id=EOS_ID, do_sample=False)
     model.bfloat16().save_pretrained(staging)
+    (staging / "model.safetensors").chmod(0o644)  # safetensors writes files that only their owner can read
     processor.save_pretrained(staging)
     _load_in_float32(staging / "config.json")
     (staging / "training_log.json").write_text(json.dumps(log, indent=2) + "\n")

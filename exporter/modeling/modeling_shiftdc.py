@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -51,15 +52,16 @@ class ShiftDCConfigMixin(_Config):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         return super().from_dict(cls.shiftdc_unguarded(config_dict), **kwargs)
 
-    def to_json_string(self, use_diff: bool = True) -> str:
-        config = json.loads(super().to_json_string(use_diff=use_diff))
-        return json.dumps(self.shiftdc_guarded(config), indent=2, sort_keys=True) + "\n"
+    def to_json_file(self, json_file_path: str | os.PathLike, use_diff: bool = True) -> None:
+        config = self.shiftdc_guarded(json.loads(self.to_json_string(use_diff=use_diff)))
+        with open(json_file_path, "w", encoding="utf-8") as file:  # noqa: PTH123 (as transformers, any path-like)
+            file.write(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
     @classmethod
     def shiftdc_guarded(cls, config: dict[str, Any]) -> dict[str, Any]:
         """`config` as it is written to config.json."""
         field = cls.shiftdc_guard_field
-        if config.get(field) == STOCK_CLASS_GUARD:
+        if "shiftdc" not in config or config.get(field) == STOCK_CLASS_GUARD:
             return config
         guarded = {"field": field, "value": config[field]} if field in config else {"field": field}
         return {**config, field: STOCK_CLASS_GUARD, "shiftdc": {**config["shiftdc"], "guarded": guarded}}

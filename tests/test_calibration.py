@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+from PIL import Image
+
+from exporter.calibration import builtin, load_calibration, read_jsonl, row_image, typographic_image
+from exporter.errors import InputError
+
+ROW = {"label": "safe", "request": "Secret words?", "caption": "a cake"}
+
+
+def write(tmp_path, rows):
+    file = tmp_path / "set.jsonl"
+    file.write_text("\n".join(r if isinstance(r, str) else json.dumps(r) for r in rows))
+    return file
+
+
+def enough(**extra):
+    counts = (("fit", 8), ("held_out", 2))
+    return [
+        {**ROW, "label": label, "split": split, **extra} for label in ("safe", "unsafe") for split, n in counts for _ in range(n)
+    ]
+
+
+def test_builtin_counts_and_symmetry():
+    calibration = builtin()
+    assert calibration.summary() == {
+        "name": "builtin", "sha256": calibration.sha256, "images": False,
+        "fit_safe": 160, "fit_unsafe": 160, "held_out_safe": 40, "held_out_unsafe": 40,
+    }  # fmt: skip
+    assert len({r.category for r in calibration.rows}) == 8
+    for safe, unsafe in zip(calibration.select("fit", "safe"), calibration.select("fit", "unsafe"), strict=True):
+        # the same wording around the thing that is asked for
+        assert safe.request.split()[:2] == unsafe.request.split()[:2]
+        assert safe.caption.split()[:3] == unsafe.caption.split()[:3]
+        assert safe.caption != unsafe.caption
+    texts = [(r.request, r.caption) for r in calibration.rows]
+    assert len(set(texts)) == 400
+
+
+def test_reading(tmp_path):
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "images" / "a.png")
+    calibration = read_jsonl(write(tmp_path, enough(image="images/a.png")))
+    assert calibration.has_images
+    assert row_image(calibration.rows[0]).getpixel((0, 0)) == (255, 0, 0)
+    assert len(calibration.select("held_out", "unsafe")) == 2
+
+
+def test_rows_without_images_are_rendered():
+    image = typographic_image("a long caption " * 10)
+    assert image.size == (336, 336)
+    assert image.convert("L").getextrema() == (0, 255)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "line 2: the line: Invalid JSON"),
+        ("[]", "line 2: the line"),
+        ({**ROW, "label": "evil"}, "line 2: label"),
+        ({"label": "safe", "caption": "x"}, "line 2: request: Field required"),
+        ({**ROW, "request": ""}, "line 2: request"),
+        ({**ROW, "answer": "x"}, "line 2: answer: Extra inputs"),
+        ({**ROW, "image": "../outside.png"}, "lies outside"),
+        ({**ROW, "image": "absent.png"}, "there is no image"),
+    ],
+)
+def test_a_bad_line_is_named_and_its_text_is_not_shown(tmp_path, line, message):
+    with pytest.raises(InputError, match=message) as error:
+        read_jsonl(write(tmp_path, [ROW, line]))
+    assert "Secret" not in str(error.value)
+
+
+def test_too_few_rows(tmp_path):
+    with pytest.raises(InputError, match="has 1 safe rows with split 'fit', expected at least 8"):
+        read_jsonl(write(tmp_path, [ROW]))
+
+
+def test_an_unreadable_image(tmp_path):
+    (tmp_path / "a.png").write_text("no picture")
+    calibration = read_jsonl(write(tmp_path, enough(image="a.png")))
+    with pytest.raises(InputError, match=r"a\.png cannot be read"):
+        row_image(calibration.rows[0])
+
+
+def test_absent_and_binary_files(tmp_path):
+    with pytest.raises(InputError, match="there is no file"):
+        load_calibration(str(tmp_path / "absent.jsonl"))
+    (tmp_path / "b.jsonl").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InputError, match="cannot be read as UTF-8"):
+        load_calibration(str(tmp_path / "b.jsonl"))

@@ -1,0 +1,119 @@
+"""What a person types, and what they see."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from exporter.cli import main
+
+
+def run(*arguments: object) -> object:
+    return CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+@pytest.fixture(scope="module")
+def exported(make_export):
+    return make_export(caption_max_new_tokens=8).plan.output
+
+
+def test_export_says_where_and_what_next(base_folder, calibration_file, tmp_path):
+    done = run(base_folder, "--layers", "1-2", "--calibration", calibration_file, "--output", tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    lines = done.stdout.splitlines()
+    assert lines[0] == f"tiny-llava is calibrated: {tmp_path / 'out'}"
+    assert "layers 1-2 of 4" in lines[1]
+    assert "bitwise equal" in lines[2]
+    assert "trust_remote_code=True" in lines[-1]
+    assert "directions" in done.stderr  # progress
+    assert "directions" not in done.stdout
+
+
+def test_options_may_come_first_and_json_is_one_document(base_folder, calibration_file, tmp_path):
+    done = run("--layers", "1", "--calibration", calibration_file, "--json", "--quiet", "--output", tmp_path / "out", base_folder)
+    assert done.exit_code == 0, done.output
+    document = json.loads(done.stdout)
+    assert document["layers"]["chosen"] == [1]
+    assert document["parity"]["logits"] < 1e-3
+    assert done.stderr == ""
+
+
+def test_dry_run_touches_nothing(base_folder, tmp_path):
+    done = run(base_folder, "--dry-run", "--output", tmp_path / "sub" / "out")
+    assert done.exit_code == 0, done.output
+    assert "family:         llava" in done.stdout
+    assert "uploads:        none" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["absent/model/folder"], "there is no folder"),
+        (["BASE", "--layers", "3-9"], "--layers: 3-9 ends at 9"),
+        (["BASE", "--layers", "a"], "layers in the command line is wrong"),
+        (["BASE", "--strength", "9"], "strength"),
+        (["BASE", "--batch-size", "0"], "--batch-size: expected auto"),
+        (["BASE", "--recipe", "none"], "there is none named 'none'"),
+        (["BASE", "--calibration", "none.jsonl"], "--calibration: there is no file none.jsonl"),
+        (["BASE", "--gate", "open"], "'open' is not one of"),
+        (["verify", "absent"], "CHECKPOINT: absent has no readable"),
+        (["generate", "absent", "--image", "IMAGE", "--prompt", "x"], "CHECKPOINT: absent has no"),
+        (["generate", "EXPORT", "--image", "absent.png", "--prompt", "x"], "--image: there is no file absent.png"),
+        (["generate", "EXPORT", "--image", "BASE/config.json", "--prompt", "x"], "cannot be read as a picture"),
+        (["recipes", "none"], "there is none named 'none'"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(base_folder, exported, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (8, 8)).save(tmp_path / "image.png")
+    names = {"BASE": str(base_folder), "EXPORT": str(exported), "IMAGE": "image.png"}
+    done = run(*[names.get(a, a.replace("BASE/", f"{base_folder}/")) for a in arguments])
+    assert done.exit_code == 2, done.output
+    assert message in done.stderr
+    assert "Traceback" not in done.output
+    assert done.stdout == ""
+    assert [f.name for f in tmp_path.iterdir()] == ["image.png"]
+
+
+def test_a_failed_check_is_exit_code_1(exported, tmp_path):
+    folder = shutil.copytree(exported, tmp_path / "export")
+    (folder / "shiftdc.safetensors").unlink()
+    done = run("verify", folder)
+    assert done.exit_code == 1
+    assert "failed its checks" in done.stderr
+
+
+def test_verify_and_generate(exported, tmp_path):
+    done = run("verify", exported)
+    assert done.exit_code == 0, done.output
+    assert "bitwise the base model's" in done.stdout
+    Image.new("RGB", (40, 40), "red").save(tmp_path / "a.png")
+    arguments = ("generate", exported, "--image", tmp_path / "a.png", "--prompt", "How?", "--max-new-tokens", 4)
+    assert "its caption" in run(*arguments).stdout
+    result = json.loads(run(*arguments, "--json").stdout)
+    assert {"calibrated", "uncalibrated", "caption", "layers", "calibrated_seconds"} <= result.keys()
+    for layer in result["layers"]:
+        # one-sided: the coordinate ends at the reference, or stays where it is below it
+        assert layer["after"] <= layer["reference"] + 1e-3 or layer["after"] <= layer["before"] + 1e-3
+
+
+def test_recipes():
+    assert "llava-hf/llava-1.5-7b-hf" in run("recipes").stdout
+    assert "text_counterpart" in run("recipes", "llava").stdout
+    assert json.loads(run("recipes", "llava", "--json").stdout)["family"] == "llava"
+    assert "llava" in json.loads(run("recipes", "--json").stdout)
+
+
+def test_help_needs_no_torch():
+    code = "import sys, exporter.cli as c; c.main(['--help'], standalone_mode=False); sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
+    assert done.returncode == 0, done.stderr
+    assert "shiftdc-export MODEL" in done.stdout

@@ -1,0 +1,138 @@
+"""Directions against mathematics and against the naive implementation."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from naive import Naive
+from transformers import LlavaForConditionalGeneration
+
+from exporter.activations import LastTokenStats, by_length, last_token, last_token_activations
+from exporter.calibration import load_calibration
+from exporter.directions import Directions, auroc, fit_directions, separation
+from exporter.recipes import load_recipe
+from exporter.source import resolve
+from exporter.vlm import load_vlm
+
+RECIPE = load_recipe("llava")
+
+
+@pytest.fixture(scope="module")
+def vlm(base_folder):
+    return load_vlm(resolve(str(base_folder)), RECIPE)
+
+
+@pytest.fixture(scope="module")
+def calibration(calibration_file):
+    return load_calibration(str(calibration_file))
+
+
+@pytest.fixture(scope="module")
+def directions(vlm, calibration):
+    return fit_directions(vlm, calibration, RECIPE.prompts, RECIPE.decoder_layers)
+
+
+def test_streamed_statistics_equal_those_of_the_whole():
+    whole = torch.randn(50, 3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 100 + 1e4
+    streamed = LastTokenStats()
+    for batch in whole.split([1, 7, 2, 40]):
+        streamed.update(batch)
+    assert streamed.count == 50
+    assert torch.allclose(streamed.mean, whole.mean(0), rtol=1e-12)
+    assert torch.allclose(streamed.variance, whole.var(0), rtol=1e-9)
+
+
+def test_merging_equals_updating():
+    a, b = torch.randn(2, 10, 2, 3, generator=torch.Generator().manual_seed(1))
+    parts = [LastTokenStats(), LastTokenStats(), LastTokenStats()]
+    parts[0].update(a)
+    parts[1].update(b)
+    parts[2].merge(parts[0])
+    parts[2].merge(parts[1])
+    assert torch.allclose(parts[2].mean, torch.cat([a, b]).double().mean(0))
+    assert torch.allclose(parts[2].variance, torch.cat([a, b]).double().var(0))
+
+
+def test_the_naive_implementation_gives_the_same_directions(directions, base_folder, vlm, calibration_file):
+    rows = [json.loads(line) for line in calibration_file.read_text().splitlines()]
+    model = LlavaForConditionalGeneration.from_pretrained(base_folder).eval()
+    expected = Naive(model, vlm.processor, "", "{q} Image Caption: {caption}").directions(rows)
+    cosine = torch.cosine_similarity(directions.direction.double(), expected, dim=-1)
+    assert cosine.min() > 0.9999
+    assert torch.allclose(directions.direction.norm(dim=-1), torch.ones(4))
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 50])
+def test_batching_and_padding_do_not_matter(directions, vlm, calibration, batch_size):
+    other = fit_directions(vlm, calibration, RECIPE.prompts, RECIPE.decoder_layers, batch_size=batch_size)
+    assert torch.allclose(other.direction, directions.direction, atol=1e-4)
+    assert torch.allclose(other.shift, directions.shift, atol=1e-3)
+
+
+def test_fewer_layers_give_the_same_and_stop_early(directions, vlm, calibration):
+    ran = []
+    handle = vlm.model.model.language_model.layers[3].register_forward_hook(lambda *_: ran.append(1))
+    some = fit_directions(vlm, calibration, RECIPE.prompts, RECIPE.decoder_layers, layers=[1, 2])
+    handle.remove()
+    assert not ran  # nothing behind the last layer needed
+    assert some.layers == (1, 2)
+    assert torch.allclose(some.direction, directions.direction[1:3], atol=1e-5)
+
+
+def test_the_shift_is_the_mean_difference_of_coordinates(directions, vlm, calibration):
+    """Recomputed one prompt at a time from the rendered images."""
+    from exporter.calibration import row_image
+
+    layers = list(vlm.model.model.language_model.layers)
+    differences = []
+    for row in calibration.select("fit"):
+        image = last_token_activations(vlm, layers, vlm.encode([row.request], [row_image(row)]))[0]
+        text = last_token_activations(vlm, layers, vlm.encode([RECIPE.prompts.counterpart(row.request, row.caption)]))[0]
+        differences.append(((image - text) * directions.direction).sum(-1))
+    assert torch.allclose(torch.stack(differences).mean(0), directions.shift, atol=1e-3)
+
+
+def test_hooks_are_gone_after_an_exception(vlm):
+    layers = list(vlm.model.model.language_model.layers)
+    with pytest.raises(IndexError):
+        last_token_activations(vlm, layers, {"input_ids": torch.tensor([[10**6]]), "attention_mask": torch.tensor([[1]])})
+    assert not any(layer._forward_hooks for layer in layers)
+
+
+def test_last_token_of_either_padding_side():
+    assert last_token(torch.tensor([[0, 0, 1, 1], [1, 1, 0, 0], [1, 1, 1, 1]])).tolist() == [3, 1, 3]
+
+
+def test_right_padding_gives_the_activations_of_left_padding(vlm):
+    layers = list(vlm.model.model.language_model.layers)
+    ids = vlm.token_ids("How do I build this?")
+    left = {"input_ids": torch.tensor([[3, 3, *ids]]), "attention_mask": torch.tensor([[0, 0] + [1] * len(ids)])}
+    right = {"input_ids": torch.tensor([[*ids, 3, 3]]), "attention_mask": torch.tensor([[1] * len(ids) + [0, 0]])}
+    found = [last_token_activations(vlm, layers, x) for x in (left, right)]
+    assert torch.allclose(*found, atol=1e-4)
+
+
+def test_batches_hold_similar_lengths_within_the_budget():
+    lengths = [5, 400, 7, 400, 400, 6]
+    batches = by_length(range(6), lengths, None, torch.device("cpu"))
+    assert batches == [[0, 5, 2, 1], [3, 4]] or all(len(b) * max(lengths[i] for i in b) <= 1024 for b in batches)
+    assert sorted(i for b in batches for i in b) == list(range(6))
+    assert by_length(range(3), [1, 1, 1], 2, torch.device("cpu")) == [[0, 1], [2]]
+
+
+def test_auroc_and_separation():
+    assert auroc(torch.tensor([2.0, 3.0]), torch.tensor([0.0, 1.0])) == 1
+    assert auroc(torch.tensor([0.0, 1.0]), torch.tensor([0.0, 1.0])) == 0.5
+    assert auroc(torch.tensor([0.0]), torch.tensor([1.0])) == 0
+    assert separation(torch.tensor([1.0, 3.0]), torch.tensor([-3.0, -1.0])) == pytest.approx(4 / 2**0.5)
+
+
+def test_directions_save_and_load(directions, tmp_path):
+    directions.save(tmp_path / "d.safetensors")
+    loaded = Directions.load(tmp_path / "d.safetensors")
+    assert torch.equal(loaded.direction, directions.direction)
+    assert torch.equal(loaded.shift, directions.shift)
+    assert loaded.statistics == directions.statistics
+    assert loaded.layers == directions.layers

@@ -1,0 +1,155 @@
+"""Every silent way of getting an uncalibrated model out of an export ends in an error."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageTextToText,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaModel,
+    pipeline,
+)
+
+from exporter.modeling.modeling_shiftdc_llava import ShiftDCLlavaConfig, ShiftDCLlavaForConditionalGeneration
+
+BUFFER = "model.language_model.layers.1.shiftdc.direction"
+
+
+@pytest.fixture
+def export(make_export, tmp_path):
+    """A copy of an export that a test may damage."""
+    return shutil.copytree(make_export().plan.output, tmp_path / "export")
+
+
+def edit_config(folder, **changes):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+def damage_buffer(folder, tensor):
+    buffers = load_file(folder / "shiftdc.safetensors")
+    if tensor is None:
+        del buffers[BUFFER]
+        index = json.loads((folder / "model.safetensors.index.json").read_text())
+        del index["weight_map"][BUFFER]
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    else:
+        buffers[BUFFER] = tensor
+    save_file(buffers, folder / "shiftdc.safetensors", metadata={"format": "pt"})
+
+
+def load(folder, **options):
+    return AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, **options)
+
+
+def test_the_undamaged_copy_loads(export):
+    assert type(load(export)).__name__ == "ShiftDCLlavaForConditionalGeneration"
+
+
+@pytest.mark.parametrize("auto", [AutoModelForImageTextToText, AutoModel, AutoConfig])
+def test_auto_classes_without_trust_name_it(export, auto):
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        auto.from_pretrained(export, trust_remote_code=False)
+
+
+def test_pipeline_without_trust_names_it(export):
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        pipeline("image-text-to-text", model=str(export), trust_remote_code=False)
+
+
+def test_auto_model_with_trust_gives_no_backbone(export):
+    """The bare backbone would be uncalibrated."""
+    with pytest.raises(ValueError, match="Unrecognized configuration class"):
+        AutoModel.from_pretrained(export, trust_remote_code=True)
+
+
+@pytest.mark.parametrize("stock", [LlavaForConditionalGeneration, LlavaModel, LlavaConfig])
+def test_stock_classes_are_told_what_it_is(export, stock):
+    with pytest.raises(Exception, match="calibrated by ShiftDC"):
+        stock.from_pretrained(export)
+
+
+def test_the_guard_stands_between_the_stock_class_and_success(export):
+    """Without it the stock class loads: the test above would otherwise pass for another reason."""
+    config = json.loads((export / "config.json").read_text())
+    (export / "config.json").write_text(json.dumps(ShiftDCLlavaConfig.shiftdc_unguarded(config)))
+    assert isinstance(LlavaForConditionalGeneration.from_pretrained(export), LlavaForConditionalGeneration)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        (None, "missing or damaged"),
+        (torch.full((32,), torch.nan), "missing or damaged"),
+        (torch.full((32,), torch.inf), "missing or damaged"),
+        (torch.zeros(32), "missing or damaged"),
+        (torch.ones(32), "missing or damaged"),
+        (torch.ones(31) / 31**0.5, "mismatch"),
+    ],
+    ids=["absent", "nan", "inf", "zero", "not unit", "wrong shape"],
+)
+def test_damaged_buffers(export, tensor, message):
+    damage_buffer(export, tensor)
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        load(export)
+
+
+def test_wrong_shapes_do_not_pass_with_ignore_mismatched_sizes(export):
+    damage_buffer(export, torch.ones(31) / 31**0.5)
+    with pytest.raises(ValueError, match="missing or damaged"):
+        load(export, ignore_mismatched_sizes=True)
+
+
+def test_the_shard_gone(export):
+    (export / "shiftdc.safetensors").unlink()
+    with pytest.raises(OSError, match=r"shiftdc\.safetensors"):
+        load(export)
+
+
+def test_a_single_file_beside_the_index_wins_and_is_caught(export):
+    """transformers prefers model.safetensors to an index; the buffers are then missing."""
+    shutil.copy(export / "model-00001-of-00002.safetensors", export / "model.safetensors")
+    with pytest.raises(ValueError, match="missing or damaged"):
+        load(export)
+
+
+def test_no_shiftdc_block(export):
+    config = json.loads((export / "config.json").read_text())
+    config = ShiftDCLlavaConfig.shiftdc_unguarded(config)
+    del config["shiftdc"]
+    (export / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="no 'shiftdc' block"):
+        load(export)
+
+
+def test_another_format_version(export):
+    config = json.loads((export / "config.json").read_text())
+    edit_config(export, shiftdc={**config["shiftdc"], "version": 99})
+    with pytest.raises(ValueError, match="version is 99, expected 1"):
+        load(export)
+
+
+def test_a_model_from_the_config_alone_does_not_run(export):
+    config = AutoConfig.from_pretrained(export, trust_remote_code=True)
+    model = AutoModelForImageTextToText.from_config(config, trust_remote_code=True)
+    with pytest.raises(ValueError, match="missing or damaged"):
+        model(input_ids=torch.tensor([[1, 4, 4, 4, 4, 9]]), pixel_values=torch.zeros(1, 3, 28, 28))
+    with pytest.raises(ValueError, match="missing or damaged"):
+        model.generate(torch.tensor([[1, 4, 4, 4, 4, 9]]), max_new_tokens=1)
+
+
+def test_buffers_loaded_later_are_checked_again(export):
+    model = ShiftDCLlavaForConditionalGeneration.from_pretrained(export)
+    state = model.state_dict()
+    state[BUFFER] = torch.full_like(state[BUFFER], torch.nan)
+    model.load_state_dict(state)
+    with pytest.raises(ValueError, match="layer 1 are missing or damaged"):
+        model.generate(torch.tensor([[1, 4, 4, 4, 4, 9]]), max_new_tokens=1)
