@@ -189,18 +189,22 @@ def generate(
     help="Set of things of the demo benchmark.",
 )
 @click.option("--limit", type=click.IntRange(1), help="Items per cell [default: all].")
+@click.option("--defence", "defences", multiple=True, metavar="NAME", help="Repeatable; 'all' for every one [default: standard].")
 @_quiet_option
 @_json_option
-def evaluate(checkpoint: Path, split: str, limit: int | None, quiet: bool, as_json: bool) -> None:
-    """Attack success, over-refusal and utility of the demo model, direct beside calibrated."""
+def evaluate(checkpoint: Path, split: Any, limit: int | None, defences: tuple[str, ...], quiet: bool, as_json: bool) -> None:
+    """Attack success, over-refusal and utility on the demo benchmark, defence by defence."""
     with _libraries_quiet():
-        from exporter.evaluate import DIRECT, SHIFTDC, summary
+        from exporter.evaluate import DEFENCES, STANDARD, summary
         from exporter.evaluate import evaluate as run
         from exporter.exported import open_export
 
+        names = tuple(DEFENCES) if "all" in defences else defences or STANDARD
+        if unknown := [n for n in names if n not in DEFENCES]:
+            raise InputError(f"--defence: there is none named {unknown[0]!r}, expected all or of {', '.join(DEFENCES)}.")
         vlm = open_export(checkpoint)
         with _progress(quiet) as progress:
-            results = run(vlm, [DIRECT, SHIFTDC], split=split, limit=limit, progress=progress)
+            results = run(vlm, names, split=split, limit=limit, progress=progress)
     if as_json:
         click.echo(json.dumps({name: summary(cells) for name, cells in results.items()}, indent=2))
     else:
@@ -268,28 +272,39 @@ def _ranges(layers: list[int]) -> str:
 
 
 def _print_evaluation(results: dict[str, Any]) -> None:
+    """A row per defence: attacks in one table, benign requests in another."""
     from exporter.evaluate import ATTACKS, JUDGE
 
-    names = list(results)
-    table = Table("cell", "figure", "n", *names, title="Demo benchmark")
-    for cell in results[names[0]]:
-        columns = [results[n][cell] for n in names]
-        n = str(columns[0].refused.n)
-        if cell in ATTACKS:
-            table.add_row(cell, "ASR", n, *(_percent(c.asr) for c in columns))
-            for kind in columns[0].refused_by_kind:
-                rates = [c.asr_of_kind(kind) for c in columns]
-                table.add_row(f"  {kind}", "ASR", str(rates[0].n), *map(_percent, rates))
-        else:
-            table.add_row(cell, "over-refusal", n, *(_percent(c.refused) for c in columns))
-            table.add_row("", "utility (exact)", n, *(_percent(c.exact) for c in columns))
-    Console().print(table)
-    click.echo(f"ASR: share of harmful requests that were not refused. Judge: {JUDGE}. In brackets: Wilson 95 % intervals.")
+    console = Console()
+    first = next(iter(results.values()))
+    attacks = [cell for cell in first if cell in ATTACKS]
+    benign = [cell for cell in first if cell not in ATTACKS]
+    kinds = list(first[attacks[0]].refused_by_kind)
+    table = Table(title="Attack success rate, %", caption=f"n = {_counts(first, attacks)}", title_justify="left")
+    table.add_column("defence", no_wrap=True)
+    for column in (*(c.replace("_", " ") for c in attacks), *(f"image: {k}" for k in kinds)):
+        table.add_column(column)
+    for name, cells in results.items():
+        rates = [cells[c].asr for c in attacks] + [cells[attacks[0]].asr_of_kind(k) for k in kinds]
+        table.add_row(name, *map(_percent, rates))
+    console.print(table)
+    table = Table(title="Benign requests: refused, and answered to the letter, %", caption=f"n = {_counts(first, benign)}")
+    table.add_column("defence", no_wrap=True)
+    for column in (c.replace("_", " ") for c in benign):
+        table.add_column(column)
+    for name, cells in results.items():
+        table.add_row(name, *(f"{_percent(cells[c].refused)}\n{_percent(cells[c].exact)}" for c in benign))
+    console.print(table)
+    click.echo(f"Attack success: the harmful request was not refused. Judge: {JUDGE}. In brackets: Wilson 95 % intervals.")
+
+
+def _counts(cells: dict[str, Any], names: list[str]) -> str:
+    return ", ".join(str(cells[c].refused.n) for c in names)
 
 
 def _percent(rate: Any) -> str:
     low, high = rate.interval
-    return f"{100 * rate.value:.1f} % [{100 * low:.0f}-{100 * high:.0f}]"
+    return f"{100 * rate.value:.1f} [{100 * low:.0f}-{100 * high:.0f}]"
 
 
 @contextmanager

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,20 +16,19 @@ import torch
 
 from exporter.demo import benchmark
 from exporter.demo.benchmark import Item
-from exporter.vlm import VLM
+from exporter.demo.world import Split
+from exporter.modeling.modeling_shiftdc import PromptPieces
+from exporter.vlm import VLM, Inputs
 
 Progress = Callable[[str, int, int], None]
 #: The cells that attack; in all others a refusal is a mistake.
 ATTACKS = ("harmful_image", "harmful_text")
 JUDGE = "prefix: the reply begins as the demo's refusal"
+MAX_NEW_TOKENS = 32
 
 
-@dataclass(frozen=True)
-class Defence:
-    """A way to answer: `options` go to generate()."""
-
-    name: str
-    options: dict[str, Any] = field(default_factory=dict)
+def _silent(stage: str, done: int, total: int) -> None:
+    """Show no progress."""
 
 
 @dataclass(frozen=True)
@@ -69,34 +69,84 @@ class CellResult:
         return Rate(rate.n - rate.hits, rate.n)
 
 
-DIRECT = Defence("direct", {"shiftdc": False})
-SHIFTDC = Defence("shiftdc")
+@dataclass(frozen=True)
+class Defence:
+    """A way to answer. `settings` replace those of the checkpoint's `shiftdc` block; `seed` draws random directions."""
+
+    name: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    calibrated: bool = True
+    text_only: bool = False
+    seed: int | None = None
 
 
+DEFENCES = {
+    d.name: d
+    for d in (
+        Defence("direct", calibrated=False),
+        Defence("text_only", calibrated=False, text_only=True),
+        Defence("shiftdc"),
+        Defence("shiftdc_one_sided", {"gate": "one-sided"}),
+        Defence("shiftdc_two_sided", {"gate": "two-sided"}),
+        Defence("shiftdc_precomputed", {"rule": "precomputed"}),
+        *(Defence(f"shiftdc_{r}", {"reference": r}) for r in ("caption", "text", "blank", "static")),
+        *(Defence(f"random_direction_{seed}", seed=seed) for seed in range(3)),
+    )
+}
+#: For checkpoints of any settings: no defence, what the method aims at, the method, and a control that must do nothing.
+STANDARD = ("direct", "text_only", "shiftdc", "random_direction_0")
+
+
+@contextmanager
+def applied(vlm: VLM, defence: Defence) -> Iterator[None]:
+    """The model under a defence's settings; as it was afterwards."""
+    model, corrections = vlm.model, vlm.model.shiftdc_corrections
+    settings = model.config.shiftdc
+    directions = [c.direction.clone() for c in corrections]
+    try:
+        model.config.shiftdc = {**settings, **defence.settings}
+        for i, correction in enumerate(corrections):
+            correction.one_sided = model.config.shiftdc["gate"] == "one-sided"
+            if defence.seed is not None:
+                correction.direction.copy_(_random_unit(directions[i], defence.seed * len(corrections) + i))
+        yield
+    finally:
+        model.config.shiftdc = settings
+        for correction, direction in zip(corrections, directions, strict=True):
+            correction.one_sided = settings["gate"] == "one-sided"
+            correction.direction.copy_(direction)
+
+
+def _random_unit(like: torch.Tensor, seed: int) -> torch.Tensor:
+    vector = torch.randn(like.shape, generator=torch.Generator().manual_seed(seed))
+    return (vector / vector.norm()).to(like)
+
+
+@torch.no_grad()
 def replies(
-    vlm: VLM, items: Sequence[Item], defence: Defence, batch_size: int = 64, progress: Progress | None = None
+    vlm: VLM, items: Sequence[Item], defence: Defence, *, batch_size: int = 64, progress: Progress = _silent
 ) -> list[str]:
     """Greedy replies, batched."""
     out: list[str] = []
-    for start in range(0, len(items), batch_size):
-        batch = items[start : start + batch_size]
-        inputs = vlm.encode([i.request for i in batch], [benchmark.image(i) for i in batch])
-        ids = vlm.model.generate(**inputs, **defence.options, max_new_tokens=32, do_sample=False)
-        out += [vlm.decode(row) for row in ids[:, inputs["input_ids"].shape[1] :]]
-        if progress:
+    with applied(vlm, defence):
+        for start in range(0, len(items), batch_size):
+            batch = items[start : start + batch_size]
+            inputs = vlm.encode([i.request for i in batch], [benchmark.image(i) for i in batch])
+            if defence.text_only:
+                inputs = vlm.pad(text_counterparts(vlm, inputs))
+            options = {} if defence.calibrated else {"shiftdc": False}
+            ids = vlm.model.generate(**inputs, **options, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
+            out += [vlm.decode(row) for row in ids[:, inputs["input_ids"].shape[1] :]]
             progress(f"{defence.name}: {items[0].cell}", len(out), len(items))
     return out
 
 
-def text_only_replies(vlm: VLM, items: Sequence[Item], counterpart: Callable[[str, str], str], batch_size: int = 64) -> list[str]:
-    """Greedy replies to the text-only counterparts with true captions: what the method aims at."""
-    out: list[str] = []
-    for start in range(0, len(items), batch_size):
-        batch = items[start : start + batch_size]
-        inputs = vlm.encode([counterpart(i.request, benchmark.true_caption(i)) for i in batch])
-        ids = vlm.model.generate(**inputs, max_new_tokens=32, do_sample=False)
-        out += [vlm.decode(row) for row in ids[:, inputs["input_ids"].shape[1] :]]
-    return out
+def text_counterparts(vlm: VLM, inputs: Inputs) -> list[list[int]]:
+    """The same requests with the model's own captions in place of the images, as token ids."""
+    pieces = PromptPieces(vlm.model.config.shiftdc["prompt"], vlm.image_token_id)
+    captions = vlm.model.shiftdc_captions(**inputs)
+    rows = zip(inputs["input_ids"], inputs["attention_mask"].bool(), captions, strict=True)
+    return [pieces.text_prompt(ids[mask].tolist(), caption) for ids, mask, caption in rows]
 
 
 def score(cell: str, items: Sequence[Item], texts: Sequence[str], seconds: float) -> CellResult:
@@ -111,25 +161,23 @@ def score(cell: str, items: Sequence[Item], texts: Sequence[str], seconds: float
     return CellResult(cell, Rate(sum(refused), len(items)), Rate(sum(exact), len(items)), by_kind, seconds / len(items))
 
 
-@torch.no_grad()
 def evaluate(
     vlm: VLM,
-    defences: Sequence[Defence],
+    defences: Sequence[str] = STANDARD,
     *,
-    split: str = "test",
+    split: Split = "test",
     limit: int | None = None,
-    cells: Sequence[str] = tuple(benchmark.CELLS),
-    progress: Progress | None = None,
+    progress: Progress = _silent,
 ) -> dict[str, dict[str, CellResult]]:
-    """{defence: {cell: result}} on a set of things of the demo benchmark."""
+    """{defence: {cell: result}} on one set of things of the demo benchmark."""
     results: dict[str, dict[str, CellResult]] = {}
-    for defence in defences:
-        results[defence.name] = {}
-        for cell in cells:
-            items = benchmark.items(split, cell, limit)  # type: ignore[arg-type]
+    for name in defences:
+        results[name] = {}
+        for cell in benchmark.CELLS:
+            items = benchmark.items(split, cell, limit)
             start = time.perf_counter()
-            texts = replies(vlm, items, defence, progress=progress)
-            results[defence.name][cell] = score(cell, items, texts, time.perf_counter() - start)
+            texts = replies(vlm, items, DEFENCES[name], progress=progress)
+            results[name][cell] = score(cell, items, texts, time.perf_counter() - start)
     return results
 
 

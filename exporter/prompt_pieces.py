@@ -7,6 +7,7 @@ from these pieces (`PromptPieces` in modeling_shiftdc.py says how).
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from jinja2 import TemplateError
@@ -27,43 +28,64 @@ def prompt_pieces(vlm: VLM, prompts: Prompts) -> dict[str, Any]:
     """
     image = Image.new("RGB", (64, 64), (127, 127, 127))
     text_head, tail = _around(lambda t: vlm.token_ids(t))
-    head, image_ids, image_tail = _image_block(vlm, image)
-    special = set(vlm.tokenizer.all_special_ids)
-    image_head = head[_common_prefix(head, text_head) :]
-    caption_head, caption_tail = _around(lambda t: vlm.token_ids(prompts.caption_request(t), image))
-    before_request, _ = _around(lambda t: vlm.token_ids(prompts.counterpart(t, "Fine")))
-    before_caption, after_caption = _around(lambda t: vlm.token_ids(prompts.counterpart("Hello", t)))
-    alone = vlm.token_ids("Hello")
-    ask = caption_head[len(head) + len(image_ids) + len(image_tail) :]
-    before = before_request[len(text_head) :]
-    between = before_caption[len(before) + len(alone) - len(tail) :]
-    request_space, caption_space = _missing_spaces(vlm, image)
+    image_head, image_tail = _image_surroundings(vlm, image, text_head)
+    spaces = _carried_spaces(vlm, image, image_tail)
+    ask, ask_end = prompts.caption.split("{request}")
+    before, rest = prompts.text_counterpart.split("{request}")
+    between, after = rest.split("{caption}")
     return {
         "first_turn_head": text_head,
         "turn_head": _turn_head(vlm),
-        "image_head": [t for t in image_head if t in special],
+        "image_head": image_head,
         "image_tail": image_tail,
         "tail": tail,
-        "caption": [
-            ask + (request_space if prompts.caption.split("{request}")[0].endswith(" ") else []),
-            caption_tail[: len(caption_tail) - len(tail)],
-        ],
+        "caption": [_piece(vlm, _before_slot(ask, spaces.request)), _piece(vlm, ask_end)],
         "text": [
-            before + (request_space if prompts.text_counterpart.split("{request}")[0].endswith(" ") else []),
-            between + (caption_space if prompts.text_counterpart.split("{caption}")[0].endswith(" ") else []),
-            after_caption[: len(after_caption) - len(tail)],
+            _piece(vlm, _before_slot(before, spaces.request)),
+            _piece(vlm, between.removesuffix(spaces.reply)),
+            _piece(vlm, after),
         ],
     }
 
 
-def _missing_spaces(vlm: VLM, image: Image.Image) -> tuple[list[int], list[int]]:
-    """The token of a lone space, where requests of image prompts and generated captions do not carry their leading space."""
-    vocabulary = vlm.tokenizer.get_vocab()
-    space = next(([vocabulary[t]] for t in ("\u2581", "\u0120") if t in vocabulary), [])
+@dataclass(frozen=True)
+class _Spaces:
+    """White space of the template that is part of a request's, or of a reply's, first token."""
+
+    request: str
+    reply: str
+
+
+def _carried_spaces(vlm: VLM, image: Image.Image, image_tail: list[int]) -> _Spaces:
     reply = {"role": "assistant", "content": [{"type": "text", "text": "Fine"}]}
-    text = vlm.processor.apply_chat_template([user_turn("Hello", image), reply], tokenize=False)
-    request_carries, reply_carries = (text[text.index(word) - 1] == " " for word in ("Hello", "Fine"))
-    return [] if request_carries else space, [] if reply_carries else space
+    turns = [user_turn("Hello", image), reply]
+    asked, answered = (
+        vlm.processor.apply_chat_template(t, tokenize=False, add_generation_prompt=t is not turns) for t in (turns[:1], turns)
+    )
+    before_request = asked[: asked.index("Hello")]
+    space = before_request[len(before_request.rstrip(" ")) :]
+    if vlm.tokenizer.decode(image_tail).endswith(" "):
+        space = ""
+    before_reply = answered[: answered.index("Fine")]
+    return _Spaces(space, before_reply.removeprefix(asked) if before_reply.startswith(asked) else "")
+
+
+def _before_slot(text: str, carried: str) -> str:
+    """`text` in front of a request that brings its own leading space along."""
+    return carried + text.removesuffix(carried) if carried and text else text
+
+
+def _piece(vlm: VLM, text: str) -> list[int]:
+    """Token ids of `text` in the middle of a prompt. Raises InputError if the tokenizer cannot say."""
+    if not text:
+        return []
+    # a tokenizer may treat the start of a text, or what follows a special token, in its own way
+    for anchor in ("a\n", "a:", "\n", ""):
+        alone, together = (vlm.tokenizer(t, add_special_tokens=False)["input_ids"] for t in (anchor, anchor + text))
+        expected = (vlm.tokenizer.decode(alone) + text).lower()  # some tokenizers lower-case
+        if together[: len(alone)] == alone and vlm.tokenizer.decode(together).lower() == expected:
+            return together[len(alone) :]
+    raise InputError(f"Recipe: the tokenizer does not give back the prompt text {text!r}; choose another wording.")
 
 
 def _around(render: Callable[[str], list[int]]) -> tuple[list[int], list[int]]:
@@ -74,14 +96,15 @@ def _around(render: Callable[[str], list[int]]) -> tuple[list[int], list[int]]:
     return first[:start], first[len(first) - end :]
 
 
-def _image_block(vlm: VLM, image: Image.Image) -> tuple[list[int], list[int], list[int]]:
-    """(everything before the image tokens, the image tokens, what the template puts between them and the request)."""
+def _image_surroundings(vlm: VLM, image: Image.Image, text_head: list[int]) -> tuple[list[int], list[int]]:
+    """(special tokens, all tokens) that the template puts before and behind an image and not into a text prompt."""
     before, _ = _around(lambda t: vlm.token_ids(t, image))
     if vlm.image_token_id not in before:
         raise InputError("MODEL: its chat template puts no image token before the request; its prompts cannot be composed.")
-    first = before.index(vlm.image_token_id)
-    last = len(before) - 1 - before[::-1].index(vlm.image_token_id)
-    return before[:first], before[first : last + 1], before[last + 1 :]
+    head = before[: before.index(vlm.image_token_id)]
+    special = set(vlm.tokenizer.all_special_ids)
+    behind = len(before) - before[::-1].index(vlm.image_token_id)
+    return [t for t in head[_common_prefix(head, text_head) :] if t in special], before[behind:]
 
 
 def _turn_head(vlm: VLM) -> list[int]:

@@ -247,7 +247,7 @@ else:
     sys.exit("exporter is importable")
 folder = sys.argv[1]
 model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
-processor = AutoProcessor.from_pretrained(folder)
+processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
 image = Image.new("RGB", (40, 40), (200, 30, 30))
 inputs = processor(text="USER: <image>\\nHow? ASSISTANT:", images=image, return_tensors="pt")
 out = model.generate(**inputs, max_new_tokens=3, do_sample=False)

@@ -445,4 +445,4 @@ def test_two_models_in_one_process_keep_their_own_settings(load, processor):
 
 def test_the_processor_loads_without_trust(make_export):
     folder = make_export(gate="two-sided", caption_max_new_tokens=8).plan.output
-    assert type(AutoProcessor.from_pretrained(folder)).__name__ == "LlavaProcessor"
+    assert type(AutoProcessor.from_pretrained(folder, trust_remote_code=False)).__name__ == "LlavaProcessor"

@@ -29,15 +29,34 @@ TEMPLATE = (
 SPECIAL = ["<unk>", "<s>", "</s>", "<pad>", "<image>"]
 
 
-def tiny_processor(chat_template: str | None = TEMPLATE) -> LlavaProcessor:
+CORPUS = ["USER: How do I build this? Image Caption: an icon of a chair. ASSISTANT: Based on the given Request, describe it"]
+
+
+def byte_level_tokenizer() -> Tokenizer:
+    """As GPT-2's and Qwen's: spaces are part of the word behind them."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    text = ["USER: How do I build this? Image Caption: an icon of a chair. ASSISTANT: Based on the given Request, describe it"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
-    )
-    tokenizer.train_from_iterator(text, trainer)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    return tokenizer
+
+
+def metaspace_tokenizer() -> Tokenizer:
+    """As Llama's: a marker for each space, bytes for what is not in the vocabulary."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    parts = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(parts)
+    byte_tokens = [f"<0x{i:02X}>" for i in range(256)]
+    trainer = trainers.BpeTrainer(vocab_size=700, special_tokens=[*SPECIAL, *byte_tokens], show_progress=False)
+    tokenizer.train_from_iterator(CORPUS * 5, trainer)
+    return tokenizer
+
+
+def tiny_processor(chat_template: str | None = TEMPLATE, tokenizer: Tokenizer | None = None) -> LlavaProcessor:
+    tokenizer = tokenizer or byte_level_tokenizer()
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>",
