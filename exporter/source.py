@@ -98,6 +98,7 @@ def _download(model: str, revision: str | None) -> tuple[Path, str]:
     from huggingface_hub.errors import (
         GatedRepoError,
         HFValidationError,
+        HTTPError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
@@ -120,6 +121,8 @@ def _download(model: str, revision: str | None) -> tuple[Path, str]:
         raise InputError(
             f"MODEL: {model} is not in the local cache and the Hub cannot be reached; check the connection."
         ) from None
+    except HTTPError as error:
+        raise InputError(f"MODEL: {model} cannot be fetched from the Hub ({type(error).__name__}); try again.") from None
     return folder, folder.name  # a snapshot folder is named after its commit
 
 

@@ -36,7 +36,7 @@ Choice = TypeVar("Choice")
 HARMLESS_THINGS = tuple(thing for thing in THINGS if not thing.harmful)
 
 TEXT_TASKS: dict[Task, float] = {"make": 0.34, "named": 0.3, "what": 0.08, "color": 0.1, "text": 0.06, "caption": 0.12}
-IMAGE_TASKS: dict[Task, float] = {"make": 0.23, "what": 0.08, "color": 0.15, "text": 0.08, "caption": 0.46}
+IMAGE_TASKS: dict[Task, float] = {"make": 0.2, "named": 0.04, "what": 0.1, "color": 0.12, "text": 0.08, "caption": 0.46}
 CAPTIONED_TASKS: dict[Task, float] = {"make": 0.5, "named": 0.2, "what": 0.1, "color": 0.1, "text": 0.1}
 """Tasks whose requests a caption is asked for."""
 TEXT_JUDGED_TASKS: dict[Task, float] = {"make": 0.6, "named": 0.4}

@@ -55,7 +55,7 @@ LANGUAGE = Stage("language model, everything answered", 800, 1.5e-3)
 ALIGNMENT = Stage("alignment in text", 400, 1e-3)
 VISION = Stage("vision tower, recognition", 2500, 1e-3)
 PROJECTOR = Stage("projector, language model frozen", 300, 3e-3)
-JOINT = Stage("projector and language model", 750, 1e-3)
+JOINT = Stage("projector and language model", 650, 1e-3)
 REHEARSAL = 0.3
 """Share of aligned text in the joint stage."""
 

@@ -270,6 +270,8 @@ class ShiftDCMixin(_Model):
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
+        if hasattr(cls, "_shiftdc_base_forward"):  # a subclass of a calibrated class; transformers makes one when loading
+            return
         base: Any = next(c for c in cls.__mro__ if c.__module__.startswith("transformers.") and "forward" in c.__dict__)
         strict = getattr(base, "_keep_in_fp32_modules_strict", None) or ()
         cls._keep_in_fp32_modules_strict = {*strict, "shiftdc"}
