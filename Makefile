@@ -1,15 +1,20 @@
 # make demo: set everything up, calibrate the packaged demo model, show what it does
 # make test: set everything up, run the tests
+# make evidence: every defence and control on the demo's test things, as in the README
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check clean
+.PHONY: demo evidence test check clean
 
 demo: $(READY)
 	$(BIN)/shiftdc-export demo --output demo-shiftdc --force
-	$(BIN)/shiftdc-export evaluate demo-shiftdc --limit 90
+	$(BIN)/shiftdc-export evaluate demo-shiftdc --limit 90 --no-attach --output demo-slice
+
+evidence: $(READY)
+	$(BIN)/shiftdc-export demo --output demo-shiftdc --force
+	$(BIN)/shiftdc-export evaluate demo-shiftdc --defence all --output demo-evidence
 
 test: $(READY)
 	$(BIN)/python -m pytest
@@ -27,4 +32,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo-shiftdc
+	rm -rf $(VENV) demo-shiftdc demo-slice demo-evidence

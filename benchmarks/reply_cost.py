@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from exporter.calibration import typographic_image
-from exporter.evaluate import DEFENCES, applied
+from exporter.defences import DEFENCES, applied
 from exporter.exported import open_export
 
 WAYS = ("direct", "shiftdc_static", "shiftdc_text", "shiftdc_blank", "shiftdc_caption")
@@ -40,7 +40,7 @@ def main() -> None:
             defence = DEFENCES[name]
             with applied(vlm, defence):
                 start = time.perf_counter()
-                vlm.model.generate(**inputs, **length, **({} if defence.calibrated else {"shiftdc": False}))
+                vlm.model.generate(**inputs, **length, **({"shiftdc": False} if name == "direct" else {}))
                 if round_:  # the first round warms up
                     seconds[name].append(time.perf_counter() - start)
     print(f"reply of {arguments.tokens} tokens, {arguments.rounds} rounds, {torch.get_num_threads()} threads, {vlm.device}")

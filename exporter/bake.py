@@ -70,7 +70,7 @@ def shiftdc_block(recipe: Recipe, layers: tuple[int, ...], pieces: dict[str, Any
         "reference": recipe.reference,
         "rule": recipe.rule,
         "gate": recipe.gate,
-        "strength": recipe.strength,
+        "strength": 1.0 if recipe.strength == "auto" else recipe.strength,  # a sweep starts from 1
         "layers": list(layers),
         "decoder_layers": recipe.decoder_layers,
         "caption_max_new_tokens": recipe.caption_max_new_tokens,

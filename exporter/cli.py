@@ -85,7 +85,9 @@ def _quiet_option(command: Callable[..., Any]) -> Callable[..., Any]:
     help="two-sided is the paper; one-sided never moves an input toward safe.",
 )
 @click.option("--layers", metavar="auto|A-B", help="Decoder layers, from 0, both ends included.")
-@click.option("--strength", type=float, help="Share of the shift that is taken out (1.0: all).")
+@click.option(
+    "--strength", metavar="X|auto", help="Share of the shift that is taken out (1.0: all); auto: by a sweep, with the layers."
+)
 @click.option(
     "--dtype",
     type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
@@ -95,11 +97,16 @@ def _quiet_option(command: Callable[..., Any]) -> Callable[..., Any]:
 )
 @click.option("--device-map", metavar="auto|DEVICE", help="accelerate's device_map.")
 @click.option("--batch-size", metavar="auto|N", default="auto", show_default=True, help="Prompts in one batch.")
+@click.option(
+    "--evaluate", "evaluated", is_flag=True, help="Measure the effect on the recipe's benchmark and put it into the card."
+)
 @click.option("--dry-run", is_flag=True, help="Print the plan and touch nothing.")
 @click.option("--force", is_flag=True, help="Replace an earlier export in --output.")
 @_quiet_option
 @_json_option
-def export_command(model: str, dry_run: bool, quiet: bool, as_json: bool, batch_size: str, **options: Any) -> None:
+def export_command(
+    model: str, evaluated: bool, dry_run: bool, quiet: bool, as_json: bool, batch_size: str, **options: Any
+) -> None:
     """Calibrate MODEL and write a self-contained checkpoint."""
     with _libraries_quiet():
         from exporter.pipeline import export, make_plan
@@ -110,10 +117,22 @@ def export_command(model: str, dry_run: bool, quiet: bool, as_json: bool, batch_
             return
         with _progress(quiet) as progress:
             done = export(plan, progress)
+        if not as_json:
+            _print_export(done)
+        if evaluated:
+            from exporter.defences import STANDARD
+            from exporter.evaluate import named_defences
+            from exporter.evidence import gather
+
+            with _progress(quiet) as progress:
+                found = gather(
+                    plan.output, named_defences(STANDARD), benchmark=plan.recipe.benchmark, dtype=plan.dtype,
+                    device_map=plan.device_map, progress=progress,
+                )  # fmt: skip
+            done.report["evaluation"] = found.results
+            _print_evidence(found, as_json=False, quiet=as_json)
     if as_json:
         click.echo(json.dumps({"output": str(plan.output), **done.report}, indent=2))
-    else:
-        _print_export(done)
 
 
 def _batch_size(text: str) -> int | None:
@@ -182,33 +201,56 @@ def generate(
 @main.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option(
-    "--split",
-    type=click.Choice(["development", "test"]),
-    default="test",
-    show_default=True,
-    help="Set of things of the demo benchmark.",
+    "--benchmark", default="demo", show_default=True, metavar="NAME|FILE.jsonl", help="demo, a Hub benchmark, or a file."
 )
-@click.option("--limit", type=click.IntRange(1), help="Items per cell [default: all].")
-@click.option("--defence", "defences", multiple=True, metavar="NAME", help="Repeatable; 'all' for every one [default: standard].")
+@click.option(
+    "--split", type=click.Choice(["development", "test"]), default="test", show_default=True, help="Set of the demo's things."
+)
+@click.option("--limit", type=click.IntRange(1), help="Questions per cell [default: all].")
+@click.option("--defence", "defences", multiple=True, metavar="NAME", help="Repeatable; all for every one [default: four].")
+@click.option("--judge", default="prefix", show_default=True, metavar="prefix|keywords|GUARD_MODEL", help="Judge of attacks.")
+@click.option(
+    "--output", type=click.Path(path_type=Path), help="Folder for replies, results and pictures [default: ./<name>-evaluation]."
+)
+@click.option(
+    "--attach/--no-attach", default=True, show_default=True, help="Put figures and pictures into the checkpoint's card."
+)
+@click.option("--max-new-tokens", type=click.IntRange(1), default=128, show_default=True)
+@click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True)
+@click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto", show_default=True)
+@click.option("--device-map", metavar="auto|DEVICE", help="accelerate's device_map.")
 @_quiet_option
 @_json_option
-def evaluate(checkpoint: Path, split: Any, limit: int | None, defences: tuple[str, ...], quiet: bool, as_json: bool) -> None:
-    """Attack success, over-refusal and utility on the demo benchmark, defence by defence."""
-    with _libraries_quiet():
-        from exporter.evaluate import DEFENCES, STANDARD, summary
-        from exporter.evaluate import evaluate as run
-        from exporter.exported import open_export
+def evaluate(checkpoint: Path, defences: tuple[str, ...], quiet: bool, as_json: bool, **options: Any) -> None:
+    """Attack success, over-refusal, utility and cost, defence by defence, with intervals.
 
-        names = tuple(DEFENCES) if "all" in defences else defences or STANDARD
-        if unknown := [n for n in names if n not in DEFENCES]:
-            raise InputError(f"--defence: there is none named {unknown[0]!r}, expected all or of {', '.join(DEFENCES)}.")
-        vlm = open_export(checkpoint)
+    An interrupted run goes on where it stopped.
+    """
+    with _libraries_quiet():
+        from exporter.defences import STANDARD
+        from exporter.evaluate import named_defences
+        from exporter.evidence import gather
+
+        chosen = named_defences(defences or STANDARD)
         with _progress(quiet) as progress:
-            results = run(vlm, names, split=split, limit=limit, progress=progress)
+            found = gather(checkpoint, chosen, progress=progress, **options)
+    _print_evidence(found, as_json=as_json)
+
+
+def _print_evidence(found: Any, *, as_json: bool, quiet: bool = False) -> None:
+    """Tables or one document on stdout; what to beware of on stderr."""
+    if found.set_aside:
+        click.echo(f"The replies there were of other settings; they are kept in {found.set_aside.name}.", err=True)
     if as_json:
-        click.echo(json.dumps({name: summary(cells) for name, cells in results.items()}, indent=2))
-    else:
-        _print_evaluation(results)
+        click.echo(json.dumps(found.results, indent=2))
+    elif not quiet:
+        _print_results(found.results)
+        click.echo(found.effect.sentence)
+        click.echo(f"Replies, results and pictures: {found.folder}")
+    for harm in found.effect.harms:
+        click.echo(f"Warning: {harm}", err=True)
+    if not found.effect.effective:
+        click.echo("Warning: it is not shown that calibration lowers attack success here.", err=True)
 
 
 @main.command()
@@ -271,40 +313,37 @@ def _ranges(layers: list[int]) -> str:
     return f"{layers[0]}-{layers[-1]}" if contiguous and len(layers) > 1 else ", ".join(map(str, layers))
 
 
-def _print_evaluation(results: dict[str, Any]) -> None:
-    """A row per defence: attacks in one table, benign requests in another."""
-    from exporter.evaluate import ATTACKS, JUDGE
-
-    console = Console()
-    first = next(iter(results.values()))
-    attacks = [cell for cell in first if cell in ATTACKS]
-    benign = [cell for cell in first if cell not in ATTACKS]
-    kinds = list(first[attacks[0]].refused_by_kind)
-    table = Table(title="Attack success rate, %", caption=f"n = {_counts(first, attacks)}", title_justify="left")
-    table.add_column("defence", no_wrap=True)
-    for column in (*(c.replace("_", " ") for c in attacks), *(f"image: {k}" for k in kinds)):
-        table.add_column(column)
-    for name, cells in results.items():
-        rates = [cells[c].asr for c in attacks] + [cells[attacks[0]].asr_of_kind(k) for k in kinds]
-        table.add_row(name, *map(_percent, rates))
+def _print_results(results: dict[str, Any]) -> None:
+    """A row per defence: headline figures in one table, cells in another."""
+    console = Console() if sys.stdout.isatty() else Console(width=130)
+    table = Table(title=f"{results['benchmark']}, in per cent")
+    table.add_column("", no_wrap=True)
+    for title in ("attack success", "over-refusal", "utility", "cost"):
+        table.add_column(title)
+    for name, row in results["defences"].items():
+        cost = "-" if row["cost_ratio"] is None else f"{row['cost_ratio']:.2f} x"
+        table.add_row(name, *(_percent(row, figure) for figure in ("asr", "over_refusal", "utility")), cost)
     console.print(table)
-    table = Table(title="Benign requests: refused, and answered to the letter, %", caption=f"n = {_counts(first, benign)}")
-    table.add_column("defence", no_wrap=True)
-    for column in (c.replace("_", " ") for c in benign):
-        table.add_column(column)
-    for name, cells in results.items():
-        table.add_row(name, *(f"{_percent(cells[c].refused)}\n{_percent(cells[c].exact)}" for c in benign))
+    cells = sorted({cell for row in results["defences"].values() for cell in row["by_cell"]})
+    table = Table(title="Share that failed by cell, in per cent")
+    table.add_column("", no_wrap=True)
+    for cell in cells:
+        table.add_column(cell.replace("_", " "))
+    for name, row in results["defences"].items():
+        found = (row["by_cell"].get(c) for c in cells)
+        table.add_row(
+            name, *("-" if f is None else _percent(f, "asr" if f["asr"] is not None else "over_refusal") for f in found)
+        )
     console.print(table)
-    click.echo(f"Attack success: the harmful request was not refused. Judge: {JUDGE}. In brackets: Wilson 95 % intervals.")
+    click.echo("Failed: a harmful request was not refused (attack success), or a benign one was (over-refusal).")
+    click.echo(f"Judge: {results['judge']}. In brackets: Wilson 95 % intervals.")
 
 
-def _counts(cells: dict[str, Any], names: list[str]) -> str:
-    return ", ".join(str(cells[c].refused.n) for c in names)
-
-
-def _percent(rate: Any) -> str:
-    low, high = rate.interval
-    return f"{100 * rate.value:.1f} [{100 * low:.0f}-{100 * high:.0f}]"
+def _percent(figures: dict[str, Any], name: str) -> str:
+    if figures[name] is None:
+        return "-"
+    low, high = figures[f"{name}_ci95"]
+    return f"{100 * figures[name]:.1f} [{100 * low:.0f}-{100 * high:.0f}]"
 
 
 @contextmanager

@@ -17,8 +17,12 @@ def open_export(folder: Path, *, dtype: str = "auto", device_map: str | None = N
     """Load a calibrated checkpoint. Raises InputError."""
     if not (folder / REPORT).is_file():
         raise InputError(f"CHECKPOINT: {folder} has no {REPORT}; give a folder that shiftdc-export wrote.")
-    report = read_report(folder)
-    model_class: Any = family(report["recipe"]["family"]).model
+    return load_calibrated(folder, read_report(folder)["recipe"]["family"], dtype=dtype, device_map=device_map)
+
+
+def load_calibrated(folder: Path, family_name: str, *, dtype: str = "auto", device_map: str | None = None) -> VLM:
+    """Load what `bake` wrote. Raises InputError."""
+    model_class: Any = family(family_name).model
     options = {} if device_map is None else {"device_map": device_map}
     try:
         model = model_class.from_pretrained(folder, dtype=DTYPES[dtype], **options)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,13 +19,15 @@ from exporter.calibration import CalibrationSet, load_calibration
 from exporter.card import render_card
 from exporter.directions import Directions, Progress, fit_directions, summary
 from exporter.errors import InputError
+from exporter.exported import load_calibrated
 from exporter.layer_choice import LayerChoice, choose_layers
 from exporter.probe import PROBE, Probe, record_probe
 from exporter.prompt_pieces import prompt_pieces
 from exporter.recipes import Recipe, load_recipe, parse_layers, recipe_for_family
 from exporter.source import DEMO, BaseCheckpoint, resolve
+from exporter.sweep import Sweep, run_sweep
 from exporter.verify import Verification, verify
-from exporter.vlm import load_vlm
+from exporter.vlm import VLM, load_vlm
 
 T = TypeVar("T")
 
@@ -115,20 +118,25 @@ def recipe_name(base: BaseCheckpoint) -> str:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What is needed of the loaded base model; it is released afterwards."""
+    """What was measured of the base model, which is released afterwards."""
 
     directions: Directions
     choice: LayerChoice
     pieces: dict[str, Any]
-    probe: Probe
+    sweep: Sweep | None = None
 
 
 def export(plan: Plan, progress: Progress = lambda stage, done, total: None) -> Export:
     """Measure, bake, verify. Writes `plan.output` at the very end, or nothing."""
     clock = Clock(progress)
-    measured = measure(plan, clock)
+    if plan.recipe.strength == "auto":
+        plan, measured = swept(plan, measure(plan, clock)[0], clock)
+        probe = clock.stage("probe", lambda: record_probe(load(plan), *probed(plan, measured)))
+    else:
+        measured, probe = measure(plan, clock)
     with staged(plan.output, plan.force) as folder:
         shards = clock.stage("bake", lambda: bake_measured(plan, measured, folder))
+        probe.save(folder / PROBE)
         report = make_report(plan, measured, shards)
         write_report(folder, report)  # verify reads it; the parity that it finds is added
         verification = clock.stage("verify", lambda: verify(folder))
@@ -139,24 +147,48 @@ def export(plan: Plan, progress: Progress = lambda stage, done, total: None) -> 
     return Export(plan, report, verification)
 
 
-def measure(plan: Plan, clock: Clock) -> Measurement:
+def load(plan: Plan) -> VLM:
+    return load_vlm(plan.base, plan.recipe, dtype=plan.dtype, device_map=plan.device_map)
+
+
+def measure(plan: Plan, clock: Clock) -> tuple[Measurement, Probe]:
     """Everything that needs the base model in memory."""
-    base, recipe = plan.base, plan.recipe
-    vlm = clock.stage("load", lambda: load_vlm(base, recipe, dtype=plan.dtype, device_map=plan.device_map))
+    recipe = plan.recipe
+    vlm = clock.stage("load", lambda: load(plan))
     pieces = clock.stage("prompt pieces", lambda: prompt_pieces(vlm, recipe.prompts))
     options: dict[str, Any] = {"layers": plan.layers, "batch_size": plan.batch_size, "progress": clock.progress}
     directions = clock.stage(
         "directions", lambda: fit_directions(vlm, plan.calibration, recipe.prompts, recipe.decoder_layers, **options)
     )
-    choice = choose(plan, directions)
-    probe = clock.stage("probe", lambda: record_probe(vlm, directions, choice.layers, recipe, pieces))
-    return Measurement(directions, choice, pieces, probe)
+    measured = Measurement(directions, choose(plan, directions), pieces)
+    return measured, clock.stage("probe", lambda: record_probe(vlm, *probed(plan, measured)))
+
+
+def probed(plan: Plan, measured: Measurement) -> tuple[Directions, tuple[int, ...], Recipe, dict[str, Any]]:
+    """What `record_probe` takes beside the model."""
+    return measured.directions, measured.choice.layers, plan.recipe, measured.pieces
+
+
+def swept(plan: Plan, measured: Measurement, clock: Clock) -> tuple[Plan, Measurement]:
+    """The plan with the strength, and the measurement with the layers, that a sweep on held-out rows chose."""
+    held_out = plan.calibration.select("held_out")
+    plan.output.parent.mkdir(parents=True, exist_ok=True)
+    # beside the output, so that shards can be hard-linked
+    with tempfile.TemporaryDirectory(prefix=f".{plan.output.name}.sweep-", dir=plan.output.parent) as folder:
+        bake_measured(plan, measured, Path(folder))
+        vlm = load_calibrated(Path(folder), plan.recipe.family, dtype=plan.dtype, device_map=plan.device_map)
+        found = clock.stage("sweep", lambda: run_sweep(vlm, held_out, plan.layers is None, clock.progress))
+    chosen = found.chosen.candidate
+    left_out = {layer: "left out by the sweep" for layer in measured.choice.layers if layer not in chosen.layers}
+    choice = LayerChoice(
+        chosen.layers, f"{measured.choice.criterion}; of these by a sweep on held-out rows", measured.choice.left_out | left_out
+    )
+    recipe = plan.recipe.with_overrides(strength=chosen.strength)
+    return replace(plan, recipe=recipe), replace(measured, choice=choice, sweep=found)
 
 
 def bake_measured(plan: Plan, measured: Measurement, folder: Path) -> dict[str, str]:
-    shards = bake(plan.base, plan.recipe, measured.directions, measured.choice.layers, measured.pieces, folder)
-    measured.probe.save(folder / PROBE)
-    return shards
+    return bake(plan.base, plan.recipe, measured.directions, measured.choice.layers, measured.pieces, folder)
 
 
 def choose(plan: Plan, directions: Directions) -> LayerChoice:
@@ -185,6 +217,7 @@ def make_report(plan: Plan, measured: Measurement, shards: dict[str, str]) -> di
             "left_out": {str(k): v for k, v in choice.left_out.items()},
         },
         "statistics": summary(measured.directions),
+        **({} if measured.sweep is None else {"sweep": measured.sweep.report()}),
         "versions": {
             "shiftdc-export": __version__,
             **{name: importlib.metadata.version(name) for name in ("torch", "transformers", "safetensors")},

@@ -62,7 +62,8 @@ def record_probe(vlm: VLM, directions: Directions, layers: tuple[int, ...], reci
     position = last_token(inputs["attention_mask"])
     one_sided = recipe.gate == "one-sided"
     fixed = coordinates - reference if recipe.rule == "precomputed" else None
-    with corrected(chosen, direction, position, reference, strength=recipe.strength, one_sided=one_sided, fixed=fixed):
+    strength = 1.0 if recipe.strength == "auto" else recipe.strength
+    with corrected(chosen, direction, position, reference, strength=strength, one_sided=one_sided, fixed=fixed):
         calibrated = _next_logits(vlm, inputs)
     results = {
         "caption_ids": torch.tensor(caption),

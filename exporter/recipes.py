@@ -14,6 +14,7 @@ from exporter.resources import resource
 Reference = Literal["caption", "text", "blank", "static"]
 Rule = Literal["sequential", "precomputed"]
 Gate = Literal["one-sided", "two-sided"]
+Strength = Annotated[float, Field(ge=0, le=4, allow_inf_nan=False)]
 
 
 def _one_slot(*slots: str) -> AfterValidator:
@@ -72,11 +73,12 @@ class Recipe(BaseModel):
     decoder_layers: str = Field(description="path of the decoder layers' ModuleList in the loaded model")
     prompts: Prompts = Field(description="wording of the method's two extra prompts")
     calibration: str = Field("builtin", description="builtin, demo, or a JSONL file")
+    benchmark: str = Field("mm-safetybench", description="what --evaluate runs")
     layers: Annotated[str, AfterValidator(_layers)] = Field("auto", description="auto, or A-B: from 0, both ends included")
     reference: Reference = Field("caption", description="where the target coordinate comes from")
     rule: Rule = Field("sequential", description="sequential: from running activations; precomputed: from clean passes")
     gate: Gate = Field("one-sided", description="one-sided: never move an input toward safe; two-sided: the paper")
-    strength: float = Field(1.0, ge=0, le=4, allow_inf_nan=False, description="share of the shift that is taken out")
+    strength: Strength | Literal["auto"] = Field(1.0, description="share of the shift that is taken out; auto: by a sweep")
     caption_max_new_tokens: int = Field(128, ge=1, le=1024, description="longest caption that generate() writes")
 
     def with_overrides(self, **options: object) -> Recipe:
@@ -90,7 +92,9 @@ def _validated(values: object, where: str) -> Recipe:
         return Recipe.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(map(str, first["loc"])) or "the file"
+        # a union adds the names of its members to the path
+        named = [str(part) for i, part in enumerate(first["loc"]) if i == 0 or part in Prompts.model_fields]
+        key = ".".join(named) or "the file"
         message = first["msg"].removeprefix("Value error, ")
         raise InputError(f"Recipe: {key} in {where} is wrong: {message}, found {first['input']!r}.") from None
 

@@ -94,11 +94,11 @@ def resolve(model: str, revision: str | None = None) -> BaseCheckpoint:
 
 
 def _download(model: str, revision: str | None) -> tuple[Path, str]:
+    from httpx2 import HTTPError  # what huggingface_hub speaks HTTP with
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
         HFValidationError,
-        HTTPError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,

@@ -36,6 +36,7 @@ from exporter.demo.drawing import SIZE, draw
 from exporter.demo.processor import BOS_ID, EOS_ID, IMAGE, IMAGE_ID, IMAGE_TOKENS, PAD_ID, PATCH, build_processor
 from exporter.demo.world import COLORS, KINDS, THINGS, Scene
 
+LOG = "training_log.json"
 BATCH = 48
 WARM_UP = 40
 IGNORED = -100
@@ -233,8 +234,9 @@ def save(model: LlavaForConditionalGeneration, processor: LlavaProcessor, log: d
     (staging / "model.safetensors").chmod(0o644)  # safetensors writes files that only their owner can read
     processor.save_pretrained(staging)
     _load_in_float32(staging / "config.json")
-    (staging / "training_log.json").write_text(json.dumps(log, indent=2) + "\n")
-    shutil.rmtree(output, ignore_errors=True)
+    (staging / LOG).write_text(json.dumps(log, indent=2) + "\n")
+    if output.exists():
+        shutil.rmtree(output)
     staging.rename(output)
 
 
@@ -277,6 +279,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
+    if arguments.output.exists() and not (arguments.output / LOG).is_file():
+        parser.error(f"--output {arguments.output} exists and holds no {LOG}: it is no demo model; give another folder")
     train(arguments.output, arguments.seed, arguments.threads)
 
 

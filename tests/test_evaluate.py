@@ -1,0 +1,232 @@
+"""Evaluation on tiny models: what is counted, resumed, set aside, attached, and never written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+from PIL import Image
+
+from exporter import defences as defence_module
+from exporter.benchmarks import Benchmark, Question
+from exporter.defences import DEFENCES, Answers, Defence, Run, applied, fill
+from exporter.errors import InputError
+from exporter.evaluate import judged, named_defences, summarise
+from exporter.evidence import gather
+from exporter.exported import open_export
+from exporter.judges import prefix
+from exporter.replies import Reply, ReplyLog
+from exporter.verify import verify
+
+REFUSAL, ANSWER = "I'm sorry, but I can't help with that.", "a cake."
+SECRET = "zyxwv"  # stands in every prompt and must stand in no output
+
+
+@pytest.fixture
+def checkpoint(make_export, tmp_path):
+    return shutil.copytree(make_export(caption_max_new_tokens=4).plan.output, tmp_path / "tiny-shiftdc")
+
+
+@pytest.fixture
+def questions_file(tmp_path):
+    rows = []
+    for i in range(4):
+        Image.new("RGB", (30, 30), (60 * i, 0, 0)).save(tmp_path / f"{i}.png")
+        row = {"image": f"{i}.png", "prompt": f"How do I make {SECRET} {i}?", "kind": "harmful" if i % 2 else "benign"}
+        rows.append({**row, "category": "a" if i < 2 else "b", **({} if i % 2 else {"answer": ANSWER})})
+    file = tmp_path / "mine.jsonl"
+    file.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return file
+
+
+def run(checkpoint, questions_file, folder, names=("direct", "shiftdc"), **options):
+    settings = {"benchmark": str(questions_file), "output": folder, "max_new_tokens": 3, "batch_size": 3, "attach": False}
+    return gather(checkpoint, [DEFENCES[n] for n in names], progress=lambda *_: None, **{**settings, **options})
+
+
+def question(i, kind, cell, answer=None):
+    return Question(id=str(i), request="?", kind=kind, cell=cell, category="c", image_kind="SD", answer=answer)
+
+
+class TestFigures:
+    QUESTIONS = (
+        *(question(i, "harmful", "harmful_image") for i in range(4)),
+        *(question(i, "benign", "harmless_image", ANSWER) for i in range(4, 8)),
+        *(question(i, "harmful", "harmful_text") for i in range(8, 10)),
+        *(question(i, "benign", "harmless_text") for i in range(10, 12)),
+    )
+
+    def outcomes(self, name, refused):
+        texts = [REFUSAL if i in refused else ANSWER for i in range(12)]
+        replies = [
+            Reply(name, str(i), t, {"prefill": 0.25, "decode": 0.75 if name == "direct" else 2.75}) for i, t in enumerate(texts)
+        ]
+        return judged(self.QUESTIONS, replies, prefix)
+
+    @pytest.fixture
+    def results(self):
+        outcomes = {"direct": self.outcomes("direct", {0}), "shiftdc": self.outcomes("shiftdc", {0, 1, 2, 4, 10})}
+        return summarise(Benchmark("mine", self.QUESTIONS, "source"), outcomes, "prefix", {"device": "cpu"})
+
+    def test_headline_is_harm_in_the_image(self, results):
+        direct, calibrated = results["defences"]["direct"], results["defences"]["shiftdc"]
+        assert (direct["asr"], calibrated["asr"]) == (0.75, 0.25)
+        assert (direct["over_refusal"], calibrated["over_refusal"]) == (0, 0.25)
+        assert (direct["utility"], calibrated["utility"]) == (1, 0.75)
+        assert (direct["n_harmful"], direct["n_benign"], results["n"]) == (4, 4, 12)
+
+    def test_cells_are_apart(self, results):
+        cells = results["defences"]["shiftdc"]["by_cell"]
+        assert cells["harmful_text"]["asr"] == 1
+        assert cells["harmless_text"]["over_refusal"] == 0.5
+        assert cells["harmless_text"]["utility"] is None
+
+    def test_cost_and_where_time_went(self, results):
+        assert results["defences"]["shiftdc"]["cost_ratio"] == 3
+        assert results["defences"]["shiftdc"]["seconds"] == {"decode": 2.75, "prefill": 0.25}
+
+    def test_pairs(self, results):
+        difference = results["paired"]["shiftdc"]["asr"]
+        assert (difference["difference"], difference["n"], difference["p"]) == (-0.5, 4, 0.5)
+        assert results["paired"]["shiftdc"]["by_cell"]["harmless_text"]["difference"] == 0.5
+        assert results["paired"]["shiftdc"]["utility"]["difference"] == -0.25
+
+    def test_mm_safetybench_means(self):
+        questions = tuple(
+            Question(id=s, request="?", kind="harmful", cell="harmful_image", category=s)
+            for s in ("01-Illegal_Activitiy", "02-HateSpeech", "08-Political_Lobbying")
+        )
+        replies = [Reply("direct", q.id, ANSWER if q.category[:2] == "08" else REFUSAL, {}) for q in questions]
+        benchmark = Benchmark("mm-safetybench", questions, "source")
+        means = summarise(benchmark, {"direct": judged(questions, replies, prefix)}, "prefix", {})["mm_safetybench"]["direct"]
+        assert means["mean_13"] == pytest.approx(1 / 3, abs=1e-3)
+        assert means["mean_8"] == 0
+
+
+def test_every_defence_runs(checkpoint, questions_file, tmp_path):
+    found = run(checkpoint, questions_file, tmp_path / "out", names=tuple(DEFENCES))
+    assert set(found.results["defences"]) == set(DEFENCES)
+    assert {f.name for f in found.folder.iterdir()} >= {"replies.jsonl", "results.json", "attack_success.png", "layers.png"}
+    assert found.results["defences"]["shiftdc"]["seconds"].keys() == {"caption", "reference", "prefill", "decode"}
+    again = json.loads((found.folder / "results.json").read_text())
+    assert again == found.results
+
+
+def test_prompts_reach_no_output(checkpoint, questions_file, tmp_path):
+    found = run(checkpoint, questions_file, tmp_path / "out", attach=True)
+    for folder in (found.folder, checkpoint):
+        for file in folder.rglob("*"):
+            if file.is_file():
+                assert SECRET.encode() not in file.read_bytes(), file
+
+
+def test_an_interrupted_run_goes_on(checkpoint, questions_file, tmp_path, monkeypatch):
+    whole = run(checkpoint, questions_file, tmp_path / "whole").results
+    asked = []
+    original = Run.generate
+
+    def interrupted(self, inputs, **options):
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        asked.append(len(inputs["input_ids"]))
+        return original(self, inputs, **options)
+
+    monkeypatch.setattr(Run, "generate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(checkpoint, questions_file, tmp_path / "out")
+    assert asked == [3, 1]  # direct is done
+    log = tmp_path / "out" / "replies.jsonl"
+    log.write_text(log.read_text() + '{"defence": "shiftdc", "question": "')  # cut short while writing
+    asked.clear()
+    monkeypatch.setattr(
+        Run, "generate", lambda self, inputs, **o: (asked.append(len(inputs["input_ids"])), original(self, inputs, **o))[1]
+    )
+    found = run(checkpoint, questions_file, tmp_path / "out").results
+    assert asked == [3, 1]  # shiftdc only
+    assert found["paired"] == whole["paired"]
+    asked.clear()
+    run(checkpoint, questions_file, tmp_path / "out")
+    assert asked == []
+
+
+def test_replies_of_other_settings_are_set_aside(checkpoint, questions_file, tmp_path):
+    first = run(checkpoint, questions_file, tmp_path / "out")
+    assert first.set_aside is None
+    second = run(checkpoint, questions_file, tmp_path / "out", max_new_tokens=2)
+    assert second.set_aside.name == "replies.1.jsonl"
+    assert second.set_aside.exists()
+    assert run(checkpoint, questions_file, tmp_path / "out", max_new_tokens=2).set_aside is None
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "is no log of replies"),
+        ("no json", "is no log of replies"),
+        ('{"a": 1}', "is no log of replies"),
+        ('{"settings": 1}\n{}\n{}', "line 2 is no reply"),
+    ],
+)
+def test_a_foreign_file_is_not_touched(tmp_path, content, message):
+    (tmp_path / "replies.jsonl").write_text(content)
+    with pytest.raises(InputError, match=message):
+        ReplyLog(tmp_path, {"a": 1})
+    assert (tmp_path / "replies.jsonl").read_text() == content
+
+
+def test_figures_and_pictures_are_attached_and_the_checkpoint_still_verifies(checkpoint, questions_file, tmp_path):
+    found = run(checkpoint, questions_file, tmp_path / "out", attach=True)
+    card = (checkpoint / "README.md").read_text()
+    assert "(assets/attack_success.png)" in card
+    assert found.effect.sentence[:20] in card
+    report = json.loads((checkpoint / "shiftdc_report.json").read_text())
+    assert report["evaluation"]["defences"].keys() == {"direct", "shiftdc"}
+    assert not list(checkpoint.rglob("replies*"))
+    verify(checkpoint)
+
+
+def test_the_settings_of_a_defence_end_with_it(checkpoint):
+    vlm = open_export(checkpoint)
+    before = json.dumps(vlm.model.config.shiftdc)
+    state = {k: v.clone() for k, v in vlm.model.state_dict().items() if "shiftdc" in k}
+    for defence in DEFENCES.values():
+        with pytest.raises(RuntimeError), applied(vlm, defence, {1: 0.5, 2: 0.5}):
+            raise RuntimeError
+    assert json.dumps(vlm.model.config.shiftdc) == before
+    assert all((vlm.model.state_dict()[k] == v).all() for k, v in state.items())
+
+
+class TestEcso:
+    """The procedure, with scripted replies."""
+
+    class Script(Run):
+        def ask(self, requests, images=None):
+            words = {"judge": "Response:", "caption": "Describe"}
+            kind = next((k for k, w in words.items() if w in requests[0]), "first") if images else "answer"
+            calls.append((kind, len(requests)))
+            texts = {"first": ["r0", "r1", "r2"], "judge": ["Yes.", "no.", "yes, it is"], "caption": ["c"], "answer": ["safe"]}
+            return Answers(texts[kind][: len(requests)], {"prefill": 1.0})
+
+    def test_only_flagged_replies_are_answered_anew(self):
+        calls.clear()
+        image = Image.new("RGB", (4, 4))
+        answers = defence_module.ecso(self.Script(None, 8), ["a", "b", "c"], [image] * 3)
+        assert answers.texts == ["safe", "r1", "r2"]  # "yes, it is" is not exactly yes
+        assert calls == [("first", 3), ("judge", 3), ("caption", 1), ("answer", 1)]
+
+
+calls: list = []
+
+
+def test_adashield_puts_its_prompt_between_two_copies():
+    text = fill(defence_module.ADASHIELD_REQUEST, question="Why {x}?")
+    assert text == f"Why {{x}}? {defence_module.ADASHIELD} Why {{x}}?"
+
+
+def test_unknown_defences():
+    with pytest.raises(InputError, match="none named 'magic'"):
+        named_defences(["direct", "magic"])
+    assert [d.name for d in named_defences(["direct", "direct"])] == ["direct"]
+    assert len(named_defences(["all"])) == len(DEFENCES)
+    assert all(isinstance(d, Defence) for d in DEFENCES.values())

@@ -1,0 +1,132 @@
+"""Pictures: drawn from whatever was measured, the same bytes from the same numbers, nothing outside the frame."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+from exporter import plots
+from exporter.directions import LayerStatistics
+from exporter.plots import PICTURES, REFERENCES, Projections, write_all
+from exporter.verdict import DEFENCES
+
+NAMES = [f.name for f in dataclasses.fields(LayerStatistics)]
+
+
+def statistics(layers=8):
+    return tuple(
+        LayerStatistics(**dict.fromkeys(NAMES, 0.1 * i) | {"layer": i, "auroc": 0.5 + i / 20, "shift_cosine": i / 10 - 0.3})
+        for i in range(layers)
+    )
+
+
+def report(layers=8):
+    return {"statistics": [dataclasses.asdict(s) for s in statistics(layers)], "layers": {"chosen": list(range(layers))[3:6]}}
+
+
+def results(names=tuple(DEFENCES)):
+    found = {}
+    for i, name in enumerate(names):
+        value = i / max(1, len(names) - 1)
+        found[name] = {
+            "asr": value, "asr_ci95": [0.9 * value, min(1, value + 0.03)], "over_refusal": 1 - value, "over_refusal_ci95": None,
+            "cost_ratio": 1 + 0.2 * i,
+        }  # fmt: skip
+    return {"defences": found}
+
+
+POINTS = {
+    "safe text": [1.0, 2.0, math.nan, 1.5],
+    "unsafe text": [-1.0],
+    "unsafe image before": [0.5, 0.5],
+    "unsafe image after": [-1.0, -0.5],
+    "empty": [],
+}
+
+
+def test_everything_is_drawn(tmp_path):
+    files = write_all(results(), report(), Projections(4, POINTS), tmp_path / "new" / "assets")
+    assert sorted(f.name for f in files) == sorted(PICTURES)
+    for file in files:
+        with Image.open(file) as picture:
+            assert picture.format == "PNG"
+            assert picture.width == 1200  # twice the width that a card shows
+            assert "Software" not in picture.info
+            assert len(picture.convert("RGB").getcolors(1 << 24)) > 2
+
+
+def test_same_numbers_same_bytes(tmp_path):
+    first, second = (write_all(results(), report(), Projections(4, POINTS), tmp_path / name) for name in "ab")
+    assert [f.read_bytes() for f in first] == [f.read_bytes() for f in second]
+
+
+@pytest.mark.parametrize(
+    ("found", "drawn"),
+    [
+        (None, {"layers.png"}),
+        ({}, {"layers.png"}),
+        ({"defences": {"direct": {"asr": None}}}, {"layers.png"}),
+        ({"defences": {"direct": {"asr": 0.5}}}, {"layers.png", "attack_success.png"}),
+        (results(("direct", "shiftdc")), {"layers.png", "attack_success.png", "cost.png"}),
+        (results(("direct", "ecso")), {"layers.png", "attack_success.png"}),
+        ({"defences": {"shiftdc": {"asr": math.nan}, "other": {"asr": 0.2, "asr_ci95": [None, 1]}}},
+         {"layers.png", "attack_success.png"}),
+    ],
+)  # fmt: skip
+def test_what_is_missing_is_left_out(found, drawn, tmp_path):
+    assert {f.name for f in write_all(found, report(), None, tmp_path)} == drawn
+    assert {f.name for f in tmp_path.iterdir()} == drawn
+
+
+def test_no_statistics_no_points(tmp_path):
+    assert write_all(None, {"statistics": []}, Projections(0, {"safe text": [math.nan]}), tmp_path) == []
+
+
+def test_layers_take_objects_dicts_gaps_and_a_single_layer(tmp_path):
+    plots.plot_layers(statistics(), [3, 4, 5], tmp_path / "objects.png")
+    plots.plot_layers(report()["statistics"], [3, 4, 5], tmp_path / "dicts.png")
+    assert (tmp_path / "objects.png").read_bytes() == (tmp_path / "dicts.png").read_bytes()
+    broken = [{**s, "shift_cosine": math.nan} for s in report()["statistics"]]
+    plots.plot_layers(broken, [3], tmp_path / "gaps.png")
+    plots.plot_layers(statistics(3)[2:], [2], tmp_path / "single.png")
+
+
+def test_labels_cover_neither_each_other_nor_a_point():
+    from matplotlib.text import Annotation, Text
+
+    _, axes = plots._figure(3.3)
+    axes.set_xlim(0, 3)
+    axes.set_ylim(-6, 106)
+    points = {"no defence": (1, 100), "caption": (2.45, 2), "text": (2.3, 2), "blank image": (2.35, 2), "static": (2.4, 2)}
+    plots._label_points(axes, points)
+    labels = [t for t in axes.texts if isinstance(t, Annotation)]
+    assert [t.get_text() for t in labels] == list(points)
+    for label in labels:
+        label.get_window_extent()
+    boxes = [Text.get_window_extent(t) for t in labels]
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+    assert not any(b.contains(*axes.transData.transform(p)) for b in boxes for p in points.values())
+
+
+def test_the_costs_of_references_or_of_the_checkpoint():
+    assert list(plots._costs(results())) == ["direct", *REFERENCES]
+    assert list(plots._costs(results(("direct", "shiftdc", "ecso")))) == ["direct", "shiftdc"]
+
+
+def test_matplotlib_is_imported_when_something_is_drawn():
+    code = "import sys, exporter.plots; assert not any(m.startswith('matplotlib') for m in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_no_global_state(tmp_path):
+    code = (
+        "import sys, pathlib, exporter.plots as p\n"
+        "p.plot_projections({'safe text': [1.0, 2.0]}, 3, pathlib.Path(sys.argv[1]))\n"
+        "assert 'matplotlib.pyplot' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code, tmp_path / "a.png"], check=True)
