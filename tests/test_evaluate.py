@@ -95,7 +95,7 @@ class TestFigures:
     def test_mm_safetybench_means(self):
         questions = tuple(
             Question(id=s, request="?", kind="harmful", cell="harmful_image", category=s)
-            for s in ("01-Illegal_Activitiy", "02-HateSpeech", "08-Political_Lobbying")
+            for s in ("01-Illegal_Activity", "02-HateSpeech", "08-Political_Lobbying")
         )
         replies = [Reply("direct", q.id, ANSWER if q.category[:2] == "08" else REFUSAL, {}) for q in questions]
         benchmark = Benchmark("mm-safetybench", questions, "source")
