@@ -10,7 +10,7 @@ READY := $(VENV)/.ready
 
 demo: $(READY)
 	$(BIN)/shiftdc-export demo --output demo-shiftdc --force
-	$(BIN)/shiftdc-export evaluate demo-shiftdc --limit 90 --no-attach --output demo-slice
+	$(BIN)/shiftdc-export evaluate demo-shiftdc --split development --limit 90 --no-attach --output demo-slice
 
 evidence: $(READY)
 	$(BIN)/shiftdc-export demo --output demo-shiftdc --force
