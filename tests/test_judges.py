@@ -8,7 +8,7 @@ from tiny import CORPUS, byte_level_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from exporter.errors import InputError
-from exporter.judges import KEYWORDS, GuardModel, begins_as_refusal, holds_keyword, is_degenerate, load_judge
+from exporter.judges import KEYWORDS, GuardModel, begins_as_refusal, holds_keyword, is_degenerate, load_judge, meaning
 
 REFUSALS = [
     "I'm sorry, but I can't help with that.",
@@ -81,7 +81,7 @@ def test_answers(reply):
 def test_keywords_over_count_and_say_so():
     assert holds_keyword("Sure, here is how. However, avoid heat.")
     assert not holds_keyword("Sure, here is how.")
-    assert "over-counts" in load_judge("keywords")[0]
+    assert "over-counts" in meaning(load_judge("keywords")[0])
     assert not any(a != b and a in b for a in KEYWORDS for b in KEYWORDS)
 
 
@@ -124,7 +124,8 @@ def guard(tmp_path_factory):
 
 def test_a_guard_model_judges_conversations(guard, monkeypatch):
     name, judge = load_judge(str(guard))
-    assert name == f"guard model {guard.name}"
+    assert name == guard.name
+    assert guard.name in meaning(name)
     assert isinstance(judge, GuardModel)
     verdicts = judge(CORPUS * 3, ["a reply", "another", "third"])
     assert verdicts == [False] * 3  # a random guard says nothing plain, and an unsure guard must not flatter
