@@ -208,6 +208,7 @@ def generate(
 )
 @click.option("--limit", type=click.IntRange(1), help="Questions per cell [default: all].")
 @click.option("--defence", "defences", multiple=True, metavar="NAME", help="Repeatable; all for every one [default: four].")
+@click.option("--category", "categories", multiple=True, metavar="NAME", help="Repeatable: only questions of these categories.")
 @click.option("--judge", default="prefix", show_default=True, metavar="prefix|keywords|GUARD_MODEL", help="Judge of attacks.")
 @click.option(
     "--output", type=click.Path(path_type=Path), help="Folder for replies, results and pictures [default: ./<name>-evaluation]."

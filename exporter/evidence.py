@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from exporter.benchmarks import Benchmark, load_benchmark
 from exporter.card import render_card
 from exporter.defences import Defence, Run
 from exporter.directions import LayerStatistics
+from exporter.errors import InputError
 from exporter.evaluate import Progress, evaluate
 from exporter.exported import open_export, read_report
 from exporter.judges import load_judge
@@ -48,6 +49,7 @@ def gather(
     benchmark: str = "demo",
     split: str = "test",
     limit: int | None = None,
+    categories: Sequence[str] = (),
     judge: str = "prefix",
     output: Path | None = None,
     attach: bool = True,
@@ -62,7 +64,7 @@ def gather(
     Replies, results.json and pictures go to `output` (default ./<checkpoint>-evaluation). Only figures and pictures are attached.
     """
     report = read_report(checkpoint)
-    found = load_benchmark(benchmark, split=split).limited(limit)
+    found = of_categories(load_benchmark(benchmark, split=split), categories).limited(limit)
     named_judge = load_judge(judge)
     folder = output or Path(f"{checkpoint.name}-evaluation")
     log = ReplyLog(folder, settings(checkpoint, report, found, max_new_tokens, dtype))
@@ -77,6 +79,15 @@ def gather(
     if attach:
         attach_results(checkpoint, report, results, pictures)
     return Evidence(results, effect, folder, log.set_aside)
+
+
+def of_categories(benchmark: Benchmark, names: Sequence[str]) -> Benchmark:
+    """The questions of some categories; of all, if none is named. Raises InputError."""
+    known = sorted({q.category for q in benchmark.questions if q.category is not None})
+    if unknown := [n for n in names if n not in known]:
+        raise InputError(f"--category: {benchmark.name} has none named {unknown[0]!r}, expected of {', '.join(known) or 'none'}.")
+    chosen = tuple(q for q in benchmark.questions if not names or q.category in names)
+    return replace(benchmark, questions=chosen)
 
 
 def settings(checkpoint: Path, report: dict[str, Any], benchmark: Benchmark, max_new_tokens: int, dtype: str) -> dict[str, Any]:

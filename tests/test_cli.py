@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import subprocess
@@ -9,10 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from click.testing import CliRunner
 from PIL import Image
 
 from exporter.cli import main
+from exporter.resources import resource
 
 
 def run(*arguments: object) -> object:
@@ -81,6 +84,87 @@ def test_bad_input_is_one_sentence_and_exit_code_2(base_folder, exported, tmp_pa
     assert "Traceback" not in done.output
     assert done.stdout == ""
     assert [f.name for f in tmp_path.iterdir()] == ["image.png"]
+
+
+@pytest.fixture
+def benchmark_file(tmp_path):
+    """Writes one question about `image`, as given, and returns the file."""
+
+    def write(image: bytes | None, **changes: object) -> Path:
+        if image is not None:
+            (tmp_path / "a.png").write_bytes(image)
+        row = {"image": "a.png", "prompt": "What is it?", "kind": "benign", "category": "things", **changes}
+        file = tmp_path / "mine.jsonl"
+        file.write_text(json.dumps(row))
+        return file
+
+    return write
+
+
+def png(size: tuple[int, int]) -> bytes:
+    data = io.BytesIO()
+    Image.new("1", size).save(data, "PNG")
+    return data.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("image", "changes", "arguments", "message"),
+    [
+        (None, {}, [], "there is no image"),
+        (b"no picture", {}, [], "line 1: the image cannot be decoded"),
+        (png((20000, 20000)), {}, [], "line 1: the image has more than"),
+        (png((8, 8)), {"kind": "odd"}, [], "line 1: kind"),
+        (png((8, 8)), {}, ["--category", "weather"], "has none named 'weather', expected of things"),
+        (png((8, 8)), {}, ["--defence", "magic"], "none named 'magic'"),
+        (png((8, 8)), {}, ["--judge", "nobody/guard"], "neither prefix nor keywords"),
+    ],
+    ids=["missing", "unreadable", "bomb", "kind", "category", "defence", "judge"],
+)
+def test_bad_benchmarks_are_one_sentence(exported, benchmark_file, tmp_path, image, changes, arguments, message):
+    file = benchmark_file(image, **changes)
+    done = run("evaluate", exported, "--benchmark", file, "--quiet", "--no-attach", "--output", tmp_path / "out", *arguments)
+    assert done.exit_code == 2, done.output
+    assert message in done.stderr
+    assert "Traceback" not in done.output
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "out" / "results.json").exists()
+
+
+def test_an_empty_benchmark_and_a_foreign_reply_file(exported, benchmark_file, tmp_path):
+    file = benchmark_file(png((8, 8)))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "replies.jsonl").write_text("my diary")
+    arguments = ("evaluate", exported, "--benchmark", file, "--quiet", "--no-attach", "--output", tmp_path / "out")
+    done = run(*arguments)
+    assert (done.exit_code, "is no log of replies" in done.stderr) == (2, True)
+    assert (tmp_path / "out" / "replies.jsonl").read_text() == "my diary"
+    file.write_text("")
+    done = run(*arguments)
+    assert (done.exit_code, "holds no questions" in done.stderr) == (2, True)
+
+
+def test_evaluate_prints_tables_or_one_document(exported, benchmark_file, tmp_path):
+    file = benchmark_file(png((30, 30)), answer="a box.")
+    arguments = ("evaluate", exported, "--benchmark", file, "--no-attach", "--max-new-tokens", 2, "--output", tmp_path / "out")
+    done = run(*arguments)
+    assert done.exit_code == 0, done.output
+    assert "over-refusal" in done.stdout
+    assert "not shown that calibration lowers attack success" in done.stderr  # there was no attack
+    document = json.loads(run(*arguments, "--json", "--quiet").stdout)
+    assert document["defences"]["shiftdc"]["n_benign"] == 1
+
+
+def test_export_with_evaluate_has_its_figures_in_the_card(base_folder, calibration_file, benchmark_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipe = yaml.safe_load((resource("recipes") / "llava.yaml").read_text())
+    recipe |= {"benchmark": str(benchmark_file(png((30, 30)))), "caption_max_new_tokens": 4, "layers": "1"}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(recipe))
+    arguments = ("--recipe", "mine.yaml", "--calibration", calibration_file, "--quiet", "--evaluate", "--json")
+    done = run(base_folder, *arguments, "--output", "out")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["evaluation"]["defences"].keys() == {"direct", "text_only", "shiftdc", "random_direction_0"}
+    assert "harmless refused" in (tmp_path / "out" / "README.md").read_text()
+    assert (tmp_path / "out-evaluation" / "results.json").is_file()
 
 
 def test_a_failed_check_is_exit_code_1(exported, tmp_path):
