@@ -29,6 +29,8 @@ from exporter.source import INDEX, SINGLE, BaseCheckpoint, read_header
 
 SHARD = "shiftdc.safetensors"
 REPORT = "shiftdc_report.json"
+#: Modeling code that every family's export carries.
+SHARED_MODULES = ("modeling_shiftdc", "modeling_shiftdc_correction", "modeling_shiftdc_prompts")
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Family:
     @property
     def files(self) -> tuple[Path, ...]:
         folder = Path(modeling.__file__).parent
-        return folder / "modeling_shiftdc.py", folder / f"{self.module}.py"
+        return tuple(folder / f"{name}.py" for name in (*SHARED_MODULES, self.module))
 
 
 def family(name: str) -> Family:

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from exporter.modeling.modeling_shiftdc import PromptPieces
+from exporter.modeling.modeling_shiftdc_prompts import PromptPieces
 from exporter.vlm import VLM, Inputs
 
 ADASHIELD = (

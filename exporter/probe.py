@@ -19,7 +19,7 @@ from torch import nn
 from exporter.activations import last_token, last_token_activations
 from exporter.calibration import typographic_image
 from exporter.directions import Directions
-from exporter.modeling.modeling_shiftdc import PromptPieces
+from exporter.modeling.modeling_shiftdc_prompts import PromptPieces
 from exporter.recipes import Recipe
 from exporter.vlm import VLM
 

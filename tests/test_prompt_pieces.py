@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 from tiny import TEMPLATE, byte_level_tokenizer, metaspace_tokenizer, tiny_model, tiny_processor
 
-from exporter.modeling.modeling_shiftdc import PromptPieces
+from exporter.modeling.modeling_shiftdc_prompts import PromptPieces
 from exporter.prompt_pieces import prompt_pieces
 from exporter.recipes import Prompts, load_recipe
 from exporter.vlm import VLM, user_turn

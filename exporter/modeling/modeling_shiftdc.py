@@ -1,4 +1,4 @@
-"""ShiftDC inside a vision-language model: the part that every family shares.
+"""ShiftDC inside a vision-language model: what every family shares, loading and generation.
 
 This file travels inside exported checkpoints and imports torch and transformers only. A family adds a config class and a
 model class that puts `ShiftDCMixin` before its transformers class; nothing else differs between families.
@@ -24,6 +24,9 @@ from transformers import PretrainedConfig
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.utils import logging
 
+from .modeling_shiftdc_correction import ShiftDCCorrection, ShiftDCReadout, calibrate
+from .modeling_shiftdc_prompts import PromptPieces
+
 if TYPE_CHECKING:  # what the mixins are mixed into
     from transformers import PretrainedConfig as _Config
     from transformers import PreTrainedModel as _Model
@@ -33,7 +36,6 @@ else:
 logger = logging.get_logger(__name__)
 
 FORMAT_VERSION = 1
-REFERENCES = ("caption", "text", "blank", "static")
 #: In an exported config.json this sentence stands in one field that the stock config class validates (its value is kept in the
 #: `shiftdc` block). A stock class, which would run uncalibrated, then ends in an error that prints the sentence.
 STOCK_CLASS_GUARD = (
@@ -76,179 +78,6 @@ class ShiftDCConfigMixin(_Config):
         guarded = config["shiftdc"]["guarded"]
         kept = {k: v for k, v in config.items() if k != field}
         return {**kept, **({field: guarded["value"]} if "value" in guarded else {}), "shiftdc": settings}
-
-
-class ShiftDCCorrection(nn.Module):
-    """Direction and mean shift of one decoder layer, and the correction along them.
-
-    Buffers (float32, whatever the model's dtype): `direction` [hidden], unit norm, from unsafe to safe; `shift` [], the mean of
-    `(x_image - x_text).d` over the calibration set. Both are NaN until loaded.
-    """
-
-    direction: torch.Tensor
-    shift: torch.Tensor
-
-    def __init__(self, hidden_size: int, column: int, strength: float, one_sided: bool):
-        super().__init__()
-        self.column = column  # of shiftdc_reference and shiftdc_correction
-        self.strength = strength
-        self.one_sided = one_sided
-        self.register_buffer("direction", torch.full((hidden_size,), torch.nan, dtype=torch.float32))
-        self.register_buffer("shift", torch.full((), torch.nan, dtype=torch.float32))
-
-    def _apply(self, fn: Any, recurse: bool = True) -> ShiftDCCorrection:
-        """`.to()`, `.half()` and the like move the buffers and leave them float32."""
-
-        def keep_dtype(tensor: torch.Tensor) -> torch.Tensor:
-            moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-
-        return super()._apply(keep_dtype, recurse)
-
-    def gate(self, excess: torch.Tensor) -> torch.Tensor:
-        return excess.clamp_min(0) if self.one_sided else excess
-
-    def forward(
-        self,
-        hidden: torch.Tensor,
-        position: torch.Tensor,
-        reference: torch.Tensor | None = None,
-        correction: torch.Tensor | None = None,
-        readout: ShiftDCReadout | None = None,
-    ) -> torch.Tensor | None:
-        """Correct `hidden` [batch, time, hidden] at `position` [batch] (-1: leave the row alone).
-
-        reference: [batch, layers] float32, target coordinates `r` (arXiv:2502.13095, Eq. 7).
-        correction: [batch, layers] float32, amounts to subtract that were computed beforehand (`rule: precomputed`).
-        Without either, the amount is the baked mean shift. With a `readout`, nothing is changed and coordinates are stored.
-        Every number but those at `position` comes back bit for bit.
-        """
-        position = position.to(hidden.device)
-        rows = torch.arange(hidden.shape[0], device=hidden.device)
-        token = position.clamp_min(0)
-        x = hidden[rows, token].float()
-        direction = self.direction.to(hidden.device)
-        if readout is not None:
-            readout.coordinates[self.column] = x @ direction
-            return None
-        if correction is not None:
-            amount = correction.to(x)[:, self.column]
-        elif reference is not None:
-            amount = x @ direction - reference.to(x)[:, self.column]
-        else:
-            amount = self.shift.to(x).expand(len(x))
-        moved = (x - self.strength * self.gate(amount)[:, None] * direction).to(hidden.dtype)
-        kept = hidden[rows, token]
-        # zero amounts keep the row's own bits: -0.0 - 0.0 would lose a sign, and strength 0 is the base model exactly
-        change = (position >= 0) & (self.gate(amount) != 0) & (self.strength != 0)
-        return hidden.index_put((rows, token), torch.where(change[:, None], moved, kept))
-
-
-class ShiftDCReadout:
-    """Collects `x.d` of one position per row. A plain object: accelerate passes it from device to device untouched."""
-
-    def __init__(self, layers: int):
-        self.coordinates: list[torch.Tensor | None] = [None] * layers
-
-    def stacked(self, device: torch.device) -> torch.Tensor:
-        """[batch, layers], float32."""
-        return torch.stack([c.to(device) for c in self.coordinates if c is not None], dim=1)
-
-
-def _calibrate(layer: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-    """Forward hook of a calibrated decoder layer."""
-    position = kwargs.get("shiftdc_position")
-    if position is None:
-        return None
-    hidden = output[0] if isinstance(output, tuple) else output
-    corrected = layer.shiftdc(
-        hidden,
-        position,
-        kwargs.get("shiftdc_reference"),
-        kwargs.get("shiftdc_correction"),
-        kwargs.get("shiftdc_readout"),
-    )
-    if corrected is None:
-        return None
-    return (corrected, *output[1:]) if isinstance(output, tuple) else corrected
-
-
-class PromptPieces:
-    """Builds caption requests and text-only counterparts of prompts, in token space.
-
-    The pieces are token ids around the slots of the chat template (config.shiftdc["prompt"], found by the exporter):
-    `first_turn_head` opens the first user turn and `turn_head` every other, `image_head`/`image_tail` enclose an image, `tail`
-    ends the prompt; `caption` = [before, after] the request, `text` = [before the request, between request and caption, after].
-    """
-
-    def __init__(self, pieces: dict[str, Any], image_token_id: int):
-        self.first_turn_head: list[int] = pieces["first_turn_head"]
-        self.turn_head: list[int] = pieces["turn_head"]
-        self.image_head: list[int] = pieces["image_head"]
-        self.image_tail: list[int] = pieces["image_tail"]
-        self.tail: list[int] = pieces["tail"]
-        self.caption: list[list[int]] = pieces["caption"]
-        self.text: list[list[int]] = pieces["text"]
-        self.image_token_id = image_token_id
-
-    def request_span(self, ids: list[int]) -> tuple[int, int]:
-        """Where the request of the last user turn stands: [start, end) in `ids`."""
-        end = _last_occurrence(ids, self.tail, len(ids))
-        end = len(ids) if end is None else end
-        turn = _last_occurrence(ids, self.turn_head, end)
-        if turn is None:
-            turn = _common_prefix(ids, self.first_turn_head)
-        else:
-            turn += len(self.turn_head)
-        images = [i for i, t in enumerate(ids[:end]) if t == self.image_token_id]
-        after_image = images[-1] + 1 if images else 0
-        if ids[after_image : after_image + len(self.image_tail)] == self.image_tail:
-            after_image += len(self.image_tail)
-        start = max(turn, after_image)
-        return (start, end) if start < end else (turn, end)  # the image may also stand behind the request
-
-    def caption_prompt(self, ids: list[int]) -> list[int]:
-        """The prompt that asks the model for a caption in view of the request; the image stays."""
-        start, end = self.request_span(ids)
-        before, after = self.caption
-        return ids[:start] + before + ids[start:end] + after + ids[end:]
-
-    def text_prompt(self, ids: list[int], caption: list[int] | None = None) -> list[int]:
-        """The text-only counterpart: no image, and the caption in its place (None: the request alone)."""
-        start, end = self.request_span(ids)
-        request = self.without_images(ids[start:end])
-        if caption is not None:
-            before, between, after = self.text
-            request = before + request + between + caption + after
-        return self.without_images(ids[:start]) + request + ids[end:]
-
-    def without_images(self, ids: list[int]) -> list[int]:
-        kept: list[int] = []
-        i = 0
-        while i < len(ids):
-            if ids[i] != self.image_token_id:
-                kept.append(ids[i])
-                i += 1
-                continue
-            if self.image_head and kept[-len(self.image_head) :] == self.image_head:
-                del kept[-len(self.image_head) :]
-            while i < len(ids) and ids[i] == self.image_token_id:
-                i += 1
-            if ids[i : i + len(self.image_tail)] == self.image_tail:
-                i += len(self.image_tail)
-        return kept
-
-
-def _common_prefix(ids: list[int], piece: list[int]) -> int:
-    return next((i for i, (a, b) in enumerate(zip(ids, piece, strict=False)) if a != b), min(len(ids), len(piece)))
-
-
-def _last_occurrence(ids: list[int], piece: list[int], end: int) -> int | None:
-    """Start of the last occurrence of `piece` that ends at or before `end`; None for none or an empty piece."""
-    if not piece:
-        return None
-    starts = range(end - len(piece), -1, -1)
-    return next((i for i in starts if ids[i : i + len(piece)] == piece), None)
 
 
 #: Arguments of forward() that describe text, caching or output; all others describe the image.
@@ -296,7 +125,7 @@ class ShiftDCMixin(_Model):
             layers[index].shiftdc = ShiftDCCorrection(
                 hidden_size, column, float(settings["strength"]), settings["gate"] == "one-sided"
             )
-            layers[index].register_forward_hook(_calibrate, with_kwargs=True)
+            layers[index].register_forward_hook(calibrate, with_kwargs=True)
         self.register_load_state_dict_post_hook(_recheck)
 
     def _init_weights(self, module: nn.Module) -> None:

@@ -1,0 +1,108 @@
+"""The correction of one decoder layer; travels inside exported checkpoints.
+
+With a unit direction `d` that points from unsafe to safe, and the coordinate `r` of a text-only counterpart,
+`x' = x - strength * (x.d - r) d` (arXiv:2502.13095, Eq. 7: the coordinate of the image prompt is replaced by that of its
+counterpart). `gate: one-sided` corrects `max(0, x.d - r)` only, so that no input is ever moved toward "safe".
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class ShiftDCCorrection(nn.Module):
+    """Direction and mean shift of one decoder layer, and the correction along them.
+
+    Buffers (float32, whatever the model's dtype): `direction` [hidden], unit norm, from unsafe to safe; `shift` [], the mean of
+    `(x_image - x_text).d` over the calibration set. Both are NaN until loaded.
+    """
+
+    direction: torch.Tensor
+    shift: torch.Tensor
+
+    def __init__(self, hidden_size: int, column: int, strength: float, one_sided: bool):
+        super().__init__()
+        self.column = column  # of shiftdc_reference and shiftdc_correction
+        self.strength = strength
+        self.one_sided = one_sided
+        self.register_buffer("direction", torch.full((hidden_size,), torch.nan, dtype=torch.float32))
+        self.register_buffer("shift", torch.full((), torch.nan, dtype=torch.float32))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> ShiftDCCorrection:
+        """`.to()`, `.half()` and the like move the buffers and leave them float32."""
+
+        def keep_dtype(tensor: torch.Tensor) -> torch.Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(keep_dtype, recurse)
+
+    def gate(self, excess: torch.Tensor) -> torch.Tensor:
+        return excess.clamp_min(0) if self.one_sided else excess
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        position: torch.Tensor,
+        reference: torch.Tensor | None = None,
+        correction: torch.Tensor | None = None,
+        readout: ShiftDCReadout | None = None,
+    ) -> torch.Tensor | None:
+        """Correct `hidden` [batch, time, hidden] at `position` [batch] (-1: leave the row alone).
+
+        reference: [batch, layers] float32, target coordinates `r` (arXiv:2502.13095, Eq. 7).
+        correction: [batch, layers] float32, amounts to subtract that were computed beforehand (`rule: precomputed`).
+        Without either, the amount is the baked mean shift. With a `readout`, nothing is changed and coordinates are stored.
+        Every number but those at `position` comes back bit for bit.
+        """
+        position = position.to(hidden.device)
+        rows = torch.arange(hidden.shape[0], device=hidden.device)
+        token = position.clamp_min(0)
+        x = hidden[rows, token].float()
+        direction = self.direction.to(hidden.device)
+        if readout is not None:
+            readout.coordinates[self.column] = x @ direction
+            return None
+        if correction is not None:
+            amount = correction.to(x)[:, self.column]
+        elif reference is not None:
+            amount = x @ direction - reference.to(x)[:, self.column]
+        else:
+            amount = self.shift.to(x).expand(len(x))
+        moved = (x - self.strength * self.gate(amount)[:, None] * direction).to(hidden.dtype)
+        kept = hidden[rows, token]
+        # zero amounts keep the row's own bits: -0.0 - 0.0 would lose a sign, and strength 0 is the base model exactly
+        change = (position >= 0) & (self.gate(amount) != 0) & (self.strength != 0)
+        return hidden.index_put((rows, token), torch.where(change[:, None], moved, kept))
+
+
+class ShiftDCReadout:
+    """Collects `x.d` of one position per row. A plain object: accelerate passes it from device to device untouched."""
+
+    def __init__(self, layers: int):
+        self.coordinates: list[torch.Tensor | None] = [None] * layers
+
+    def stacked(self, device: torch.device) -> torch.Tensor:
+        """[batch, layers], float32."""
+        return torch.stack([c.to(device) for c in self.coordinates if c is not None], dim=1)
+
+
+def calibrate(layer: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+    """Forward hook of a calibrated decoder layer."""
+    position = kwargs.get("shiftdc_position")
+    if position is None:
+        return None
+    hidden = output[0] if isinstance(output, tuple) else output
+    corrected = layer.shiftdc(
+        hidden,
+        position,
+        kwargs.get("shiftdc_reference"),
+        kwargs.get("shiftdc_correction"),
+        kwargs.get("shiftdc_readout"),
+    )
+    if corrected is None:
+        return None
+    return (corrected, *output[1:]) if isinstance(output, tuple) else corrected

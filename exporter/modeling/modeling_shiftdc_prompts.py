@@ -1,0 +1,83 @@
+"""Caption requests and text-only counterparts of prompts, composed in token space; travels inside exported checkpoints."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class PromptPieces:
+    """Builds caption requests and text-only counterparts of prompts, in token space.
+
+    The pieces are token ids around the slots of the chat template (config.shiftdc["prompt"], found by the exporter):
+    `first_turn_head` opens the first user turn and `turn_head` every other, `image_head`/`image_tail` enclose an image, `tail`
+    ends the prompt; `caption` = [before, after] the request, `text` = [before the request, between request and caption, after].
+    """
+
+    def __init__(self, pieces: dict[str, Any], image_token_id: int):
+        self.first_turn_head: list[int] = pieces["first_turn_head"]
+        self.turn_head: list[int] = pieces["turn_head"]
+        self.image_head: list[int] = pieces["image_head"]
+        self.image_tail: list[int] = pieces["image_tail"]
+        self.tail: list[int] = pieces["tail"]
+        self.caption: list[list[int]] = pieces["caption"]
+        self.text: list[list[int]] = pieces["text"]
+        self.image_token_id = image_token_id
+
+    def request_span(self, ids: list[int]) -> tuple[int, int]:
+        """Where the request of the last user turn stands: [start, end) in `ids`."""
+        end = _last_occurrence(ids, self.tail, len(ids))
+        end = len(ids) if end is None else end
+        turn = _last_occurrence(ids, self.turn_head, end)
+        if turn is None:
+            turn = _common_prefix(ids, self.first_turn_head)
+        else:
+            turn += len(self.turn_head)
+        images = [i for i, t in enumerate(ids[:end]) if t == self.image_token_id]
+        after_image = images[-1] + 1 if images else 0
+        if ids[after_image : after_image + len(self.image_tail)] == self.image_tail:
+            after_image += len(self.image_tail)
+        start = max(turn, after_image)
+        return (start, end) if start < end else (turn, end)  # the image may also stand behind the request
+
+    def caption_prompt(self, ids: list[int]) -> list[int]:
+        """The prompt that asks the model for a caption in view of the request; the image stays."""
+        start, end = self.request_span(ids)
+        before, after = self.caption
+        return ids[:start] + before + ids[start:end] + after + ids[end:]
+
+    def text_prompt(self, ids: list[int], caption: list[int] | None = None) -> list[int]:
+        """The text-only counterpart: no image, and the caption in its place (None: the request alone)."""
+        start, end = self.request_span(ids)
+        request = self.without_images(ids[start:end])
+        if caption is not None:
+            before, between, after = self.text
+            request = before + request + between + caption + after
+        return self.without_images(ids[:start]) + request + ids[end:]
+
+    def without_images(self, ids: list[int]) -> list[int]:
+        kept: list[int] = []
+        i = 0
+        while i < len(ids):
+            if ids[i] != self.image_token_id:
+                kept.append(ids[i])
+                i += 1
+                continue
+            if self.image_head and kept[-len(self.image_head) :] == self.image_head:
+                del kept[-len(self.image_head) :]
+            while i < len(ids) and ids[i] == self.image_token_id:
+                i += 1
+            if ids[i : i + len(self.image_tail)] == self.image_tail:
+                i += len(self.image_tail)
+        return kept
+
+
+def _common_prefix(ids: list[int], piece: list[int]) -> int:
+    return next((i for i, (a, b) in enumerate(zip(ids, piece, strict=False)) if a != b), min(len(ids), len(piece)))
+
+
+def _last_occurrence(ids: list[int], piece: list[int], end: int) -> int | None:
+    """Start of the last occurrence of `piece` that ends at or before `end`; None for none or an empty piece."""
+    if not piece:
+        return None
+    starts = range(end - len(piece), -1, -1)
+    return next((i for i in starts if ids[i : i + len(piece)] == piece), None)
