@@ -94,6 +94,28 @@ def test_the_shift_is_the_mean_difference_of_coordinates(directions, vlm, calibr
     assert torch.allclose(torch.stack(differences).mean(0), directions.shift, atol=1e-3)
 
 
+def test_statistics_recomputed_one_prompt_at_a_time(directions, vlm, calibration):
+    layers = list(vlm.model.model.language_model.layers)
+
+    def activations(split, label):
+        prompts = [RECIPE.prompts.counterpart(r.request, r.caption) for r in calibration.select(split, label)]
+        return torch.stack([last_token_activations(vlm, layers, vlm.encode([p]))[0] for p in prompts]).double()
+
+    safe, unsafe = activations("fit", "safe"), activations("fit", "unsafe")
+    first, second = (safe[h::2].mean(0) - unsafe[h::2].mean(0) for h in (0, 1))
+    halves = torch.cosine_similarity(first, second, dim=-1)
+    d = directions.direction.double()
+    held_out = {label: (activations("held_out", label) * d).sum(-1) for label in ("safe", "unsafe")}
+    for i, statistics in enumerate(directions.statistics):
+        assert statistics.split_half_cosine == pytest.approx(halves[i].item(), abs=1e-4)
+        assert statistics.norm == pytest.approx((safe.mean(0) - unsafe.mean(0))[i].norm().item(), rel=1e-4)
+        assert statistics.text_safe == pytest.approx((safe.mean(0)[i] @ d[i]).item(), abs=1e-3)
+        assert statistics.text_unsafe == pytest.approx((unsafe.mean(0)[i] @ d[i]).item(), abs=1e-3)
+        assert statistics.auroc == auroc(held_out["safe"][:, i], held_out["unsafe"][:, i])
+        expected = separation(held_out["safe"][:, i], held_out["unsafe"][:, i])
+        assert statistics.separation == pytest.approx(expected, rel=1e-3)
+
+
 def test_hooks_are_gone_after_an_exception(vlm):
     layers = list(vlm.model.model.language_model.layers)
     with pytest.raises(IndexError):
