@@ -63,6 +63,19 @@ def _json_option(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")(command)
 
 
+def _push_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    for option in (
+        click.option(
+            "--repo-id", metavar="[OWNER/]NAME", help="Repository on the Hub [default: the export's name, under your account]."
+        ),
+        click.option("--private", is_flag=True, help="Create the repository as private."),
+        click.option("--create-pr", is_flag=True, help="Push as a pull request."),
+        click.option("--allow-ineffective", is_flag=True, help="Push although no effect, or a harm, was measured."),
+    ):
+        command = option(command)
+    return command
+
+
 def _quiet_option(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.option("--quiet", is_flag=True, help="No progress on stderr.")(command)
 
@@ -100,20 +113,40 @@ def _quiet_option(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option(
     "--evaluate", "evaluated", is_flag=True, help="Measure the effect on the recipe's benchmark and put it into the card."
 )
+@click.option("--push", "pushed", is_flag=True, help="Upload the export to the Hub and check what is there.")
+@_push_options
 @click.option("--dry-run", is_flag=True, help="Print the plan and touch nothing.")
 @click.option("--force", is_flag=True, help="Replace an earlier export in --output.")
 @_quiet_option
 @_json_option
 def export_command(
-    model: str, evaluated: bool, dry_run: bool, quiet: bool, as_json: bool, batch_size: str, **options: Any
+    model: str,
+    evaluated: bool,
+    pushed: bool,
+    repo_id: str | None,
+    private: bool,
+    create_pr: bool,
+    allow_ineffective: bool,
+    dry_run: bool,
+    quiet: bool,
+    as_json: bool,
+    batch_size: str,
+    **options: Any,
 ) -> None:
     """Calibrate MODEL and write a self-contained checkpoint."""
     with _libraries_quiet():
         from exporter.pipeline import export, make_plan
 
         plan = make_plan(model, batch_size=_batch_size(batch_size), **options)
+        if pushed:  # whatever can stop a push stops it before hours of work
+            from exporter.hub import check_base, preflight
+
+            if not (evaluated or allow_ineffective):
+                raise InputError("--push: the effect must be measured first; add --evaluate, or --allow-ineffective.")
+            repo_id = preflight(repo_id or plan.output.name, private=private, revision=None, create_pr=create_pr)
+            check_base(plan.base.folder, plan.base.name, plan.base.revision)
         if dry_run:
-            _print_plan(plan, as_json)
+            _print_plan(plan, as_json, repo_id if pushed else None)
             return
         with _progress(quiet) as progress:
             done = export(plan, progress)
@@ -131,6 +164,9 @@ def export_command(
                 )  # fmt: skip
             done.report["evaluation"] = found.results
             _print_evidence(found, as_json=False, quiet=as_json)
+        if pushed:
+            options = {"private": private, "create_pr": create_pr, "allow_ineffective": allow_ineffective}
+            _push(plan.output, str(repo_id), quiet=quiet, as_json=False, silent=as_json, **options)
     if as_json:
         click.echo(json.dumps({"output": str(plan.output), **done.report}, indent=2))
 
@@ -141,6 +177,46 @@ def _batch_size(text: str) -> int | None:
     if not text.isdigit() or int(text) < 1:
         raise InputError(f"--batch-size: expected auto or a whole number from 1, found {text!r}.")
     return int(text)
+
+
+@main.command()
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@_push_options
+@click.option("--revision", help="Branch to push to.")
+@click.option("--dry-run", is_flag=True, help="List the files, copied on the server or sent, and touch nothing.")
+@_quiet_option
+@_json_option
+def push(checkpoint: Path, repo_id: str | None, dry_run: bool, quiet: bool, as_json: bool, **options: Any) -> None:
+    """Upload an export to the Hub, then check every file there."""
+    with _libraries_quiet():
+        from exporter.hub import plan_push, preflight
+
+        where = {k: options[k] for k in ("private", "create_pr", "revision")}
+        name = preflight(repo_id or checkpoint.resolve().name, **where)
+        if not dry_run:
+            _push(checkpoint, name, quiet=quiet, as_json=as_json, **options)
+            return
+        plan = plan_push(checkpoint, name, **where)
+    if as_json:
+        click.echo(json.dumps(dataclasses.asdict(plan), indent=2))
+        return
+    click.echo(f"to {plan.repo_id}{' (private)' if plan.private else ''}:")
+    for file in plan.files:
+        click.echo(f"  {file.how:7} {file.bytes:>14,} {file.path}")
+
+
+def _push(checkpoint: Path, repo_id: str, *, quiet: bool, as_json: bool, silent: bool = False, **options: Any) -> None:
+    from exporter.hub import push as run
+
+    with _progress(quiet) as progress:
+        done = run(checkpoint, repo_id, progress=progress, **options)
+    if as_json:
+        click.echo(json.dumps(dataclasses.asdict(done), indent=2))
+    elif not silent:
+        click.echo(f"{done.url} at {done.commit[:12]}: every file compared with the local one.")
+        click.echo(f"  {len(done.copied)} files copied on the server, {len(done.sent)} sent ({done.sent_bytes / 1e6:.1f} MB)")
+    if done.note:
+        click.echo(done.note, err=True)
 
 
 @main.command()
@@ -275,7 +351,7 @@ def recipes(name: str | None, as_json: bool) -> None:
         click.echo(f"{recipe_name:12} {recipe.family:12} {', '.join(recipe.models)}")
 
 
-def _print_plan(plan: Any, as_json: bool) -> None:
+def _print_plan(plan: Any, as_json: bool, repo_id: str | None) -> None:
     facts = {
         "model": plan.base.name,
         "revision": plan.base.revision,
@@ -289,7 +365,7 @@ def _print_plan(plan: Any, as_json: bool) -> None:
         "strength": plan.recipe.strength,
         "calibration": plan.calibration.summary(),
         "weights": f"{plan.base.size / 1e9:.2f} GB in {len(plan.base.shards)} safetensors files, hard-linked where possible",
-        "uploads": "none",
+        "uploads": repo_id or "none",
     }
     if as_json:
         click.echo(json.dumps(facts, indent=2))

@@ -2,7 +2,8 @@
 
 ShiftDCError
 ├── InputError         the caller's input is wrong: one sentence, exit code 2, nothing written
-└── VerificationError  an exported checkpoint is not what it should be: exit code 1
+├── VerificationError  an exported checkpoint is not what it should be: exit code 1
+└── hub.PushError      the Hub did not take a push: exit code 1
 """
 
 

@@ -100,7 +100,8 @@ def _code(folder: Path, report: dict[str, Any]) -> list[str]:
 
 def _fresh_process(folder: Path) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="shiftdc-verify-") as modules:
-        environment = {**os.environ, "HF_MODULES_CACHE": modules, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+        inherited = {k: v for k, v in os.environ.items() if "TOKEN" not in k}  # it needs no access to anything
+        environment = {**inherited, "HF_MODULES_CACHE": modules, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
         done = subprocess.run(
             [sys.executable, "-I", verify_worker.__file__, str(folder)],
             env=environment, capture_output=True, text=True, check=False,

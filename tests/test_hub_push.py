@@ -1,0 +1,398 @@
+"""Pushing to a local Hub with the real client, in a process of its own (it reads HF_ENDPOINT at import).
+
+The server quotes the token in every error and in a warning header of every answer; `Client` sees that it is never printed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hub_write import EXPIRED, FINE, READ, WRITE, Fault, Hub, serve
+
+REPO = "alice/tiny-shiftdc"
+EFFECTIVE = {
+    "benchmark": "demo", "judge": "prefix",
+    "defences": {"direct": {"asr": 0.5, "over_refusal": 0.0}, "shiftdc": {"asr": 0.1, "over_refusal": 0.0}},
+    "paired": {"shiftdc": {"asr": {"difference": -0.4, "ci95": [-0.5, -0.3]}}},
+}  # fmt: skip
+# answers one JSON line for each that it reads
+CLIENT = """
+import dataclasses, json, os, sys, traceback
+from pathlib import Path
+from exporter import hub
+from exporter.errors import ShiftDCError
+hub.WAITS = (0.1, 0.1)
+hub.SILENCE = 2.0
+verify = hub.verify
+for line in sys.stdin:
+    what, folder, options, token, thorough = json.loads(line)
+    os.environ["HF_TOKEN"] = token or ""
+    hub.verify = verify if thorough else lambda folder: None
+    try:
+        if what == "preflight":
+            answer = hub.preflight(**options)
+        else:
+            answer = dataclasses.asdict(getattr(hub, what)(Path(folder), **options))
+    except ShiftDCError as error:
+        traceback.print_exception(error)
+        assert error.__context__ is None or "Validation" in str(type(error.__context__))
+        answer = {"error": f"{type(error).__name__}: {error}"}
+    sys.stderr.flush()
+    print(json.dumps(answer), flush=True)
+"""
+GENERATE = """
+import sys, torch
+from transformers import AutoModelForImageTextToText
+model = AutoModelForImageTextToText.from_pretrained(sys.argv[1], trust_remote_code=True)
+ids = torch.arange(5, 25)[None]
+print(model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False).tolist())
+"""
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Hub]:
+    with serve() as found:
+        yield found
+
+
+@pytest.fixture
+def hub(server: Hub) -> Hub:
+    server.repositories.clear()
+    server.faults.clear()
+    server.received.clear()
+    server.corrupted = None
+    return server
+
+
+@pytest.fixture
+def checkpoint(make_export: Any, tmp_path: Path) -> Path:
+    """An export of a base folder, with a measured effect, and with what must not be pushed."""
+    folder = shutil.copytree(make_export().plan.output, tmp_path / "calibrated")
+    edit_report(folder, lambda report: report.update(evaluation=EFFECTIVE))
+    for stray in (".secret", "shiftdc_report.json.partial", "replies.jsonl"):
+        (folder / stray).write_text("never pushed")
+    return folder
+
+
+@pytest.fixture
+def of_hub_base(hub: Hub, base_folder: Path, checkpoint: Path) -> Path:
+    """The same of a base that lives on the Hub."""
+    return with_base(checkpoint, "org/tiny", hub.add("org/tiny", base_folder))
+
+
+def with_base(folder: Path, base_id: str, commit: str) -> Path:
+    edit_report(folder, lambda report: report["base_model"].update(id=base_id, revision=commit))
+    return folder
+
+
+def edit_report(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
+    file = folder / "shiftdc_report.json"
+    report = json.loads(file.read_text())
+    edit(report)
+    file.write_text(json.dumps(report))
+
+
+def environment(url: str, home: Path) -> dict[str, str]:
+    kept = {k: v for k, v in os.environ.items() if k not in ("HF_TOKEN", "HF_HUB_OFFLINE")}
+    return {**kept, "HF_ENDPOINT": url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1"}
+
+
+class Client:
+    """A process that pushes."""
+
+    def __init__(self, url: str, folder: Path) -> None:
+        self.stderr = folder / "stderr"
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.stderr.open("w")}
+        command = [sys.executable, "-c", CLIENT]
+        self.process = subprocess.Popen(command, env=environment(url, folder / "home"), text=True, **pipes)
+
+    def ask(self, *question: object) -> tuple[Any, str]:
+        """The answer and what was printed on stderr; neither holds a token."""
+        before = len(self.stderr.read_text())
+        assert self.process.stdin and self.process.stdout
+        print(json.dumps(question, default=str), file=self.process.stdin, flush=True)
+        answer = self.process.stdout.readline()
+        printed = self.stderr.read_text()[before:]
+        assert answer, printed
+        for secret in (WRITE, READ, FINE, EXPIRED):
+            assert secret not in answer + printed
+        return json.loads(answer), printed
+
+    def end(self) -> None:
+        self.process.communicate()
+
+
+@pytest.fixture(scope="module")
+def client(server: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
+    found = Client(server.url, tmp_path_factory.mktemp("client"))
+    yield found
+    found.end()
+
+
+@pytest.fixture
+def push(hub: Hub, client: Client) -> Callable[..., Any]:
+    """push(folder, **options) -> what came of it, with nothing printed."""
+
+    def call(folder: Path, what: str = "push", repo_id: str = REPO, thorough: bool = False, **options: Any) -> Any:
+        answer, printed = client.ask(what, folder, {"repo_id": repo_id, "private": False, **options}, WRITE, thorough)
+        assert "error" not in answer, printed
+        assert printed == ""
+        return answer
+
+    return call
+
+
+@pytest.fixture
+def refused(hub: Hub, client: Client) -> Callable[..., str]:
+    """refused(folder, **options) -> the error, on one line."""
+
+    def call(
+        folder: Path, what: str = "push", token: str | None = WRITE, repo_id: str | None = REPO, thorough: bool = False,
+        **options: Any,
+    ) -> str:  # fmt: skip
+        answer, _ = client.ask(what, folder, {"repo_id": repo_id, "private": False, **options}, token, thorough)
+        assert "error" in answer, answer
+        assert "\n" not in answer["error"]
+        return answer["error"]
+
+    return call
+
+
+def reply(url: str, model: object, home: Path) -> str:
+    """Token ids from plain transformers in a process of its own."""
+    command = [sys.executable, "-c", GENERATE, str(model)]
+    done = subprocess.run(command, env={**environment(url, home), "HF_TOKEN": WRITE}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def changes(hub: Hub) -> list[tuple[str, str]]:
+    """Requests that change something on the Hub."""
+    asking = ("/paths-info/", "/validate-yaml")
+    return [(m, p) for m, p, _ in hub.received if m in ("POST", "PUT") and not any(a in p for a in asking)]
+
+
+def pushed_files(folder: Path) -> set[str]:
+    strays = {".secret", "shiftdc_report.json.partial", "replies.jsonl"}
+    return {str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file()} - strays
+
+
+def test_round_trip(hub, push, checkpoint, tmp_path):
+    before = {f: f.read_bytes() for f in checkpoint.rglob("*") if f.is_file()}
+    done = push(checkpoint, private=True, thorough=True)
+    assert before == {f: f.read_bytes() for f in checkpoint.rglob("*") if f.is_file()}
+    repository = hub.repositories[REPO]
+    assert repository.private
+    assert done["commit"] == repository.refs["main"]
+    assert len(repository.commits) == 2  # the empty one of the creation, and ours
+    there = hub.files(REPO)
+    assert there.keys() - {".gitattributes"} == pushed_files(checkpoint)
+    assert set(done["sent"]) == pushed_files(checkpoint)
+    assert f'from_pretrained("{REPO}", trust_remote_code=True)'.encode() in there["README.md"]
+    assert b"calibrated" in there["README.md"]
+    assert reply(hub.url, REPO, tmp_path / "fresh") == reply(hub.url, checkpoint, tmp_path / "local")
+
+
+def test_base_shards_are_copied_on_the_server(hub, push, of_hub_base):
+    shards = set(json.loads((of_hub_base / "shiftdc_report.json").read_text())["base_model"]["shards"])
+    plan = push(of_hub_base, "plan_push", create_pr=False, revision=None)
+    assert {f["path"] for f in plan["files"] if f["how"] == "copied"} == shards
+    assert changes(hub) == []
+    done = push(of_hub_base)
+    assert set(done["copied"]) == shards
+    assert done["note"] is None
+    assert hub.files(REPO).keys() - {".gitattributes"} == pushed_files(of_hub_base)
+    put = [p.rsplit("/")[-1] for m, p, _ in hub.received if m == "PUT"]
+    assert not set(put) & set(hub.repositories["org/tiny"].objects)
+    small = sum((of_hub_base / f).stat().st_size for f in done["sent"])
+    assert done["sent_bytes"] == pytest.approx(small, abs=200)  # the card is another
+    sent = {(f["path"], f["bytes"]) for f in plan["files"] if f["how"] == "sent"}
+    assert {p for p, _ in sent} == set(done["sent"])
+
+
+def test_a_second_push_sends_nothing(hub, push, of_hub_base):
+    first = push(of_hub_base)
+    hub.received.clear()
+    again = push(of_hub_base)
+    assert again["commit"] == first["commit"]
+    assert again["sent"] == again["copied"] == []
+    assert not any(m == "PUT" or "/commit/" in p for m, p in changes(hub))
+
+
+def test_what_an_earlier_export_left_is_taken_away(hub, push, of_hub_base):
+    push(of_hub_base)
+    repository = hub.repositories[REPO]
+    old = repository.commits[repository.refs["main"]]
+    repository.commit("main", {**old, "model-00009.safetensors": (b"old", True), "notes.md": (b"mine", False)})
+    push(of_hub_base)
+    assert "model-00009.safetensors" not in hub.files(REPO)
+    assert hub.files(REPO)["notes.md"] == b"mine"
+
+
+@pytest.mark.parametrize("status", [400, 403, 404])
+def test_a_server_that_does_not_copy(hub, push, of_hub_base, status):
+    hub.faults.append(Fault("POST", "/lfs-files/duplicate", status, "not between these regions"))
+    done = push(of_hub_base)
+    assert "not between these regions" in done["note"]
+    assert done["copied"] == []
+    assert hub.files(REPO).keys() - {".gitattributes"} == pushed_files(of_hub_base)
+    assert len(hub.repositories[REPO].commits) == 2
+
+
+def test_quota_is_no_reason_to_send(hub, refused, of_hub_base):
+    hub.faults.append(Fault("POST", "/lfs-files/duplicate", 403, "private storage limit reached"))
+    assert "PushError: --push: the Hub has no room for" in refused(of_hub_base)
+    assert len(hub.repositories[REPO].commits) == 1
+
+
+def test_pull_request_and_branch(hub, push, of_hub_base):
+    proposed = push(of_hub_base, create_pr=True)
+    assert proposed["url"].endswith("/discussions/1")
+    assert hub.files(REPO).keys() == {".gitattributes"}
+    assert hub.files(REPO, "refs/pr/1").keys() - {".gitattributes"} == pushed_files(of_hub_base)
+    push(of_hub_base, revision="v2")
+    assert hub.files(REPO, "v2").keys() - {".gitattributes"} == pushed_files(of_hub_base)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault("PUT", "/_lfs/"),
+        Fault("PUT", "/_lfs/", 503),
+        Fault("POST", "/commit/"),
+        Fault("POST", "/commit/", 502),
+        Fault("POST", "/commit/", late=True),
+        Fault("POST", "/lfs-files/duplicate"),
+        Fault("POST", "/commit/", hang=3),
+        Fault("POST", "/preupload/", 429),
+    ],
+    ids=lambda f: f"{f.path}{f.status or ('late' if f.late else 'stalled' if f.hang else 'cut')}",
+)
+def test_what_passes_is_tried_again(hub, push, of_hub_base, fault):
+    hub.faults.append(fault)
+    push(of_hub_base)
+    assert fault.times == 0
+    assert hub.files(REPO).keys() - {".gitattributes"} == pushed_files(of_hub_base)
+    assert len(hub.repositories[REPO].commits) == 2
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (Fault("POST", "/commit/", 401), "InputError: --push: the Hub does not accept the token"),
+        (Fault("POST", "/commit/", 403), "InputError: --push: the token may not do this"),
+        (Fault("POST", "/commit/", 412), "PushError: --push: alice/tiny-shiftdc was changed by someone else"),
+        (Fault("POST", "/commit/", 507), "PushError: --push: the Hub has no room"),
+        (Fault("POST", "/commit/", 500, times=9), "PushError: --push: alice/tiny-shiftdc could not be reached or served"),
+        (Fault("PUT", "/_lfs/", 403, "storage quota"), "PushError: --push: the Hub has no room"),
+    ],
+    ids=lambda f: f"{f.path}{f.status}" if isinstance(f, Fault) else "",
+)
+def test_what_does_not_pass_stops_and_can_be_resumed(hub, push, refused, of_hub_base, fault, message):
+    hub.faults.append(fault)
+    assert message in refused(of_hub_base)
+    assert hub.files(REPO).keys() == {".gitattributes"}  # nothing half-pushed
+    hub.faults.clear()
+    objects = set(hub.repositories[REPO].objects)
+    hub.received.clear()
+    push(of_hub_base)
+    assert not [p for m, p, _ in hub.received if m == "PUT" and p.rsplit("/")[-1] in objects]  # sent once
+
+
+def test_every_file_is_compared_afterwards(hub, refused, of_hub_base):
+    for path in ("shiftdc.safetensors", "config.json"):
+        hub.corrupted = path
+        message = refused(of_hub_base)
+        assert message.startswith("VerificationError")
+        assert f"{path} has another content" in message
+        del hub.repositories[REPO]
+
+
+@pytest.mark.parametrize(
+    ("token", "options", "message"),
+    [
+        (None, {}, "there is no Hugging Face token"),
+        (EXPIRED, {}, "does not accept the token"),
+        (READ, {}, "may only read"),
+        (FINE, {}, "may only read"),
+        (WRITE, {"repo_id": None}, "--repo-id"),
+        (WRITE, {"repo_id": "a/b/c"}, "no name of a repository"),
+        (WRITE, {"repo_id": f"x{WRITE} y"}, "no name of a repository"),
+        (WRITE, {"repo_id": "bob/tiny"}, "may not create repositories of bob"),
+        (WRITE, {"repo_id": "readers/tiny"}, "may not create repositories of readers"),
+        (WRITE, {"repo_id": "org/foreign"}, "may not write to org/foreign"),
+        (READ, {"repo_id": "alice/public"}, "may not write to alice/public"),
+        (WRITE, {"repo_id": "alice/public"}, "holds no export of this tool"),
+        (WRITE, {"repo_id": "alice/public", "private": True}, "is public"),
+        (WRITE, {"revision": "v1", "create_pr": True}, "leave --revision out"),
+        (WRITE, {"revision": "0" * 40}, "not a commit"),
+    ],
+)
+def test_preflight_refuses(hub, refused, base_folder, tmp_path, token, options, message):
+    hub.add("org/foreign", base_folder)
+    hub.add("alice/public", base_folder)
+    given = {"revision": None, "create_pr": False, **options}
+    found = refused(tmp_path, "preflight", token=token, **given)
+    assert found.startswith("InputError")
+    assert message in found
+    assert changes(hub) == []
+
+
+def test_preflight_passes_and_creates_nothing(hub, push, tmp_path):
+    hub.add("alice/empty")
+    for asked, full in (("tiny", "alice/tiny"), ("alice/tiny", "alice/tiny"), ("alice/empty", "alice/empty")):
+        assert push(tmp_path, "preflight", repo_id=asked, revision=None, create_pr=False) == full
+    assert changes(hub) == []
+    assert hub.repositories.keys() == {"alice/empty"}
+
+
+def test_no_hub_in_reach(tmp_path):
+    client = Client("http://127.0.0.1:9", tmp_path)
+    options = {"repo_id": REPO, "private": False, "revision": None, "create_pr": False}
+    assert client.ask("preflight", None, options, WRITE, False)[0]["error"].startswith("PushError")
+    client.end()
+
+
+@pytest.mark.parametrize("evaluation", [None, {**EFFECTIVE, "paired": {}}])
+def test_an_effect_not_shown_needs_permission(hub, push, refused, checkpoint, evaluation):
+    edit_report(checkpoint, lambda report: report.update(evaluation=evaluation))
+    found = refused(checkpoint)
+    assert found.startswith("InputError")
+    assert "--allow-ineffective" in found
+    assert not hub.repositories
+    push(checkpoint, allow_ineffective=True)
+
+
+def test_terms_of_the_base(hub, refused, base_folder, checkpoint, tmp_path):
+    folder = shutil.copytree(base_folder, tmp_path / "nd")
+    (folder / "README.md").write_text("---\nlicense: cc-by-nc-nd-4.0\n---\n")
+    cases = {
+        "forbids sharing derivatives": hub.add("org/nd", folder),
+        "is gated": hub.add("org/gated", folder, gated=True),
+        "is not on the Hub": hub.add("org/hidden", folder, private=True),
+    }
+    for (message, commit), base_id in zip(cases.items(), ("org/nd", "org/gated", "org/hidden"), strict=True):
+        found = refused(with_base(checkpoint, base_id, commit))
+        assert found.startswith("InputError")
+        assert message in found
+    assert REPO not in hub.repositories
+
+
+def test_a_damaged_checkpoint_is_not_pushed(hub, refused, of_hub_base):
+    (of_hub_base / "shiftdc.safetensors").unlink()
+    assert refused(of_hub_base, thorough=True).startswith("VerificationError")
+    assert REPO not in hub.repositories
+
+
+def test_a_link_is_not_followed(hub, refused, of_hub_base, tmp_path):
+    (of_hub_base / "notes.txt").symlink_to(tmp_path / "private")
+    assert "symbolic link" in refused(of_hub_base)
+    assert REPO not in hub.repositories
