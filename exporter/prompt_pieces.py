@@ -14,30 +14,32 @@ from jinja2 import TemplateError
 from PIL import Image
 
 from exporter.errors import InputError
+from exporter.modeling.modeling_shiftdc_prompts import PromptPieces
 from exporter.recipes import Prompts
 from exporter.vlm import VLM, user_turn
 
 # texts that share no first and no last token, with and without a token of their own for " How"
 _TEXTS = ("How to", "zebras? 7", "Alpha one")
+# width and height of images that processors cut into as many tiles, columns and rows as they ever do
+_SHAPES = ((64, 64), (1536, 1536), (1536, 96), (96, 1536), (1536, 512))
 
 
 def prompt_pieces(vlm: VLM, prompts: Prompts) -> dict[str, Any]:
-    """`first_turn_head`, `turn_head`, `image_head`, `image_tail`, `tail`: token ids; `caption`, `text`: lists of such lists.
+    """`first_turn_head`, `turn_head`, `image_*`, `tail`: token ids; `caption`, `text`: lists of such lists (`PromptPieces`).
 
     Raises InputError where the template gives no prompt from which they can be read off.
     """
     image = Image.new("RGB", (64, 64), (127, 127, 127))
     text_head, tail = _around(lambda t: vlm.token_ids(t))
-    image_head, image_tail = _image_surroundings(vlm, image, text_head)
-    spaces = _carried_spaces(vlm, image, image_tail)
+    block = _image_block(vlm, image, text_head)
+    spaces = _carried_spaces(vlm, image, block["image_tail"])
     ask, ask_end = prompts.caption.split("{request}")
     before, rest = prompts.text_counterpart.split("{request}")
     between, after = rest.split("{caption}")
-    return {
+    pieces = {
         "first_turn_head": text_head,
         "turn_head": _turn_head(vlm),
-        "image_head": image_head,
-        "image_tail": image_tail,
+        **block,
         "tail": tail,
         "caption": [_piece(vlm, _before_slot(ask, spaces.request)), _piece(vlm, ask_end)],
         "text": [
@@ -46,6 +48,7 @@ def prompt_pieces(vlm: VLM, prompts: Prompts) -> dict[str, Any]:
             _piece(vlm, after),
         ],
     }
+    return _with_readable_head(vlm, image, pieces)
 
 
 @dataclass(frozen=True)
@@ -96,15 +99,57 @@ def _around(render: Callable[[str], list[int]]) -> tuple[list[int], list[int]]:
     return first[:start], first[len(first) - end :]
 
 
-def _image_surroundings(vlm: VLM, image: Image.Image, text_head: list[int]) -> tuple[list[int], list[int]]:
-    """(special tokens, all tokens) that the template puts before and behind an image and not into a text prompt."""
+def _image_block(vlm: VLM, image: Image.Image, text_head: list[int]) -> dict[str, list[int]]:
+    """`image_head`, `image_instead`, `image_tail`, `image_inside`, `image_markers`: what the template and the processor add."""
     before, _ = _around(lambda t: vlm.token_ids(t, image))
     if vlm.image_token_id not in before:
         raise InputError("MODEL: its chat template puts no image token before the request; its prompts cannot be composed.")
-    head = before[: before.index(vlm.image_token_id)]
-    special = set(vlm.tokenizer.all_special_ids)
     behind = len(before) - before[::-1].index(vlm.image_token_id)
-    return [t for t in head[_common_prefix(head, text_head) :] if t in special], before[behind:]
+    head = before[: before.index(vlm.image_token_id)]
+    shared = _common_prefix(head, text_head)
+    marks = _marks(vlm)
+    inside: set[int] = set()
+    markers: set[int] = set()
+    for pictures in [*([image.resize(size)] for size in _SHAPES), [image, image]]:
+        try:
+            ids = vlm.encode_conversations([[user_turn(_TEXTS[0], *pictures)]])["input_ids"][0].tolist()
+        except TemplateError:  # some templates take one image
+            continue
+        first, last = ids.index(vlm.image_token_id), len(ids) - ids[::-1].index(vlm.image_token_id)
+        inside |= set(ids[first:last]) - {vlm.image_token_id}
+        markers |= (set(ids[shared:first]) | inside) & marks
+    return {
+        "image_head": head[shared:],
+        "image_instead": text_head[shared:],
+        "image_tail": before[behind:],
+        "image_inside": sorted(inside),
+        "image_markers": sorted(markers),
+    }
+
+
+def _marks(vlm: VLM) -> set[int]:
+    """Ids of special and added tokens, without those of white space."""
+    ids = {*vlm.tokenizer.all_special_ids, *vlm.tokenizer.get_added_vocab().values()}
+    return {t for t in ids if vlm.tokenizer.decode([t]).strip()}
+
+
+def _with_readable_head(vlm: VLM, image: Image.Image, pieces: dict[str, Any]) -> dict[str, Any]:
+    """`pieces` with the image head that leaves a prompt reading as the template's text prompt, without the image.
+
+    A tokenizer may join the white space before an image to the image's own, or leave it to the request's first token; a
+    template may have a space before a text and none before an image.
+    """
+    markers_only = [t for t in pieces["image_head"] if t in _marks(vlm)]
+    space = vlm.tokenizer(" ", add_special_tokens=False)["input_ids"]
+    for head, instead in ((markers_only, []), (pieces["image_head"], pieces["image_instead"]), (markers_only, space)):
+        tried = {**pieces, "image_head": head, "image_instead": instead}
+        composed = PromptPieces(tried, vlm.image_token_id).text_prompt(vlm.token_ids(_TEXTS[0], image))
+        if vlm.tokenizer.decode(composed) == vlm.tokenizer.decode(vlm.token_ids(_TEXTS[0])):
+            return tried
+    raise InputError(
+        "MODEL: without the image its chat template's prompt does not read as its text prompt; its text-only counterparts "
+        "cannot be composed."
+    )
 
 
 def _turn_head(vlm: VLM) -> list[int]:

@@ -83,10 +83,10 @@ class VLM:
         return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 
-def user_turn(request: str, image: Image.Image | None = None) -> dict[str, Any]:
+def user_turn(request: str, *images: Image.Image | None) -> dict[str, Any]:
     """One user message in the form that chat templates take."""
-    picture = [] if image is None else [{"type": "image", "image": image}]
-    return {"role": "user", "content": [*picture, {"type": "text", "text": request}]}
+    pictures = [{"type": "image", "image": image} for image in images if image is not None]
+    return {"role": "user", "content": [*pictures, {"type": "text", "text": request}]}
 
 
 def load_processor(folder: Path) -> Any:

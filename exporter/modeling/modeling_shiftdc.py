@@ -86,6 +86,8 @@ _NOT_IMAGE_INPUTS = {
     "use_cache", "logits_to_keep", "output_attentions", "output_hidden_states", "return_dict", "kwargs", "token_type_ids",
     "mm_token_type_ids", "rope_deltas", "shiftdc", "shiftdc_reference", "shiftdc_correction", "shiftdc_position",
 }  # fmt: skip
+#: Arguments that say of each token whether it is part of an image; made anew for prompts that are composed here.
+_TOKEN_TYPES = {"token_type_ids", "mm_token_type_ids"}
 
 
 class ShiftDCMixin(_Model):
@@ -96,6 +98,9 @@ class ShiftDCMixin(_Model):
         shiftdc_reference: float32 [batch, calibrated layers], coordinates `r` to correct to.
         shiftdc_captions (generate only): one sequence of caption token ids per row, used instead of the model's own caption.
     """
+
+    #: Every pixel of the blank reference, after normalisation: the processor's mean colour.
+    shiftdc_blank_pixel = 0.0
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
@@ -294,7 +299,7 @@ class ShiftDCMixin(_Model):
         if captions is not None and len(captions) != len(input_ids):
             raise ValueError(f"shiftdc_captions needs one caption per row: expected {len(input_ids)}, found {len(captions)}.")
         if kind == "blank":
-            pixels = {k: torch.zeros_like(v) if k == "pixel_values" else v for k, v in image_inputs.items()}
+            pixels = {k: self._shiftdc_blank(v) if k == "pixel_values" else v for k, v in image_inputs.items()}
             self._shiftdc_require_pixels(pixels)
             ids, mask = self._shiftdc_left_padded(prompts, input_ids)
             coordinates = self._shiftdc_last_coordinates(ids, mask, pixels)
@@ -340,7 +345,7 @@ class ShiftDCMixin(_Model):
         ids, mask = self._shiftdc_left_padded([self._shiftdc_pieces.caption_prompt(p) for p in prompts], like)
         settings = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1, "return_dict_in_generate": False}
         out = super().generate(
-            input_ids=ids, attention_mask=mask, shiftdc=False, **image_inputs, **settings,
+            input_ids=ids, attention_mask=mask, shiftdc=False, **self._shiftdc_typed(ids, image_inputs), **settings,
             max_new_tokens=self.config.shiftdc["caption_max_new_tokens"], use_cache=True,
         )  # fmt: skip
         end = {self._shiftdc_pad_id(), *self._shiftdc_eos_ids()}
@@ -348,7 +353,19 @@ class ShiftDCMixin(_Model):
 
     def _shiftdc_last_coordinates(self, ids: torch.Tensor, mask: torch.Tensor, image_inputs: dict[str, Any]) -> torch.Tensor:
         last = torch.full((len(ids),), ids.shape[1] - 1, device=ids.device)
-        return self._shiftdc_coordinates({"input_ids": ids, "attention_mask": mask, **image_inputs}, last)
+        typed = self._shiftdc_typed(ids, image_inputs)
+        return self._shiftdc_coordinates({"input_ids": ids, "attention_mask": mask, **typed}, last)
+
+    def _shiftdc_typed(self, ids: torch.Tensor, image_inputs: dict[str, Any]) -> dict[str, Any]:
+        """`image_inputs` for the composed prompts `ids`: 1 marks a token of an image, as the processors do."""
+        return {k: (ids == self.config.image_token_id).long() if k in _TOKEN_TYPES else v for k, v in image_inputs.items()}
+
+    def _shiftdc_blank(self, pixels: torch.Tensor) -> torch.Tensor:
+        """A neutral image for every image; what is only padding (all zeros) stays padding."""
+        if self.shiftdc_blank_pixel == 0:
+            return torch.zeros_like(pixels)
+        images = pixels.flatten(-3).ne(0).any(-1)[..., None, None, None]
+        return images.to(pixels.dtype).expand_as(pixels) * self.shiftdc_blank_pixel
 
     def _shiftdc_coordinates(self, inputs: dict[str, Any], position: torch.Tensor) -> torch.Tensor:
         """`x.d` at `position` [batch] after every calibrated layer of an uncorrected pass through the backbone."""
@@ -391,16 +408,16 @@ class ShiftDCMixin(_Model):
         return reference.float()
 
     def _shiftdc_require_pixels(self, image_inputs: dict[str, Any]) -> None:
-        if not any(v is not None for v in image_inputs.values()):
+        if not any(v is not None for k, v in image_inputs.items() if k not in _TOKEN_TYPES):
             raise ValueError(
                 "The prompt holds image tokens but no image was given, so no reference can be computed: pass pixel_values, "
                 "shiftdc_reference= or shiftdc_captions=, or shiftdc=False (no calibration)."
             )
 
     def _shiftdc_prompt_inputs(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The image inputs and the mask among the arguments of generate()."""
+        """The image inputs, the mask and the token types among the arguments of generate()."""
         names = set(inspect.signature(type(self)._shiftdc_base_forward).parameters) - _NOT_IMAGE_INPUTS
-        return {k: v for k, v in kwargs.items() if k in names | {"attention_mask"} and v is not None}
+        return {k: v for k, v in kwargs.items() if k in names | _TOKEN_TYPES | {"attention_mask"} and v is not None}
 
     def _shiftdc_unpadded(self, input_ids: torch.Tensor) -> torch.Tensor:
         """What generate() assumes without an attention mask: padding is masked if it cannot be an end of text."""

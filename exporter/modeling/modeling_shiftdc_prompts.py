@@ -9,8 +9,10 @@ class PromptPieces:
     """Builds caption requests and text-only counterparts of prompts, in token space.
 
     The pieces are token ids around the slots of the chat template (config.shiftdc["prompt"], found by the exporter):
-    `first_turn_head` opens the first user turn and `turn_head` every other, `image_head`/`image_tail` enclose an image, `tail`
-    ends the prompt; `caption` = [before, after] the request, `text` = [before the request, between request and caption, after].
+    `first_turn_head` opens the first user turn and `turn_head` every other, `image_head`/`image_tail` enclose an image (a text
+    prompt has `image_instead` in their place), `image_inside` are all the ids that may stand between image tokens of one image
+    and `image_markers` those that may stand before the first, `tail` ends the prompt; `caption` = [before, after] the request,
+    `text` = [before the request, between request and caption, after].
     """
 
     def __init__(self, pieces: dict[str, Any], image_token_id: int):
@@ -18,6 +20,9 @@ class PromptPieces:
         self.turn_head: list[int] = pieces["turn_head"]
         self.image_head: list[int] = pieces["image_head"]
         self.image_tail: list[int] = pieces["image_tail"]
+        self.image_instead: list[int] = pieces.get("image_instead", [])
+        self.image_inside: set[int] = set(pieces.get("image_inside", ()))
+        self.image_markers: set[int] = set(pieces.get("image_markers", ()))
         self.tail: list[int] = pieces["tail"]
         self.caption: list[list[int]] = pieces["caption"]
         self.text: list[list[int]] = pieces["text"]
@@ -63,12 +68,25 @@ class PromptPieces:
                 i += 1
                 continue
             if self.image_head and kept[-len(self.image_head) :] == self.image_head:
-                del kept[-len(self.image_head) :]
-            while i < len(ids) and ids[i] == self.image_token_id:
-                i += 1
+                kept[-len(self.image_head) :] = self.image_instead
+            elif kept and kept[-1] in self.image_markers:  # the opening differs with the number of tiles
+                while kept and kept[-1] in self.image_markers:
+                    del kept[-1]
+                kept += self.image_instead if self.image_markers.issuperset(self.image_head) else []
+            i = self._image_end(ids, i)
             if ids[i : i + len(self.image_tail)] == self.image_tail:
                 i += len(self.image_tail)
         return kept
+
+    def _image_end(self, ids: list[int], start: int) -> int:
+        """Behind the last image token of the image whose first is at `start`, over its tile and row markers."""
+        end = start
+        for i in range(start, len(ids)):
+            if ids[i] == self.image_token_id:
+                end = i + 1
+            elif ids[i] not in self.image_inside:
+                break
+        return end
 
 
 def _common_prefix(ids: list[int], piece: list[int]) -> int:

@@ -1,0 +1,17 @@
+"""Aya Vision with ShiftDC; travels inside exported checkpoints."""
+
+from transformers import AyaVisionConfig, AyaVisionForConditionalGeneration
+
+from .modeling_shiftdc import ShiftDCConfigMixin, ShiftDCMixin, register_key_conversion
+
+
+class ShiftDCAyaVisionConfig(ShiftDCConfigMixin, AyaVisionConfig):
+    model_type = "shiftdc_aya_vision"
+    shiftdc_guard_field = "vision_feature_select_strategy"
+
+
+class ShiftDCAyaVisionForConditionalGeneration(ShiftDCMixin, AyaVisionForConditionalGeneration):
+    config_class = ShiftDCAyaVisionConfig
+
+
+register_key_conversion(ShiftDCAyaVisionForConditionalGeneration, "AyaVisionForConditionalGeneration", "aya_vision")

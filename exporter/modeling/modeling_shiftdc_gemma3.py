@@ -1,0 +1,17 @@
+"""Gemma 3 with images with ShiftDC; travels inside exported checkpoints."""
+
+from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+from .modeling_shiftdc import ShiftDCConfigMixin, ShiftDCMixin, register_key_conversion
+
+
+class ShiftDCGemma3Config(ShiftDCConfigMixin, Gemma3Config):
+    model_type = "shiftdc_gemma3"
+    shiftdc_guard_field = "mm_tokens_per_image"
+
+
+class ShiftDCGemma3ForConditionalGeneration(ShiftDCMixin, Gemma3ForConditionalGeneration):
+    config_class = ShiftDCGemma3Config
+
+
+register_key_conversion(ShiftDCGemma3ForConditionalGeneration, "Gemma3ForConditionalGeneration", "gemma3")

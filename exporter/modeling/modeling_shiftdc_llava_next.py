@@ -1,0 +1,17 @@
+"""LLaVA-1.6 (LLaVA-NeXT) with ShiftDC; travels inside exported checkpoints."""
+
+from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
+
+from .modeling_shiftdc import ShiftDCConfigMixin, ShiftDCMixin, register_key_conversion
+
+
+class ShiftDCLlavaNextConfig(ShiftDCConfigMixin, LlavaNextConfig):
+    model_type = "shiftdc_llava_next"
+    shiftdc_guard_field = "vision_feature_select_strategy"
+
+
+class ShiftDCLlavaNextForConditionalGeneration(ShiftDCMixin, LlavaNextForConditionalGeneration):
+    config_class = ShiftDCLlavaNextConfig
+
+
+register_key_conversion(ShiftDCLlavaNextForConditionalGeneration, "LlavaNextForConditionalGeneration", "llava_next")

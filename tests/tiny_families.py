@@ -1,0 +1,190 @@
+"""Tiny random-weight checkpoints of the families beside LLaVA-1.5: real architecture, processor class and kind of template."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tiny import TEMPLATE, byte_level_tokenizer
+from tokenizers import AddedToken, processors
+from transformers import (
+    AyaVisionConfig,
+    AyaVisionForConditionalGeneration,
+    AyaVisionProcessor,
+    CLIPVisionConfig,
+    Cohere2Config,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Gemma3Processor,
+    Gemma3TextConfig,
+    Idefics3Config,
+    Idefics3ForConditionalGeneration,
+    Idefics3Processor,
+    LlamaConfig,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextProcessor,
+    MistralConfig,
+    PreTrainedTokenizerFast,
+    SiglipVisionConfig,
+)
+from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+
+#: Ids of tiny.SPECIAL.
+EOS, PAD, IMAGE = 2, 3, 4
+# the wording of the published templates, for the parts that a test reaches
+MISTRAL = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' }}"
+    "{% for c in m['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
+    "{% for c in m['content'] | selectattr('type', 'equalto', 'text') %}{{ c['text'] }}{% endfor %}{{ ' [/INST]' }}"
+    "{% else %}{{ ' ' + m['content'][0]['text'] + '</s> ' }}{% endif %}{% endfor %}"
+)
+AYA = (
+    "{{ bos_token }}{% for m in messages %}<|START_OF_TURN_TOKEN|>"
+    "{{ '<|USER_TOKEN|>' if m['role'] == 'user' else '<|CHATBOT_TOKEN|><|START_RESPONSE|>' }}"
+    "{% for c in m['content'] %}{% if c['type'] == 'image' %}<image>{% endif %}{% endfor %}"
+    "{% for c in m['content'] %}{% if c['type'] == 'text' %}{{ c['text'] }}{% endif %}{% endfor %}"
+    "{% if m['role'] != 'user' %}<|END_RESPONSE|>{% endif %}<|END_OF_TURN_TOKEN|>{% endfor %}"
+    "{% if add_generation_prompt %}<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|><|START_RESPONSE|>{% endif %}"
+)
+GEMMA = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}"
+    "{{ '<start_of_turn>' + ('model' if m['role'] == 'assistant' else m['role']) + '\n' }}"
+    "{% for c in m['content'] %}{% if c['type'] == 'image' %}{{ '<start_of_image>' }}"
+    "{% else %}{{ c['text'] | trim }}{% endif %}{% endfor %}{{ '<end_of_turn>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
+IDEFICS = (
+    "<|begin_of_text|>{% for m in messages %}{{ m['role'] | capitalize }}"
+    "{% if m['content'][0]['type'] == 'image' %}{{ ':' }}{% else %}{{ ': ' }}{% endif %}"
+    "{% for c in m['content'] %}{% if c['type'] == 'text' %}{{ c['text'] }}{% else %}{{ '<image>' }}{% endif %}{% endfor %}"
+    "<end_of_utterance>\n{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class TinyFamily:
+    processor: Any
+    model: Any
+    #: of the decoder's ModuleList
+    layers: str
+
+    def save(self, folder: Path) -> Path:
+        self.model.generation_config.pad_token_id = PAD
+        self.model.generation_config.eos_token_id = EOS
+        self.model.save_pretrained(folder)
+        self.processor.save_pretrained(folder)
+        return folder
+
+
+def tokenizer(*special: str, bos: bool = True, newlines: bool = False, **named: str) -> PreTrainedTokenizerFast:
+    """tiny's byte-level tokenizer with more special tokens; `named` become attributes (`image_token=...`)."""
+    trained = byte_level_tokenizer()
+    trained.add_special_tokens([*special, *named.values()])
+    if newlines:  # Gemma's tokenizer has a token for each run of newlines
+        trained.add_tokens([AddedToken("\n" * n, normalized=False) for n in (2, 3, 4)])
+    if bos:
+        trained.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    extra = {"extra_special_tokens": named} if named else {"additional_special_tokens": ["<image>", *special]}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=trained, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>",
+        padding_side="left", **extra,
+    )  # fmt: skip
+
+
+def text_sizes(vocabulary: int) -> dict[str, Any]:
+    return {
+        "vocab_size": vocabulary, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "max_position_embeddings": 512, "initializer_range": 0.3, "bos_token_id": 1,
+        "eos_token_id": EOS, "pad_token_id": PAD,
+    }  # fmt: skip
+
+
+def vision_sizes(image: int, patch: int) -> dict[str, Any]:
+    return {
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": image,
+        "patch_size": patch, "initializer_range": 0.3,
+    }  # fmt: skip
+
+
+def llava_next(template: str = MISTRAL) -> TinyFamily:
+    words = tokenizer()
+    grid = [[28, 56], [56, 28], [56, 56], [84, 28], [28, 84]]
+    crop = {"height": 28, "width": 28}
+    images = LlavaNextImageProcessorPil(size={"shortest_edge": 28}, crop_size=crop, image_grid_pinpoints=grid)
+    processor = LlavaNextProcessor(
+        images, words, patch_size=14, vision_feature_select_strategy="default", num_additional_image_tokens=1,
+        chat_template=template,
+    )  # fmt: skip
+    config = LlavaNextConfig(
+        text_config=MistralConfig(**text_sizes(len(words))), vision_config=CLIPVisionConfig(**vision_sizes(28, 14)),
+        image_token_index=IMAGE, image_grid_pinpoints=grid, vision_feature_layer=-2, image_seq_length=4,
+    )  # fmt: skip
+    return TinyFamily(processor, LlavaNextForConditionalGeneration(config), "model.language_model.layers")
+
+
+def llava_next_vicuna() -> TinyFamily:
+    return llava_next(TEMPLATE)
+
+
+def aya_vision() -> TinyFamily:
+    tiles = [f"TILE_{i}" for i in range(1, 5)]
+    turns = ["<|START_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>", "<|USER_TOKEN|>", "<|CHATBOT_TOKEN|>"]
+    marks = ["<|START_RESPONSE|>", "<|END_RESPONSE|>", "<|START_OF_IMG|>", "<|END_OF_IMG|>", "<|IMG_PATCH|>"]
+    words = tokenizer(*turns, *marks, "<|IMG_LINE_BREAK|>", "TILE_GLOBAL", *tiles)
+    images = GotOcr2ImageProcessorPil(size={"height": 28, "width": 28}, crop_to_patches=True, min_patches=1, max_patches=4)
+    processor = AyaVisionProcessor(images, words, patch_size=7, img_size=28, downsample_factor=2, chat_template=AYA)
+    text = Cohere2Config(**text_sizes(len(words)), sliding_window=16, logit_scale=1.0)
+    config = AyaVisionConfig(
+        text_config=text, vision_config=SiglipVisionConfig(**vision_sizes(28, 7), vision_use_head=False), downsample_factor=2,
+        image_token_index=words.convert_tokens_to_ids("<|IMG_PATCH|>"),
+    )  # fmt: skip
+    return TinyFamily(processor, AyaVisionForConditionalGeneration(config), "model.language_model.layers")
+
+
+def gemma3() -> TinyFamily:
+    words = tokenizer(
+        "<start_of_turn>", "<end_of_turn>", newlines=True,
+        image_token="<image_soft_token>", boi_token="<start_of_image>", eoi_token="<end_of_image>",
+    )  # fmt: skip
+    images = Gemma3ImageProcessorPil(size={"height": 28, "width": 28})
+    processor = Gemma3Processor(images, words, image_seq_length=4, chat_template=GEMMA)
+    text = Gemma3TextConfig(**text_sizes(len(words)), head_dim=8, query_pre_attn_scalar=8, sliding_window=16)
+    config = Gemma3Config(
+        text_config=text, vision_config=SiglipVisionConfig(**vision_sizes(28, 14), vision_use_head=False),
+        mm_tokens_per_image=4, boi_token_index=words.boi_token_id, eoi_token_index=words.eoi_token_id,
+        image_token_index=words.image_token_id, initializer_range=0.3,
+    )  # fmt: skip
+    model = Gemma3ForConditionalGeneration(config)
+    # zeros at first: images would say nothing
+    torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight, std=0.3)
+    return TinyFamily(processor, model, "model.language_model.layers")
+
+
+def idefics3() -> TinyFamily:
+    cells = [f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)]
+    around = ["<|begin_of_text|>", "<fake_token_around_image>", "<end_of_utterance>", "<global-img>"]
+    words = tokenizer(*around, *cells, bos=False)
+    images = Idefics3ImageProcessorPil(size={"longest_edge": 56}, max_image_size={"longest_edge": 28})
+    processor = Idefics3Processor(images, words, image_seq_len=4, chat_template=IDEFICS)
+    config = Idefics3Config(
+        text_config=LlamaConfig(**text_sizes(len(words))), vision_config=vision_sizes(28, 7), image_token_id=IMAGE,
+        scale_factor=2,
+    )  # fmt: skip
+    return TinyFamily(processor, Idefics3ForConditionalGeneration(config), "model.text_model.layers")
+
+
+FAMILIES = {f.__name__: f for f in (llava_next, llava_next_vicuna, aya_vision, gemma3, idefics3)}
+
+
+def tiny_family(name: str) -> TinyFamily:
+    torch.manual_seed(0)
+    family = FAMILIES[name]()
+    family.model.eval()
+    return family
