@@ -86,7 +86,7 @@ def last_token_activations(vlm: VLM, layers: Sequence[nn.Module], inputs: Inputs
     position = last_token(inputs["attention_mask"])
     stop_early = not hasattr(vlm.model, "hf_device_map")  # accelerate's hooks must see the whole pass
     with recording(layers, position, stop_early) as recorded, suppress(_LastLayerReachedError):
-        vlm.model.model(**inputs, use_cache=False)
+        vlm.backbone(inputs)
     return torch.stack(recorded, dim=1)
 
 

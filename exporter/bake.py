@@ -7,62 +7,26 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import importlib
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
 
-from exporter import modeling
 from exporter.directions import Directions
 from exporter.errors import InputError
-from exporter.modeling.modeling_shiftdc import FORMAT_VERSION, ShiftDCConfigMixin, ShiftDCMixin
+from exporter.families import Family, family
+from exporter.modeling.modeling_shiftdc import FORMAT_VERSION
 from exporter.recipes import Recipe
 from exporter.source import INDEX, SINGLE, BaseCheckpoint, read_header
 
 SHARD = "shiftdc.safetensors"
 REPORT = "shiftdc_report.json"
-#: Modeling code that every family's export carries.
-SHARED_MODULES = ("modeling_shiftdc", "modeling_shiftdc_correction", "modeling_shiftdc_prompts")
-
-
-@dataclass(frozen=True)
-class Family:
-    """The classes and source files that a family's exports carry."""
-
-    module: str
-    config: type[ShiftDCConfigMixin]
-    model: type[ShiftDCMixin]
-
-    @property
-    def stock_class(self) -> str:
-        """Name of the transformers class that the model class calibrates."""
-        return next(c.__name__ for c in self.model.__mro__ if c.__module__.startswith("transformers."))
-
-    @property
-    def files(self) -> tuple[Path, ...]:
-        folder = Path(modeling.__file__).parent
-        return tuple(folder / f"{name}.py" for name in (*SHARED_MODULES, self.module))
-
-
-def family(name: str) -> Family:
-    """The modeling code of a transformers model_type. Raises InputError."""
-    module = f"modeling_shiftdc_{name}"
-    try:
-        code = importlib.import_module(f"exporter.modeling.{module}")
-    except ModuleNotFoundError:
-        raise InputError(f"Recipe: there is no modeling code for family {name!r}; see 'shiftdc-export recipes'.") from None
-    own = [c for c in vars(code).values() if isinstance(c, type) and c.__module__ == code.__name__]
-    config = next(c for c in own if issubclass(c, ShiftDCConfigMixin))
-    model = next(c for c in own if issubclass(c, ShiftDCMixin))
-    return Family(module, config, model)
 
 
 def shiftdc_block(recipe: Recipe, layers: tuple[int, ...], pieces: dict[str, Any], base: BaseCheckpoint) -> dict[str, Any]:

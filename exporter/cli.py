@@ -332,10 +332,12 @@ def _print_evidence(found: Any, *, as_json: bool, quiet: bool = False) -> None:
 
 @main.command()
 @click.argument("name", required=False)
+@click.option("--markdown", is_flag=True, help="The table of the README.")
 @_json_option
-def recipes(name: str | None, as_json: bool) -> None:
-    """The families supported; with NAME one recipe in full."""
-    from exporter.recipes import load_recipe, recipe_names
+def recipes(name: str | None, markdown: bool, as_json: bool) -> None:
+    """The families supported, with what works in each; with NAME one recipe in full."""
+    from exporter import family_table
+    from exporter.recipes import load_recipe
     from exporter.resources import resource
 
     if name is not None:
@@ -343,12 +345,13 @@ def recipes(name: str | None, as_json: bool) -> None:
         text = (resource("recipes") / f"{name}.yaml").read_text("utf-8") if not as_json else recipe.model_dump_json(indent=2)
         click.echo(text.rstrip())
         return
-    found = {n: load_recipe(n) for n in recipe_names()}
-    if as_json:
-        click.echo(json.dumps({n: r.model_dump(mode="json") for n, r in found.items()}, indent=2))
-        return
-    for recipe_name, recipe in found.items():
-        click.echo(f"{recipe_name:12} {recipe.family:12} {', '.join(recipe.models)}")
+    if markdown:
+        click.echo(family_table.markdown())
+    elif as_json:
+        click.echo(json.dumps(family_table.supported(), indent=2))
+    else:
+        for row in family_table.supported():
+            click.echo(f"{row['name']:16} {', '.join(row['models'])}")
 
 
 def _print_plan(plan: Any, as_json: bool, repo_id: str | None) -> None:

@@ -89,7 +89,7 @@ def fit_directions(
     Both sides go through the chat template. Means and variances are streamed in float64.
     """
     modules = vlm.decoder_layers(decoder_layers)
-    chosen = tuple(range(len(modules)) if layers is None else layers)
+    chosen = tuple(i for i in (range(len(modules)) if layers is None else layers) if i not in vlm.image_layers)
     reader = _Reader(vlm, [modules[i] for i in chosen], prompts, batch_size, progress)
 
     halves = {(label, half): LastTokenStats() for label in ("safe", "unsafe") for half in (0, 1)}

@@ -35,8 +35,9 @@ def choose_layers(statistics: Sequence[LayerStatistics], depth: int) -> LayerCho
     best = max(s.separation for s in statistics)
     left_out = {s.layer: reason for s in statistics if (reason := _objection(s, best, depth))}
     runs: list[list[int]] = []
-    for layer in sorted(s.layer for s in statistics if s.layer not in left_out):
-        if runs and runs[-1][-1] == layer - 1:
+    order = {layer: i for i, layer in enumerate(sorted(s.layer for s in statistics))}
+    for layer in (i for i in order if i not in left_out):
+        if runs and order[runs[-1][-1]] == order[layer] - 1:
             runs[-1].append(layer)
         else:
             runs.append([layer])

@@ -14,12 +14,14 @@ from typing import Any, TypeVar
 import torch
 
 from exporter import __version__
-from exporter.bake import REPORT, bake, check_output, family, staged
+from exporter.bake import REPORT, bake, check_output, staged
 from exporter.calibration import CalibrationSet, load_calibration
 from exporter.card import render_card
 from exporter.directions import Directions, Progress, fit_directions, summary
 from exporter.errors import InputError
 from exporter.exported import load_calibrated
+from exporter.families import family
+from exporter.family_table import REFUSED
 from exporter.layer_choice import LayerChoice, choose_layers
 from exporter.probe import PROBE, Probe, record_probe
 from exporter.prompt_pieces import prompt_pieces
@@ -81,7 +83,7 @@ def make_plan(
     chosen = load_recipe(recipe or recipe_name(base)).with_overrides(**overrides)
     if chosen.family != base.model_type:
         raise InputError(f"Recipe: it is for family {chosen.family!r}, and {base.name} is a {base.model_type!r}; choose another.")
-    family(chosen.family)
+    check_supported(base, chosen)
     plan = Plan(
         base=base,
         recipe=chosen,
@@ -103,15 +105,30 @@ def make_plan(
     return plan
 
 
+def check_supported(base: BaseCheckpoint, recipe: Recipe) -> None:
+    """Raise InputError where the family, or this checkpoint of it, cannot be calibrated."""
+    if not base.has_chat_template and recipe.chat_template is None:
+        raise InputError(
+            f"MODEL: {base.name} has no chat template (looked for chat_template.jinja, chat_template.json and "
+            "tokenizer_config.json); the method compares prompts as the model was trained to see them, so add one to the "
+            "checkpoint."
+        )
+    reason = family(recipe.family).config.shiftdc_unsupported(base.config)
+    if reason is not None:
+        raise InputError(f"MODEL: {base.name} cannot be calibrated: {reason}.")
+
+
 def recipe_name(base: BaseCheckpoint) -> str:
     """The recipe that fits a checkpoint. Raises InputError."""
     if base.name == DEMO:
         return DEMO
+    if (reason := REFUSED.get(base.model_type)) is not None:
+        raise InputError(f"MODEL: {base.name} cannot be calibrated: {reason}.")
     name = recipe_for_family(base.model_type)
     if name is None:
         raise InputError(
             f"MODEL: {base.name} is of family {base.model_type!r}, for which there is no recipe; "
-            "see 'shiftdc-export recipes', or give --recipe FILE.yaml."
+            "'shiftdc-export recipes' lists the families supported."
         )
     return name
 
@@ -176,7 +193,7 @@ def swept(plan: Plan, measured: Measurement, clock: Clock) -> tuple[Plan, Measur
     # beside the output, so that shards can be hard-linked
     with tempfile.TemporaryDirectory(prefix=f".{plan.output.name}.sweep-", dir=plan.output.parent) as folder:
         bake_measured(plan, measured, Path(folder))
-        vlm = load_calibrated(Path(folder), plan.recipe.family, dtype=plan.dtype, device_map=plan.device_map)
+        vlm = load_calibrated(Path(folder), plan.recipe, dtype=plan.dtype, device_map=plan.device_map)
         found = clock.stage("sweep", lambda: run_sweep(vlm, held_out, plan.layers is None, clock.progress))
     chosen = found.chosen.candidate
     left_out = {layer: "left out by the sweep" for layer in measured.choice.layers if layer not in chosen.layers}
@@ -195,7 +212,8 @@ def choose(plan: Plan, directions: Directions) -> LayerChoice:
     """The layers to calibrate: those asked for, or `choose_layers`'."""
     if plan.layers is None:
         return choose_layers(directions.statistics, plan.depth)
-    return LayerChoice(tuple(plan.layers), "given by the caller", {})
+    left_out = {i: "prompts without an image skip it" for i in plan.layers if i not in directions.layers}
+    return LayerChoice(directions.layers, "given by the caller", left_out)
 
 
 def make_report(plan: Plan, measured: Measurement, shards: dict[str, str]) -> dict[str, Any]:

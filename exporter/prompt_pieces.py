@@ -62,13 +62,15 @@ class _Spaces:
 def _carried_spaces(vlm: VLM, image: Image.Image, image_tail: list[int]) -> _Spaces:
     reply = {"role": "assistant", "content": [{"type": "text", "text": "Fine"}]}
     turns = [user_turn("Hello", image), reply]
-    asked, answered = (
-        vlm.processor.apply_chat_template(t, tokenize=False, add_generation_prompt=t is not turns) for t in (turns[:1], turns)
-    )
+    asked = vlm.processor.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True)
     before_request = asked[: asked.index("Hello")]
     space = before_request[len(before_request.rstrip(" ")) :]
     if vlm.tokenizer.decode(image_tail).endswith(" "):
         space = ""
+    try:
+        answered = vlm.processor.apply_chat_template(turns, tokenize=False)
+    except TemplateError:  # some templates take one turn
+        return _Spaces(space, "")
     before_reply = answered[: answered.index("Fine")]
     return _Spaces(space, before_reply.removeprefix(asked) if before_reply.startswith(asked) else "")
 

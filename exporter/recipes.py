@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
@@ -71,6 +72,7 @@ class Recipe(BaseModel):
     family: str = Field(description="transformers model_type")
     models: tuple[str, ...] = Field(description="checkpoints that the recipe is written for")
     decoder_layers: str = Field(description="path of the decoder layers' ModuleList in the loaded model")
+    chat_template: str | None = Field(None, description="Jinja template for families whose checkpoints have none")
     prompts: Prompts = Field(description="wording of the method's two extra prompts")
     calibration: str = Field("builtin", description="builtin, demo, or a JSONL file")
     benchmark: str = Field("mm-safetybench", description="what --evaluate runs")
@@ -80,6 +82,8 @@ class Recipe(BaseModel):
     gate: Gate = Field("one-sided", description="one-sided: never move an input toward safe; two-sided: the paper")
     strength: Strength | Literal["auto"] = Field(1.0, description="share of the shift that is taken out; auto: by a sweep")
     caption_max_new_tokens: int = Field(128, ge=1, le=1024, description="longest caption that generate() writes")
+    onnx: bool = Field(False, description="whether --onnx writes graphs for the family")
+    notes: tuple[str, ...] = Field((), description="what does not work, or works in another way, and why")
 
     def with_overrides(self, **options: object) -> Recipe:
         """The recipe with the command line's values, where they are given. Raises InputError."""
@@ -115,6 +119,11 @@ def load_recipe(name_or_file: str) -> Recipe:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise InputError(f"Recipe: {file} cannot be read as YAML ({str(error).splitlines()[0]}).") from None
     return _validated(values, str(file))
+
+
+def recorded_recipe(report: Mapping[str, Any]) -> Recipe:
+    """The recipe that an export was made with, from its report. Raises InputError."""
+    return _validated(report.get("recipe"), "shiftdc_report.json")
 
 
 def recipe_names() -> list[str]:

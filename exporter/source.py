@@ -135,13 +135,7 @@ def _checked(name: str, revision: str | None, folder: Path) -> BaseCheckpoint:
         raise InputError(f"MODEL: {folder / 'config.json'} names no model_type; give a transformers checkpoint.")
     if model_type.startswith("shiftdc_"):
         raise InputError(f"MODEL: {name} is calibrated already (model_type {model_type}); give its base model instead.")
-    checkpoint = BaseCheckpoint(name, revision, folder, config, _shards(folder))
-    if not checkpoint.has_chat_template:
-        raise InputError(
-            f"MODEL: {name} has no chat template (looked for chat_template.jinja, chat_template.json and tokenizer_config.json); "
-            "the method compares prompts as the model was trained to see them, so add one to the checkpoint."
-        )
-    return checkpoint
+    return BaseCheckpoint(name, revision, folder, config, _shards(folder))
 
 
 def _shards(folder: Path) -> tuple[Path, ...]:

@@ -15,8 +15,9 @@ import torch
 from safetensors import safe_open
 
 from exporter import verify_worker
-from exporter.bake import REPORT, SHARD, family, sha256
+from exporter.bake import REPORT, SHARD, sha256
 from exporter.errors import InputError, VerificationError
+from exporter.families import family
 from exporter.source import INDEX, SINGLE, read_header
 
 

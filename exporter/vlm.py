@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from PIL import Image
 from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from exporter.calibration import blank_image
 from exporter.errors import InputError
+from exporter.families import Family, family
 from exporter.recipes import Recipe
 from exporter.source import BaseCheckpoint
 
@@ -22,10 +25,18 @@ DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, 
 
 @dataclass(frozen=True)
 class VLM:
-    """Model and processor. Prompts always go through the chat template, with the generation prompt at the end."""
+    """Model and processor. Prompts always go through the chat template, with the generation prompt at the end.
+
+    `composed_text`: a prompt without image is one with an image, less its image tokens (the processor takes no other).
+    """
 
     model: Any
     processor: Any
+    composed_text: bool = False
+
+    @cached_property
+    def family(self) -> Family:
+        return family(self.model.config.model_type.removeprefix("shiftdc_"))
 
     @property
     def tokenizer(self) -> Any:
@@ -34,6 +45,11 @@ class VLM:
     @property
     def image_token_id(self) -> int:
         return self.model.config.image_token_id
+
+    @property
+    def image_layers(self) -> frozenset[int]:
+        """Decoder layers that prompts without an image skip."""
+        return self.family.model.shiftdc_image_layers(self.model.config.get_text_config())
 
     @property
     def device(self) -> torch.device:
@@ -61,23 +77,36 @@ class VLM:
         return self.encode_conversations(conversations)
 
     def encode_conversations(self, conversations: Sequence[list[dict[str, Any]]]) -> Inputs:
+        if self.composed_text and not any(has_image(c) for c in conversations):
+            return self.pad([self._without_image(c) for c in conversations])
         encoded = self.processor.apply_chat_template(
             list(conversations), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
             processor_kwargs={"padding": True, "padding_side": "left"},
         )  # fmt: skip
-        return {k: v.to(self.device) for k, v in encoded.items() if isinstance(v, torch.Tensor)}
+        return {k: v.to(self.device) for k, v in encoded.items() if isinstance(v, torch.Tensor) and k != "labels"}
+
+    def _without_image(self, conversation: list[dict[str, Any]]) -> list[int]:
+        first, *others = conversation
+        shown = {**first, "content": [{"type": "image", "image": blank_image()}, *first["content"]]}
+        ids = self.encode_conversations([[shown, *others]])["input_ids"][0].tolist()
+        return [i for i in ids if i != self.image_token_id]
+
+    def backbone(self, inputs: Inputs) -> None:
+        """One pass through the decoder layers, without cache."""
+        self.family.model.shiftdc_backbone(self.model, **inputs)
 
     def token_ids(self, request: str, image: Image.Image | None = None) -> list[int]:
         """One prompt as a list of token ids."""
         return self.encode([request], None if image is None else [image])["input_ids"][0].tolist()
 
     def pad(self, prompts: Sequence[list[int]]) -> Inputs:
-        """Left-padded input_ids and attention_mask, int64 [batch, time]."""
+        """Left-padded prompts without images: input_ids and attention_mask, int64 [batch, time], and what the family adds."""
         width = max(map(len, prompts))
         pad = self.tokenizer.pad_token_id or 0
         ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts])
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-        return {"input_ids": ids.to(self.device), "attention_mask": mask.to(self.device)}
+        added = self.family.model.shiftdc_token_inputs(ids, self.image_token_id, {})
+        return {k: v.to(self.device) for k, v in {"input_ids": ids, "attention_mask": mask, **added}.items()}
 
     def decode(self, ids: Sequence[int] | torch.Tensor) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
@@ -89,16 +118,29 @@ def user_turn(request: str, *images: Image.Image | None) -> dict[str, Any]:
     return {"role": "user", "content": [*pictures, {"type": "text", "text": request}]}
 
 
-def load_processor(folder: Path) -> Any:
+def has_image(conversation: list[dict[str, Any]]) -> bool:
+    return any(part["type"] == "image" for turn in conversation for part in turn["content"])
+
+
+def load_processor(folder: Path, recipe: Recipe) -> Any:
+    """The processor, with the recipe's chat template if it gives one. Raises InputError."""
     try:
-        return AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, ImportError) as error:
         raise InputError(f"MODEL: the processor in {folder} cannot be loaded: {_first_line(error)}") from None
+    if recipe.chat_template is not None:
+        processor.chat_template = recipe.chat_template
+    if getattr(processor.image_processor, "do_pan_and_scan", None):
+        raise InputError(
+            f"MODEL: do_pan_and_scan is on in the preprocessor_config.json of {folder}, and prompts with sentences between crops "
+            "cannot be composed; set it to false."
+        )
+    return processor
 
 
 def load_vlm(base: BaseCheckpoint, recipe: Recipe, *, dtype: str = "auto", device_map: str | None = None) -> VLM:
     """Load the base with transformers' own class; its repository's code is never run. Raises InputError."""
-    processor = load_processor(base.folder)
+    processor = load_processor(base.folder, recipe)
     options = {} if device_map is None else {"device_map": device_map}
     try:
         model, report = AutoModelForImageTextToText.from_pretrained(
@@ -114,7 +156,7 @@ def load_vlm(base: BaseCheckpoint, recipe: Recipe, *, dtype: str = "auto", devic
             )
     if device_map is None and torch.cuda.is_available():
         model = model.to("cuda")
-    return VLM(model.eval(), processor)
+    return VLM(model.eval(), processor, composed_text=recipe.chat_template is not None)
 
 
 def _first_line(error: Exception) -> str:

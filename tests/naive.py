@@ -25,17 +25,21 @@ class Naive:
 
     @torch.no_grad()
     def activations(self, inputs):
-        """Output of every decoder layer at the last token: [layers, hidden]."""
-        kept = []
+        """Output of every decoder layer at the last token: [layers, hidden]; NaN for layers that were skipped."""
+        kept = {}
 
         def keep(module, args, out):
-            kept.append((out[0] if isinstance(out, tuple) else out)[0, -1].clone())
+            kept[module] = (out[0] if isinstance(out, tuple) else out)[0, -1].clone()
 
         handles = [layer.register_forward_hook(keep) for layer in self.layers]
-        self.model(**inputs)
+        self.forward(inputs)
         for h in handles:
             h.remove()
-        return torch.stack(kept)
+        nothing = torch.full_like(next(iter(kept.values())), torch.nan)
+        return torch.stack([kept.get(layer, nothing) for layer in self.layers])
+
+    def forward(self, inputs):
+        self.model(**inputs)
 
     def directions(self, rows):
         """Unit difference of means (Eq. 4) of the text-only counterparts, in float64."""

@@ -193,7 +193,13 @@ def test_recipes():
     assert "llava-hf/llava-1.5-7b-hf" in run("recipes").stdout
     assert "text_counterpart" in run("recipes", "llava").stdout
     assert json.loads(run("recipes", "llava", "--json").stdout)["family"] == "llava"
-    assert "llava" in json.loads(run("recipes", "--json").stdout)
+    listed = json.loads(run("recipes", "--json").stdout)
+    assert all({"family", "models", "references", "onnx", "notes"} <= row.keys() for row in listed)
+    assert "llava" in [row["family"] for row in listed]
+
+
+def test_the_readme_has_the_table_of_families():
+    assert run("recipes", "--markdown").stdout.strip() in Path("README.md").read_text()
 
 
 def test_help_needs_no_torch():

@@ -140,6 +140,9 @@ def test_plans_that_cannot_work(base_folder, tmp_path):
         make_plan(str(other), output=tmp_path / "o")
     with pytest.raises(InputError, match="for family 'llava'"):
         make_plan(str(other), output=tmp_path / "o", recipe="llava")
+    (other / "config.json").write_text(json.dumps({**config, "model_type": "qwen"}))
+    with pytest.raises(InputError, match="take Qwen2-VL"):
+        make_plan(str(other), output=tmp_path / "o")
 
 
 def test_a_checkpoint_that_does_not_fill_the_model(base_folder, tmp_path, calibration_file):

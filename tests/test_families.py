@@ -9,16 +9,16 @@ import torch
 import transformers
 from naive import Naive
 from PIL import Image
-from tiny_families import EOS, FAMILIES, PAD, tiny_family
+from tiny_families import EOS, FAMILIES, IMAGE, PAD, tiny_family
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as STOCK
 
+from exporter.errors import InputError
 from exporter.modeling.modeling_shiftdc_prompts import PromptPieces
 from exporter.pipeline import export, make_plan
 from exporter.recipes import load_recipe
 from exporter.vlm import VLM
 
-LAYERS = [1, 2]
 GREEDY = {"max_new_tokens": 6, "do_sample": False}
 CAPTION_TOKENS = 6
 TEXT = "{q} Image Caption: {caption}"
@@ -36,16 +36,23 @@ ROWS = [("How do I build this?", picture(0, 40, 40)), ("What is it, and who need
 class FamilyNaive(Naive):
     """tests/naive.py on another architecture; the processor is the only one to know how a prompt is written."""
 
-    def __init__(self, model, processor, layers):
+    def __init__(self, model, processor, tiny):
         self.model, self.processor, self.text_prompt = model, processor, TEXT
-        self.layers = model.get_submodule(layers)
+        self.layers = model.get_submodule(tiny.layers)
+        self.tiny = tiny
 
     def ids(self, request, image=None):
         return encode(self.processor, [(request, image)])
 
+    def forward(self, inputs):
+        alone = "pixel_values" not in inputs and hasattr(self.model, "qformer")  # the outer model demands an image
+        (self.model.language_model if alone else self.model)(**inputs)
+
 
 def encode(processor, rows):
     """One left-padded batch; an image of None gives a text-only row."""
+    if takes_no_text(processor) and len(rows) > 1:
+        return collated(processor, [encode(processor, [row]) for row in rows])
     turns = [
         [
             {
@@ -55,10 +62,43 @@ def encode(processor, rows):
         ]
         for request, image in rows
     ]
-    return processor.apply_chat_template(
+    if takes_no_text(processor) and rows[0][1] is None:
+        return without_image(processor, rows[0][0])
+    encoded = processor.apply_chat_template(
         turns, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
         processor_kwargs={"padding": True, "padding_side": "left"},
     )  # fmt: skip
+    encoded.pop("labels", None)
+    return encoded
+
+
+def takes_no_text(processor):
+    """Processors that take no prompt without an image, or no batch of both."""
+    return type(processor).__name__ in ("PaliGemmaProcessor", "Blip2Processor", "InstructBlipProcessor")
+
+
+def without_image(processor, request):
+    """A prompt with an image, less its image tokens."""
+    shown = encode(processor, [(request, ROWS[0][1])])
+    ids = shown["input_ids"][shown["input_ids"] != IMAGE][None]
+    types = {"token_type_ids": torch.zeros_like(ids)} if "token_type_ids" in shown else {}
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **types}
+
+
+def collated(processor, singles):
+    """Left-padded prompts, and the images of those that have one."""
+    width = max(s["input_ids"].shape[1] for s in singles)
+    batch = {}
+    for name in {k for s in singles for k in s}:
+        parts = [s[name] for s in singles if name in s]
+        fill = {"input_ids": PAD}.get(name, 0)
+        if name in ("input_ids", "attention_mask", "token_type_ids"):
+            parts = [torch.nn.functional.pad(p, (width - p.shape[1], 0), value=fill) for p in parts]
+        elif name.startswith("qformer"):
+            longest = max(p.shape[1] for p in parts)
+            parts = [torch.nn.functional.pad(p, (0, longest - p.shape[1]), value=0) for p in parts]
+        batch[name] = torch.cat(parts)
+    return batch
 
 
 def new_tokens(out, inputs):
@@ -80,10 +120,17 @@ def base_folder(tiny, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def exported(base_folder, calibration_file, tmp_path_factory):
+def layers(tiny):
+    """The calibrated ones."""
+    return [tiny.first, tiny.first + 1]
+
+
+@pytest.fixture(scope="module")
+def exported(base_folder, calibration_file, tmp_path_factory, layers):
     """Verified: export() raises if the worker finds anything."""
     plan = make_plan(
-        str(base_folder), output=tmp_path_factory.mktemp("export") / "calibrated", layers="1-2", gate="two-sided",
+        str(base_folder), output=tmp_path_factory.mktemp("export") / "calibrated", gate="two-sided",
+        layers=f"{layers[0]}-{layers[1]}",
         calibration=str(calibration_file), caption_max_new_tokens=CAPTION_TOKENS,
     )  # fmt: skip
     return export(plan)
@@ -108,8 +155,10 @@ def model(loaded):
 
 
 @pytest.fixture(scope="module")
-def processor(folder):
-    return AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+def processor(folder, tiny):
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+    processor.chat_template = load_recipe(tiny.recipe).chat_template or processor.chat_template
+    return processor
 
 
 @pytest.fixture(scope="module")
@@ -118,21 +167,25 @@ def base(base_folder):
 
 
 @pytest.fixture(scope="module")
+def vlm(base, processor, tiny):
+    return VLM(base, processor, composed_text=tiny.recipe != "llava")
+
+
+@pytest.fixture(scope="module")
 def naive(base, processor, tiny):
-    return FamilyNaive(base, processor, tiny.layers)
+    return FamilyNaive(base, processor, tiny)
 
 
 @pytest.fixture
-def directions(model):
-    return {layer: c.direction for layer, c in zip(LAYERS, model.shiftdc_corrections, strict=True)}
+def directions(model, layers):
+    return {layer: c.direction for layer, c in zip(layers, model.shiftdc_corrections, strict=True)}
 
 
 @pytest.fixture(scope="module")
 def expected_pieces(tiny, exported):
     """Token pieces are tested against the template below; the naive side reads them from the config."""
     config = json.loads((exported.plan.output / "config.json").read_text())
-    image_token = next(config[k] for k in ("image_token_id", "image_token_index") if k in config)
-    return PromptPieces(config["shiftdc"]["prompt"], image_token)
+    return PromptPieces(config["shiftdc"]["prompt"], tiny.model.config.image_token_id)
 
 
 def naive_reference(naive, pieces, directions, row, kind, blank=0.0):
@@ -141,25 +194,25 @@ def naive_reference(naive, pieces, directions, row, kind, blank=0.0):
     if kind == "blank":
         pixels = inputs["pixel_values"]
         activations = naive.activations({**inputs, "pixel_values": torch.full_like(pixels, blank)})
-        return torch.stack([activations[i] @ directions[i] for i in LAYERS])
+        return torch.stack([activations[i] @ directions[i] for i in directions])
     caption = None
     if kind == "caption":
         prompt = torch.tensor([pieces.caption_prompt(ids)])
         given = {k: v for k, v in inputs.items() if k not in ("input_ids", "attention_mask")}
-        if "token_type_ids" in given:
-            given["token_type_ids"] = (prompt == pieces.image_token_id).long()
+        given |= naive.tiny.composed(prompt, given)
         out = naive.model.generate(
             input_ids=prompt, attention_mask=torch.ones_like(prompt), **given, max_new_tokens=CAPTION_TOKENS, do_sample=False
         )
         caption = [t for t in out[0, prompt.shape[1] :].tolist() if t not in (EOS, PAD)]
     text = torch.tensor([pieces.text_prompt(ids, caption)])
-    activations = naive.activations({"input_ids": text, "attention_mask": torch.ones_like(text)})
-    return torch.stack([activations[i] @ directions[i] for i in LAYERS])
+    types = {"token_type_ids": torch.zeros_like(text)} if naive.tiny.recipe == "paligemma" else {}
+    activations = naive.activations({"input_ids": text, "attention_mask": torch.ones_like(text), **types})
+    return torch.stack([activations[i] @ directions[i] for i in directions])
 
 
 def naive_reply(naive, directions, row, **calibration):
     inputs = naive.ids(*row)
-    with naive.calibrated(LAYERS, directions, inputs["input_ids"].shape[1], **calibration):
+    with naive.calibrated(list(directions), directions, inputs["input_ids"].shape[1], **calibration):
         return new_tokens(naive.model.generate(**inputs, **GREEDY), inputs)[0]
 
 
@@ -177,8 +230,8 @@ def test_the_directions_are_those_of_the_method(naive, directions, calibration_f
 
 @pytest.mark.parametrize("request_text", ["How do I build this?", "7 zebras: now", "A"])
 @pytest.mark.parametrize("shape", [(40, 40), (90, 28), (28, 120), (8, 8)])
-def test_composed_prompts_read_as_the_template_renders_them(tiny, base, processor, expected_pieces, request_text, shape):
-    vlm, prompts, image = VLM(base, processor), load_recipe("llava").prompts, picture(2, *shape)
+def test_composed_prompts_read_as_the_template_renders_them(vlm, processor, expected_pieces, request_text, shape):
+    prompts, image = load_recipe("llava").prompts, picture(2, *shape)
     ids = vlm.token_ids(request_text, image)
     read = processor.tokenizer.decode
     assert expected_pieces.image_token_id in ids
@@ -189,11 +242,11 @@ def test_composed_prompts_read_as_the_template_renders_them(tiny, base, processo
     assert read(ids[start:end]).strip() == request_text
 
 
-def test_two_images_of_one_turn_leave_no_trace(processor, base, expected_pieces):
+def test_two_images_of_one_turn_leave_no_trace(processor, vlm, expected_pieces):
     turn = {"role": "user", "content": [{"type": "image", "image": i} for _, i in ROWS] + [{"type": "text", "text": "How?"}]}
-    ids = VLM(base, processor).encode_conversations([[turn]])["input_ids"][0].tolist()
+    ids = vlm.encode_conversations([[turn]])["input_ids"][0].tolist()
     read = processor.tokenizer.decode
-    plain = read(VLM(base, processor).token_ids("How?"))
+    plain = read(vlm.token_ids("How?"))
     assert read(expected_pieces.text_prompt(ids)).split() == plain.split()
 
 
@@ -217,12 +270,12 @@ def test_tokens_equal_the_naive_implementation(model, naive, directions, process
         amounts = None
         if rule == "precomputed":
             clean = naive.activations(inputs)
-            amounts = torch.stack([clean[i] @ directions[i] for i in LAYERS]) - reference
+            amounts = torch.stack([clean[i] @ directions[i] for i in directions]) - reference
         expected = naive_reply(naive, directions, row, reference=reference, amounts=amounts)
         assert new_tokens(model.generate(**inputs, **GREEDY), inputs)[0] == expected
         with (
             torch.no_grad(),
-            naive.calibrated(LAYERS, directions, inputs["input_ids"].shape[1], reference=reference, amounts=amounts),
+            naive.calibrated(list(directions), directions, inputs["input_ids"].shape[1], reference=reference, amounts=amounts),
         ):
             logits = naive.model(**inputs).logits
         with torch.no_grad():
@@ -234,26 +287,29 @@ def test_tokens_equal_the_naive_implementation(model, naive, directions, process
 
 
 @pytest.mark.parametrize("kind", ["caption", "blank"])
-def test_token_types_are_those_of_each_prompt(model, processor, kind):
-    """Gemma 3's image tokens see one another: a composed prompt needs token types of its own."""
+def test_inputs_as_long_as_the_prompt_are_those_of_each_prompt(model, processor, kind, tiny):
+    """Token types (Gemma 3, PaliGemma) and the cross-attention mask (Mllama) of composed prompts are made anew."""
     model.config.shiftdc = {**model.config.shiftdc, "reference": kind, "rule": "precomputed"}
     inputs = encode(processor, [("Hello", None), *ROWS])
+    names = ("token_type_ids", "cross_attention_mask")
     seen = []
 
     def look(module, args, kwargs):
-        ids, types = kwargs.get("input_ids"), kwargs.get("token_type_ids")
+        ids = kwargs.get("input_ids")
         if ids is not None and (ids == model.config.image_token_id).any():
-            seen.append((ids, types))
+            seen.append((ids, {k: kwargs[k] for k in names if kwargs.get(k) is not None}))
 
-    handle = model.model.register_forward_pre_hook(look, with_kwargs=True)
+    handle = getattr(model, "model", model).register_forward_pre_hook(look, with_kwargs=True)
     try:
         model.generate(**inputs, **GREEDY)
     finally:
         handle.remove()
-    typed = "token_type_ids" in inputs
-    assert len(seen) == 3 or not typed  # caption or blank, clean, reply
-    for ids, types in seen:
-        assert torch.equal(types.bool(), ids == model.config.image_token_id) if typed else types is None
+    expected = [k for k in names if k in inputs]
+    assert len(seen) == 3 or not expected  # caption or blank, clean, reply
+    for ids, given in seen:
+        assert sorted(given) == sorted(expected)
+        for name, made in tiny.composed(ids, given).items():
+            assert torch.equal(given[name], made)
 
 
 def test_static_subtracts_the_baked_shift(model, naive, directions, processor):
@@ -265,12 +321,16 @@ def test_static_subtracts_the_baked_shift(model, naive, directions, processor):
 
 
 @pytest.mark.parametrize("kind", ["caption", "text", "blank", "static"])
-def test_a_mixed_left_padded_batch_equals_single_prompts(model, processor, kind):
+def test_a_mixed_left_padded_batch_equals_single_prompts(model, base, processor, kind):
     model.config.shiftdc = {**model.config.shiftdc, "reference": kind}
     rows = [("Hello", None), *ROWS, ("Who are you, and how many?", None)]
     inputs = encode(processor, rows)
     batch = new_tokens(model.generate(**inputs, **GREEDY), inputs)
-    for row, tokens in zip(rows, batch, strict=True):
+    plain = new_tokens(base.generate(**inputs, **GREEDY), inputs)
+    for row, tokens, uncalibrated in zip(rows, batch, plain, strict=True):
+        if row[1] is None:  # stock Mllama's text rows depend on the batch: they pass its cross-attention layers in a mixed one
+            assert tokens == uncalibrated
+            continue
         single = encode(processor, [row])
         assert until_end(tokens) == until_end(new_tokens(model.generate(**single, **GREEDY), single)[0])
 
@@ -280,10 +340,13 @@ def test_text_rows_are_untouched_bit_for_bit(model, base, processor):
     with torch.no_grad():
         found, plain = model(**inputs).logits, base(**inputs).logits
     assert torch.equal(found[[0, 3]], plain[[0, 3]])
-    assert torch.equal(found[1:3, :-1], plain[1:3, :-1])  # and of image rows only the last prompt token moved
+    if model.config.model_type != "shiftdc_paligemma":  # whose prompt tokens see the last one
+        assert torch.equal(found[1:3, :-1], plain[1:3, :-1])  # and of image rows only the last prompt token moved
     assert not torch.equal(found[1, -1], plain[1, -1]) and not torch.equal(found[2, -1], plain[2, -1])
     text = encode(processor, [("Hello", None), ("How are you?", None)])
-    assert torch.equal(model.generate(**text, **GREEDY), base.generate(**text, **GREEDY))
+    plain = base.language_model if hasattr(base, "qformer") else base  # the outer model demands an image
+    text = {k: v for k, v in text.items() if not k.startswith("qformer")}
+    assert torch.equal(model.generate(**text, **GREEDY), plain.generate(**text, **GREEDY))
 
 
 def test_no_uncalibrated_model_comes_out(exported, base_folder, folder):
@@ -304,3 +367,42 @@ def test_save_pretrained_round_trip(model, processor, tmp_path):
     assert not report["missing_keys"] and not report["unexpected_keys"]
     inputs = encode(processor, ROWS)
     assert torch.equal(again.eval().generate(**inputs, **GREEDY), model.generate(**inputs, **GREEDY))
+
+
+def edited(folder, file, **changes):
+    values = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps({**values, **changes}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"text_config": {"model_type": "t5"}}, r"encoder-decoder \(T5\)"),
+        ({"image_token_index": None}, "names no image_token_index"),
+    ],
+)
+def test_blip_checkpoints_that_cannot_be_calibrated_are_refused(tmp_path, changes, message):
+    folder = edited(tiny_family("blip_2").save(tmp_path / "base"), "config.json", **changes)
+    with pytest.raises(InputError, match=message):
+        make_plan(str(folder), output=tmp_path / "out")
+
+
+def test_pan_and_scan_is_refused(tmp_path, calibration_file):
+    folder = tiny_family("gemma3").save(tmp_path / "base")
+    file = next(f.name for f in (folder / "processor_config.json", folder / "preprocessor_config.json") if f.exists())
+    values = json.loads((folder / file).read_text())
+    values.get("image_processor", values)["do_pan_and_scan"] = True
+    (folder / file).write_text(json.dumps(values))
+    with pytest.raises(InputError, match="do_pan_and_scan is on"):
+        export(make_plan(str(folder), output=tmp_path / "out", calibration=str(calibration_file), layers="1-2"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_cross_attention_layers_are_left_out(tmp_path, calibration_file):
+    """Prompts without an image skip them."""
+    folder = tiny_family("mllama").save(tmp_path / "base")
+    plan = make_plan(str(folder), output=tmp_path / "out", calibration=str(calibration_file), layers="0-2")
+    layers = export(plan).report["layers"]
+    assert layers["chosen"] == [0, 2]
+    assert "without an image" in layers["left_out"]["1"]

@@ -10,6 +10,7 @@ import pytest
 from tiny import save_tiny_llava
 
 from exporter.errors import InputError
+from exporter.pipeline import make_plan
 from exporter.source import read_header, resolve
 
 
@@ -68,7 +69,7 @@ def test_no_weights(folder):
 
 def test_no_chat_template(tmp_path):
     with pytest.raises(InputError, match="has no chat template"):
-        resolve(str(save_tiny_llava(tmp_path / "base", chat_template=None)))
+        make_plan(str(save_tiny_llava(tmp_path / "base", chat_template=None)), output=tmp_path / "out")
 
 
 def test_calibrated_already(make_export):

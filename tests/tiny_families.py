@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,27 +15,49 @@ from transformers import (
     AyaVisionConfig,
     AyaVisionForConditionalGeneration,
     AyaVisionProcessor,
+    Blip2Config,
+    Blip2ForConditionalGeneration,
+    Blip2Processor,
     CLIPVisionConfig,
     Cohere2Config,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     Gemma3Processor,
     Gemma3TextConfig,
+    GemmaConfig,
     Idefics3Config,
     Idefics3ForConditionalGeneration,
     Idefics3Processor,
+    InstructBlipConfig,
+    InstructBlipForConditionalGeneration,
+    InstructBlipProcessor,
     LlamaConfig,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
     LlavaNextProcessor,
     MistralConfig,
+    MllamaConfig,
+    MllamaForConditionalGeneration,
+    MllamaProcessor,
+    OPTConfig,
+    PaliGemmaConfig,
+    PaliGemmaForConditionalGeneration,
+    PaliGemmaProcessor,
     PreTrainedTokenizerFast,
     SiglipVisionConfig,
 )
+from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+from transformers.models.mllama.configuration_mllama import MllamaTextConfig, MllamaVisionConfig
+from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
+from transformers.models.mllama.processing_mllama import (
+    convert_sparse_cross_attention_mask_to_dense,
+    get_cross_attention_token_mask,
+)
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 #: Ids of tiny.SPECIAL.
 EOS, PAD, IMAGE = 2, 3, 4
@@ -68,12 +92,24 @@ IDEFICS = (
 )
 
 
+LLAMA = (
+    "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' }}"
+    "{% for c in m['content'] %}{% if c['type'] == 'image' %}<|image|>{% else %}{{ c['text'] }}{% endif %}{% endfor %}"
+    "<|eot_id|>{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+
+
 @dataclass(frozen=True)
 class TinyFamily:
     processor: Any
     model: Any
     #: of the decoder's ModuleList
     layers: str
+    #: of the layers that tests calibrate
+    first: int = 1
+    recipe: str = "llava"
+    #: (composed prompt, image inputs) -> inputs as long as that prompt, by the processors' own code where they have it
+    composed: Callable[[torch.Tensor, dict[str, torch.Tensor]], dict[str, torch.Tensor]] = lambda ids, given: {}
 
     def save(self, folder: Path) -> Path:
         self.model.generation_config.pad_token_id = PAD
@@ -164,7 +200,12 @@ def gemma3() -> TinyFamily:
     model = Gemma3ForConditionalGeneration(config)
     # zeros at first: images would say nothing
     torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight, std=0.3)
-    return TinyFamily(processor, model, "model.language_model.layers")
+    composed = partial(image_token_types, words.image_token_id)
+    return TinyFamily(processor, model, "model.language_model.layers", composed=composed)
+
+
+def image_token_types(image: int, ids: torch.Tensor, given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {"token_type_ids": (ids == image).long()}
 
 
 def idefics3() -> TinyFamily:
@@ -180,7 +221,93 @@ def idefics3() -> TinyFamily:
     return TinyFamily(processor, Idefics3ForConditionalGeneration(config), "model.text_model.layers")
 
 
-FAMILIES = {f.__name__: f for f in (llava_next, llava_next_vicuna, aya_vision, gemma3, idefics3)}
+def mllama() -> TinyFamily:
+    marks = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|python_tag|>"]
+    words = tokenizer(*marks, image_token="<|image|>")
+    images = MllamaImageProcessorPil(size={"height": 28, "width": 28}, max_image_tiles=2)
+    processor = MllamaProcessor(images, words, chat_template=LLAMA)
+    sizes = text_sizes(len(words)) | {"num_hidden_layers": 5}
+    text = MllamaTextConfig(**sizes, cross_attention_layers=[1])
+    vision = MllamaVisionConfig(
+        hidden_size=32, attention_heads=4, intermediate_size=64, num_hidden_layers=3, num_global_layers=1, image_size=28,
+        patch_size=14, max_num_tiles=2, intermediate_layers_indices=[1], vision_output_dim=64, initializer_range=0.3,
+        supported_aspect_ratios=[[1, 1], [1, 2], [2, 1]],
+    )  # fmt: skip
+    model = MllamaForConditionalGeneration(
+        MllamaConfig(vision_config=vision, text_config=text, image_token_index=words.image_token_id)
+    )
+    cross = model.model.language_model.layers[1]
+    for gate in (cross.cross_attn_attn_gate, cross.cross_attn_mlp_gate):  # zeros at first: images would say nothing
+        torch.nn.init.ones_(gate)
+    composed = partial(cross_attention_mask, words.image_token_id)
+    return TinyFamily(processor, model, "model.language_model.layers", first=2, composed=composed)
+
+
+def cross_attention_mask(image: int, ids: torch.Tensor, given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """By the processor's code."""
+    tiles = given["cross_attention_mask"].amax(1).sum(-1).tolist()
+    spans = [get_cross_attention_token_mask(row, image) for row in ids.tolist()]
+    tiles = [row[: len(images)] for row, images in zip(tiles, spans, strict=True)]
+    dense = convert_sparse_cross_attention_mask_to_dense(spans, tiles, given["cross_attention_mask"].shape[-1], ids.shape[1])
+    return {"cross_attention_mask": torch.from_numpy(dense)}
+
+
+def paligemma() -> TinyFamily:
+    words = tokenizer(bos=False)
+    images = SiglipImageProcessorPil(size={"height": 28, "width": 28})
+    images.image_seq_length = 4
+    processor = PaliGemmaProcessor(images, words)
+    text = GemmaConfig(**text_sizes(len(words)), head_dim=8)
+    vision = SiglipVisionConfig(**vision_sizes(28, 14), vision_use_head=False)
+    config = PaliGemmaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE, projection_dim=32)
+    return TinyFamily(
+        processor, PaliGemmaForConditionalGeneration(config), "model.language_model.layers", recipe="paligemma",
+        composed=lambda ids, given: {"token_type_ids": torch.zeros_like(ids)},
+    )  # fmt: skip
+
+
+def blip_2() -> TinyFamily:
+    words = tokenizer()
+    images = BlipImageProcessorPil(size={"height": 28, "width": 28})
+    processor = Blip2Processor(images, words, num_query_tokens=4)
+    sizes = {k: v for k, v in text_sizes(len(words)).items() if k not in ("intermediate_size", "num_key_value_heads")}
+    text = OPTConfig(**sizes, ffn_dim=64, word_embed_proj_dim=32)
+    config = Blip2Config(
+        vision_config={**vision_sizes(28, 14)}, qformer_config=qformer_sizes(), text_config=text.to_dict(), num_query_tokens=4,
+        image_token_index=IMAGE,
+    )  # fmt: skip
+    model = with_queries(Blip2ForConditionalGeneration(config))
+    return TinyFamily(processor, model, "language_model.model.decoder.layers", recipe="blip2")
+
+
+def instructblip() -> TinyFamily:
+    words = tokenizer()
+    images = BlipImageProcessorPil(size={"height": 28, "width": 28})
+    processor = InstructBlipProcessor(images, words, tokenizer(), num_query_tokens=4)
+    config = InstructBlipConfig(
+        vision_config={**vision_sizes(28, 14)}, qformer_config=qformer_sizes(vocab_size=len(words)),
+        text_config=LlamaConfig(**text_sizes(len(words))).to_dict(), num_query_tokens=4, image_token_index=IMAGE,
+    )  # fmt: skip
+    model = with_queries(InstructBlipForConditionalGeneration(config))
+    return TinyFamily(processor, model, "language_model.model.layers", recipe="instructblip")
+
+
+def qformer_sizes(**extra: int) -> dict[str, Any]:
+    return {
+        "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64,
+        "encoder_hidden_size": 32, "initializer_range": 0.3, **extra,
+    }  # fmt: skip
+
+
+def with_queries(model: Any) -> Any:
+    """Query tokens are zeros at first."""
+    torch.nn.init.normal_(model.query_tokens)
+    return model
+
+
+FAMILIES = {
+    f.__name__: f for f in (llava_next, llava_next_vicuna, aya_vision, gemma3, idefics3, mllama, paligemma, blip_2, instructblip)
+}
 
 
 def tiny_family(name: str) -> TinyFamily:

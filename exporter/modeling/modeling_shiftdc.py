@@ -15,7 +15,7 @@ import functools
 import inspect
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -49,6 +49,11 @@ class ShiftDCConfigMixin(_Config):
 
     #: A field whose values the family's stock config class checks.
     shiftdc_guard_field = "tie_word_embeddings"
+
+    @staticmethod
+    def shiftdc_unsupported(config: Mapping[str, Any]) -> str | None:
+        """Why a base checkpoint with this config.json cannot be calibrated, with what to do; None where it can."""
+        return None
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -101,12 +106,35 @@ class ShiftDCMixin(_Model):
 
     #: Every pixel of the blank reference, after normalisation: the processor's mean colour.
     shiftdc_blank_pixel = 0.0
+    #: Image inputs that have an entry for every row of the batch, with an image or without.
+    shiftdc_row_inputs: frozenset[str] = frozenset()
+
+    @staticmethod
+    def shiftdc_backbone(model: Any, **inputs: Any) -> None:
+        """One pass of `model` (this class, or the transformers class) through its decoder layers, without cache."""
+        model.model(**inputs, use_cache=False)
+
+    @staticmethod
+    def shiftdc_token_inputs(ids: torch.Tensor, image_token_id: int, given: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """Inputs as long as the prompt, for prompts `ids` [batch, time] that were composed here; `given`: the original ones.
+
+        By default those that mark a token of an image by 1, where the original prompt has them.
+        """
+        return {name: (ids == image_token_id).long() for name in given if name in _TOKEN_TYPES}
+
+    @staticmethod
+    def shiftdc_image_layers(text_config: Any) -> frozenset[int]:
+        """Decoder layers that prompts without an image skip: they have no text-only coordinate and cannot be calibrated."""
+        return frozenset()
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
         if hasattr(cls, "_shiftdc_base_forward"):  # a subclass of a calibrated class; transformers makes one when loading
             return
-        base: Any = next(c for c in cls.__mro__ if c.__module__.startswith("transformers.") and "forward" in c.__dict__)
+        stock = (c for c in cls.__mro__ if c.__module__.startswith("transformers.") and "forward" in c.__dict__)
+        base: Any = next(stock, None)
+        if base is None:  # a mixin
+            return
         strict = getattr(base, "_keep_in_fp32_modules_strict", None) or ()
         cls._keep_in_fp32_modules_strict = {*strict, "shiftdc"}
         setattr(cls, "forward", _with_shiftdc_arguments(cls.forward, base.forward))  # noqa: B010 (mypy: a method)
@@ -220,9 +248,9 @@ class ShiftDCMixin(_Model):
         Raises ValueError where the image rows cannot be known (`inputs_embeds` without `input_ids`, `assistant_model`) or the
         reference cannot be computed; `shiftdc=False` gives the base model in every case.
         """
-        generate = super().generate
+        generate = functools.partial(super().generate, *(() if inputs is None else (inputs, *args)))
         if shiftdc is False:
-            return generate(inputs, *args, shiftdc=False, **kwargs)
+            return generate(shiftdc=False, **kwargs)
         if not self._shiftdc_ready:
             self.shiftdc_check()
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")
@@ -236,7 +264,7 @@ class ShiftDCMixin(_Model):
             )
         rows = self._shiftdc_image_rows(input_ids)
         if not rows.any():
-            return generate(inputs, *args, shiftdc=False, **kwargs)
+            return generate(shiftdc=False, **kwargs)
         reference = shiftdc_reference
         if reference is None and self.config.shiftdc["reference"] != "static":
             reference = self.shiftdc_reference(input_ids, captions=shiftdc_captions, **self._shiftdc_prompt_inputs(kwargs))
@@ -248,7 +276,7 @@ class ShiftDCMixin(_Model):
                 kwargs["shiftdc_correction"] = self._shiftdc_coordinates(prompt, last) - reference
             else:
                 kwargs["shiftdc_reference"] = reference
-        return generate(inputs, *args, shiftdc_rows=rows, shiftdc_prompt_length=input_ids.shape[1], **kwargs)
+        return generate(shiftdc_rows=rows, shiftdc_prompt_length=input_ids.shape[1], **kwargs)
 
     def prepare_inputs_for_generation(
         self,
@@ -264,12 +292,9 @@ class ShiftDCMixin(_Model):
         )
         if shiftdc_rows is None or shiftdc_prompt_length is None:
             return model_inputs
-        # chunked prefill and use_cache=False make "the last token of this forward" wrong: count from the start
-        past = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
-        fed = model_inputs.get("input_ids")
-        index = shiftdc_prompt_length - 1 - past
-        if 0 <= index < (fed if fed is not None else model_inputs["inputs_embeds"]).shape[1]:
-            model_inputs["shiftdc_position"] = torch.where(shiftdc_rows, index, -1)
+        position = position_to_correct(model_inputs, past_key_values, shiftdc_rows, shiftdc_prompt_length)
+        if position is not None:
+            model_inputs["shiftdc_position"] = position
         else:
             for name in ("shiftdc_reference", "shiftdc_correction"):
                 model_inputs.pop(name, None)
@@ -296,6 +321,7 @@ class ShiftDCMixin(_Model):
         rows = self._shiftdc_image_rows(input_ids)
         mask = attention_mask if attention_mask is not None else self._shiftdc_unpadded(input_ids)
         prompts = [r[m.bool()].tolist() for r, m in zip(input_ids[rows], mask[rows], strict=True)]
+        image_inputs = self._shiftdc_of_rows(image_inputs, rows)
         if captions is not None and len(captions) != len(input_ids):
             raise ValueError(f"shiftdc_captions needs one caption per row: expected {len(input_ids)}, found {len(captions)}.")
         if kind == "blank":
@@ -324,6 +350,7 @@ class ShiftDCMixin(_Model):
         rows = self._shiftdc_image_rows(input_ids)
         mask = attention_mask if attention_mask is not None else self._shiftdc_unpadded(input_ids)
         prompts = [r[m.bool()].tolist() for r, m in zip(input_ids[rows], mask[rows], strict=True)]
+        image_inputs = self._shiftdc_of_rows(image_inputs, rows)
         written = iter(self._shiftdc_own_captions(prompts, input_ids, image_inputs)) if prompts else iter(())
         return [next(written) if row else [] for row in rows.tolist()]
 
@@ -357,8 +384,11 @@ class ShiftDCMixin(_Model):
         return self._shiftdc_coordinates({"input_ids": ids, "attention_mask": mask, **typed}, last)
 
     def _shiftdc_typed(self, ids: torch.Tensor, image_inputs: dict[str, Any]) -> dict[str, Any]:
-        """`image_inputs` for the composed prompts `ids`: 1 marks a token of an image, as the processors do."""
-        return {k: (ids == self.config.image_token_id).long() if k in _TOKEN_TYPES else v for k, v in image_inputs.items()}
+        """`image_inputs` for the composed prompts `ids`."""
+        return {**image_inputs, **self.shiftdc_token_inputs(ids, self.config.image_token_id, image_inputs)}
+
+    def _shiftdc_of_rows(self, image_inputs: dict[str, Any], rows: torch.Tensor) -> dict[str, Any]:
+        return {k: v[rows] if k in self.shiftdc_row_inputs else v for k, v in image_inputs.items()}
 
     def _shiftdc_blank(self, pixels: torch.Tensor) -> torch.Tensor:
         """A neutral image for every image; what is only padding (all zeros) stays padding."""
@@ -373,7 +403,7 @@ class ShiftDCMixin(_Model):
         dropped = {"labels", "logits_to_keep", "past_key_values", "use_cache"}
         inputs = {k: v for k, v in inputs.items() if k not in dropped and v is not None}
         with torch.no_grad():
-            self.model(**inputs, use_cache=False, shiftdc_position=position, shiftdc_readout=readout)
+            self.shiftdc_backbone(self, **inputs, shiftdc_position=position, shiftdc_readout=readout)
         return readout.stacked(position.device)
 
     def _shiftdc_image_rows(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -441,6 +471,20 @@ class ShiftDCMixin(_Model):
     def _shiftdc_pad_id(self) -> int:
         pad = self.generation_config.pad_token_id
         return pad if pad is not None else min(self._shiftdc_eos_ids(), default=0)
+
+
+def position_to_correct(
+    model_inputs: dict[str, Any], past_key_values: Any, rows: torch.Tensor, prompt_length: int
+) -> torch.Tensor | None:
+    """int64 [batch]: the last prompt token of `rows` in this forward, -1 in other rows; None if it is not in this forward.
+
+    Chunked prefill and use_cache=False make "the last token of this forward" wrong: it is counted from the start.
+    """
+    past = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
+    fed = model_inputs.get("input_ids")
+    index = prompt_length - 1 - past
+    inside = 0 <= index < (fed if fed is not None else model_inputs["inputs_embeds"]).shape[1]
+    return torch.where(rows, index, -1) if inside else None
 
 
 def _last_true(mask: torch.Tensor) -> torch.Tensor:

@@ -67,8 +67,8 @@ class PromptPieces:
                 kept.append(ids[i])
                 i += 1
                 continue
-            if self.image_head and kept[-len(self.image_head) :] == self.image_head:
-                kept[-len(self.image_head) :] = self.image_instead
+            if kept[len(kept) - len(self.image_head) :] == self.image_head:
+                kept[len(kept) - len(self.image_head) :] = self.image_instead
             elif kept and kept[-1] in self.image_markers:  # the opening differs with the number of tiles
                 while kept and kept[-1] in self.image_markers:
                     del kept[-1]

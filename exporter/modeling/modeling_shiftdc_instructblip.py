@@ -1,0 +1,13 @@
+"""InstructBLIP with a decoder-only language model (Vicuna) with ShiftDC; travels inside exported checkpoints."""
+
+from transformers import InstructBlipConfig, InstructBlipForConditionalGeneration
+
+from .modeling_shiftdc_blip import ShiftDCBlipConfigMixin, ShiftDCBlipMixin
+
+
+class ShiftDCInstructBlipConfig(ShiftDCBlipConfigMixin, InstructBlipConfig):
+    model_type = "shiftdc_instructblip"
+
+
+class ShiftDCInstructBlipForConditionalGeneration(ShiftDCBlipMixin, InstructBlipForConditionalGeneration):
+    config_class = ShiftDCInstructBlipConfig

@@ -1,0 +1,48 @@
+"""Llama 3.2 Vision (Mllama) with ShiftDC; travels inside exported checkpoints."""
+
+from itertools import pairwise
+from typing import Any
+
+import torch
+from transformers import MllamaConfig, MllamaForConditionalGeneration
+
+from .modeling_shiftdc import ShiftDCConfigMixin, ShiftDCMixin, register_key_conversion
+
+
+class ShiftDCMllamaConfig(ShiftDCConfigMixin, MllamaConfig):
+    model_type = "shiftdc_mllama"
+    shiftdc_guard_field = "image_token_index"
+
+
+class ShiftDCMllamaForConditionalGeneration(ShiftDCMixin, MllamaForConditionalGeneration):
+    config_class = ShiftDCMllamaConfig
+    shiftdc_row_inputs = frozenset({"pixel_values", "aspect_ratio_ids", "aspect_ratio_mask", "cross_attention_mask"})
+
+    @staticmethod
+    def shiftdc_token_inputs(ids: torch.Tensor, image_token_id: int, given: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """Which image tiles each token sees: [batch, time, images, tiles], as the processor has it."""
+        if (original := given.get("cross_attention_mask")) is None:
+            return {}
+        mask = original.new_zeros(len(ids), ids.shape[1], *original.shape[2:])
+        for row, tiles in enumerate(original.amax(1)):
+            positions = (ids[row] == image_token_id).nonzero().flatten().tolist()
+            for image, (start, end) in enumerate(_spans(positions, ids.shape[1])):
+                mask[row, start:end, image] = tiles[image]
+        return {"cross_attention_mask": mask}
+
+    @staticmethod
+    def shiftdc_image_layers(text_config: Any) -> frozenset[int]:
+        """The cross-attention layers."""
+        return frozenset(text_config.cross_attention_layers)
+
+
+def _spans(positions: list[int], length: int) -> list[tuple[int, int]]:
+    """[start, end) of the tokens that see each image: up to the next image, which a run of neighbouring images shares."""
+    ends = [end for _, end in pairwise([*positions, length])]
+    for image in reversed(range(len(positions) - 1)):
+        if ends[image] == positions[image] + 1:
+            ends[image] = ends[image + 1]
+    return list(zip(positions, ends, strict=True))
+
+
+register_key_conversion(ShiftDCMllamaForConditionalGeneration, "MllamaForConditionalGeneration", "mllama")

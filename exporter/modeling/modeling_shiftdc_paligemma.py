@@ -1,0 +1,25 @@
+"""PaliGemma and PaliGemma 2 with ShiftDC; travels inside exported checkpoints."""
+
+from typing import Any
+
+import torch
+from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
+
+from .modeling_shiftdc import ShiftDCConfigMixin, ShiftDCMixin, register_key_conversion
+
+
+class ShiftDCPaliGemmaConfig(ShiftDCConfigMixin, PaliGemmaConfig):
+    model_type = "shiftdc_paligemma"
+    shiftdc_guard_field = "projection_dim"
+
+
+class ShiftDCPaliGemmaForConditionalGeneration(ShiftDCMixin, PaliGemmaForConditionalGeneration):
+    config_class = ShiftDCPaliGemmaConfig
+
+    @staticmethod
+    def shiftdc_token_inputs(ids: torch.Tensor, image_token_id: int, given: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """0 marks the prompt, whose tokens all see one another."""
+        return {"token_type_ids": torch.zeros_like(ids)}
+
+
+register_key_conversion(ShiftDCPaliGemmaForConditionalGeneration, "PaliGemmaForConditionalGeneration", "paligemma")
