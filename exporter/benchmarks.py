@@ -319,13 +319,10 @@ HUB: Mapping[str, _Hub] = {
 def _from_hub(name: str, revision: str | None) -> Benchmark:
     """All questions of a dataset at one commit. Raises InputError."""
     hub = HUB[name]
-    try:
-        import datasets  # noqa: F401
-    except ImportError:
-        raise InputError(f"--benchmark: {name} needs the package datasets; install shiftdc-export[data].") from None
+    need_datasets(name)
     import huggingface_hub
 
-    with _hub_errors(hub.dataset, revision):
+    with hub_errors(hub.dataset, revision):
         info = huggingface_hub.dataset_info(hub.dataset, revision=revision)
     commit, files = str(info.sha), frozenset(f.rfilename for f in info.siblings or ())
     questions: list[Question] = []
@@ -344,11 +341,19 @@ def _from_hub(name: str, revision: str | None) -> Benchmark:
     return Benchmark(name, tuple(questions), source)
 
 
+def need_datasets(name: str) -> None:
+    """Raises InputError where the extra `data` is not installed."""
+    try:
+        import datasets  # noqa: F401
+    except ImportError:
+        raise InputError(f"--benchmark: {name} needs the package datasets; install shiftdc-export[data].") from None
+
+
 def _tables(dataset: str, config: str | None, commit: str) -> Mapping[str, Any]:
     """The splits of one config at one commit, by name."""
     import datasets
 
-    with _hub_errors(dataset, commit):
+    with hub_errors(dataset, commit):
         # A bare id would be read from a folder of that name, if there is one here.
         builder = datasets.load_dataset_builder(f"hf://datasets/{dataset}", config, revision=commit)
         if builder.hash != commit:  # datasets falls back on whatever commit it has in its cache
@@ -418,13 +423,13 @@ def _file_of_hub(dataset: str, commit: str, path: str) -> Image.Image:
     """A picture that is a file of the repository, fetched when it is asked for."""
     from huggingface_hub import hf_hub_download
 
-    with _hub_errors(dataset, commit):
+    with hub_errors(dataset, commit):
         file = hf_hub_download(dataset, path, repo_type="dataset", revision=commit)
     return _picture(Path(file), f"{dataset}, {path}")
 
 
 @contextmanager
-def _hub_errors(dataset: str, revision: str | None) -> Iterator[None]:
+def hub_errors(dataset: str, revision: str | None) -> Iterator[None]:
     """What the Hub and the datasets package raise, as one sentence; never their texts, which may quote rows."""
     from datasets.exceptions import DatasetNotFoundError, DatasetsError
     from httpx2 import HTTPError

@@ -1,7 +1,8 @@
 """Calibration sets: harmful and harmless requests with captions, from which directions are measured.
 
 JSONL, one object per line: `label` ("safe" | "unsafe"), `request`, `caption`; optional `image` (a path relative to the file),
-`category`, `split` ("fit" | "held_out", default fit). Outputs record name, counts and SHA-256 of a set, never its text.
+`category`, `split` ("fit" | "held_out", default fit). A row with an image may go without a caption: the model writes one.
+Unsafe rows may be few or absent. Outputs record name, counts and SHA-256 of a set, never its text.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ import hashlib
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +23,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from exporter.errors import InputError
 
 BUILTIN = "builtin"
-MINIMUM = {"fit": 8, "held_out": 2}  # per label
+HARMLESS = "harmless"
+MINIMUM = {"fit": 8, "held_out": 2}  # safe rows
+#: Fewer unsafe rows than this to fit, or to hold out, are worth a warning.
+FEW = {"fit": 9, "held_out": 2}
 
 
 class CalibrationRow(BaseModel):
@@ -32,19 +36,33 @@ class CalibrationRow(BaseModel):
 
     label: Literal["safe", "unsafe"]
     request: str = Field(min_length=1)
-    caption: str = Field(min_length=1)
-    image: Path | None = None
+    caption: str = Field(default="", min_length=1)  # empty until the model has written one from the image
+    image: Path | Callable[[], Image.Image] | None = None  # a function where it is no file
     category: str | None = None
     split: Literal["fit", "held_out"] = "fit"
 
 
 @dataclass(frozen=True)
+class Source:
+    """A data set of others that rows were taken from, at one commit of the Hub."""
+
+    dataset: str
+    revision: str
+    licence: str
+
+
+@dataclass(frozen=True)
 class CalibrationSet:
-    """A named set of rows; `sha256` is over the source's bytes."""
+    """A named set of rows; `sha256` is over the source's bytes.
+
+    `seen`: hashes of the benchmark questions among the rows, which an evaluation leaves out (`calibration_hub.unseen`).
+    """
 
     name: str
     rows: tuple[CalibrationRow, ...]
     sha256: str
+    sources: tuple[Source, ...] = ()
+    seen: tuple[str, ...] = ()
 
     def select(self, split: str, label: str | None = None) -> list[CalibrationRow]:
         return [r for r in self.rows if r.split == split and label in (None, r.label)]
@@ -53,22 +71,88 @@ class CalibrationSet:
     def has_images(self) -> bool:
         return all(r.image is not None for r in self.select("fit"))
 
+    @property
+    def uncaptioned(self) -> list[CalibrationRow]:
+        return [r for r in self.rows if not r.caption]
+
+    def labelled(self, label: str) -> CalibrationSet:
+        """The rows of one label."""
+        return replace(self, rows=tuple(r for r in self.rows if r.label == label))
+
+    @property
+    def warnings(self) -> list[str]:
+        """What a reader of figures should know: sentences on missing and few unsafe rows."""
+        fit, held_out = (len(self.select(split, "unsafe")) for split in ("fit", "held_out"))
+        if not fit:
+            return [
+                "No harmful request was used: it is not known how well the directions separate safe from unsafe text, "
+                "and whether the model refuses at all."
+            ]
+        found = []
+        if fit < FEW["fit"]:
+            found.append(f"Directions rest on {fit} harmful request{'s' if fit > 1 else ''} only.")
+        if not held_out:
+            found.append("No harmful request was held out, so AUROC and separation are not known.")
+        elif held_out < FEW["held_out"]:
+            found.append("One harmful request was held out, so AUROC says little and separation is not known.")
+        return found
+
     def summary(self) -> dict[str, Any]:
         """What may be published of the set."""
         counts = Counter(f"{r.split}_{r.label}" for r in self.rows)
-        return {"name": self.name, "sha256": self.sha256, "images": self.has_images, **dict(sorted(counts.items()))}
+        found = {f"{split}_{label}": counts[f"{split}_{label}"] for split in MINIMUM for label in ("safe", "unsafe")}
+        optional = {
+            "captions_by_the_model": len(self.uncaptioned),
+            "sources": [asdict(s) for s in self.sources],
+            "warnings": self.warnings,
+            "seen_questions": list(self.seen),
+        }
+        given = {k: v for k, v in optional.items() if v}
+        return {"name": self.name, "sha256": self.sha256, "images": self.has_images, **found, **given}
 
 
-def load_calibration(name_or_file: str) -> CalibrationSet:
-    """`builtin`, `demo`, or a JSONL file. Raises InputError."""
-    if name_or_file == BUILTIN:
+def load_calibration(name_or_file: str, own: str = BUILTIN) -> CalibrationSet:
+    """`builtin`, `demo`, `harmless`, UNSAFE+SAFE, or a JSONL file; `harmless` is the safe rows of the set `own`.
+
+    Raises InputError.
+    """
+    if name_or_file == HARMLESS:
+        found = load_calibration(BUILTIN if own == HARMLESS else own).labelled("safe")
+        return replace(found, name=f"{HARMLESS}, the safe rows of {found.name}", seen=())
+    if Path(name_or_file).is_file() or "+" not in name_or_file:
+        return _checked(_one_set(name_or_file), name_or_file)
+    unsafe, _, safe = name_or_file.partition("+")
+    return _checked(_joined(_one_side(unsafe, "unsafe"), _one_side(safe, "safe")), name_or_file)
+
+
+def _one_set(name: str) -> CalibrationSet:
+    if name == BUILTIN:
         return builtin()
-    if name_or_file == "demo":
+    if name == "demo":
         return _demo()
-    file = Path(name_or_file)
+    file = Path(name)
     if not file.is_file():
-        raise InputError(f"--calibration: there is no file {file}; give builtin, demo, or an existing .jsonl file.")
+        raise InputError(
+            f"--calibration: there is no file {file}; give builtin, demo, harmless, UNSAFE+SAFE, or an existing .jsonl file."
+        )
     return read_jsonl(file)
+
+
+def _one_side(name: str, label: Literal["safe", "unsafe"]) -> CalibrationSet:
+    """The rows of one label of a set, or a data set of the Hub that has that label."""
+    from exporter.calibration_hub import HUB_SETS  # a heavy import for few users
+
+    if name not in HUB_SETS:
+        return _one_set(name).labelled(label)
+    if HUB_SETS[name].label != label:
+        raise InputError(f"--calibration: {name} has {HUB_SETS[name].label} rows only; the form is UNSAFE+SAFE.")
+    return HUB_SETS[name].load()
+
+
+def _joined(one: CalibrationSet, other: CalibrationSet) -> CalibrationSet:
+    both = hashlib.sha256(f"{one.sha256}+{other.sha256}".encode()).hexdigest()
+    name = f"{one.name}+{other.name}"
+    return CalibrationSet(name, one.rows + other.rows, both, one.sources + other.sources, one.seen + other.seen)
 
 
 def read_jsonl(file: Path) -> CalibrationSet:
@@ -79,7 +163,7 @@ def read_jsonl(file: Path) -> CalibrationSet:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"--calibration: {file} cannot be read as UTF-8 text ({error}).") from None
     rows = [_row(line, f"{file}, line {number}", file.parent) for number, line in enumerate(lines, 1) if line.strip()]
-    return _checked(CalibrationSet(file.stem, tuple(rows), hashlib.sha256(data).hexdigest()), str(file))
+    return CalibrationSet(file.stem, tuple(rows), hashlib.sha256(data).hexdigest())
 
 
 def _row(line: str, where: str, folder: Path) -> CalibrationRow:
@@ -90,7 +174,10 @@ def _row(line: str, where: str, folder: Path) -> CalibrationRow:
         key = ".".join(map(str, first["loc"])) or "the line"
         raise InputError(f"--calibration: {where}: {key}: {first['msg']}; correct the line.") from None
     if row.image is None:
+        if not row.caption:
+            raise InputError(f"--calibration: {where}: the row has neither caption nor image; add one of them.")
         return row
+    assert isinstance(row.image, Path)  # JSON holds no functions
     image = (folder / row.image).resolve()
     if not image.is_relative_to(folder.resolve()):
         raise InputError(f"--calibration: {where}: the image lies outside {folder}; use paths below the file's folder.")
@@ -100,13 +187,15 @@ def _row(line: str, where: str, folder: Path) -> CalibrationRow:
 
 
 def _checked(calibration: CalibrationSet, where: str) -> CalibrationSet:
+    """Safe rows must be enough; unsafe ones may be few or none (`warnings`), but not held out alone."""
     for split, least in MINIMUM.items():
-        for label in ("safe", "unsafe"):
-            found = len(calibration.select(split, label))
-            if found < least:
-                raise InputError(
-                    f"--calibration: {where} has {found} {label} rows with split {split!r}, expected at least {least}; add some."
-                )
+        found = len(calibration.select(split, "safe"))
+        if found < least:
+            raise InputError(
+                f"--calibration: {where} has {found} safe rows with split {split!r}, expected at least {least}; add some."
+            )
+    if calibration.select("held_out", "unsafe") and not calibration.select("fit", "unsafe"):
+        raise InputError(f"--calibration: {where} has unsafe rows with split 'held_out' only; give some the split 'fit'.")
     return calibration
 
 
@@ -132,7 +221,7 @@ def builtin() -> CalibrationSet:
     data = (Path(__file__).parent / "data" / "builtin.yaml").read_bytes()
     rows = list(_builtin_rows(yaml.safe_load(data)["categories"]))
     form = json.dumps([_REQUESTS, _CAPTIONS]).encode()
-    return _checked(CalibrationSet(BUILTIN, tuple(rows), hashlib.sha256(data + form).hexdigest()), BUILTIN)
+    return CalibrationSet(BUILTIN, tuple(rows), hashlib.sha256(data + form).hexdigest())
 
 
 def _builtin_rows(categories: dict[str, dict[str, list[list[str]]]]) -> Iterable[CalibrationRow]:
@@ -166,6 +255,8 @@ def row_image(row: CalibrationRow) -> Image.Image:
     """The row's image, or its caption as typography where it has none."""
     if row.image is None:
         return typographic_image(row.caption)
+    if not isinstance(row.image, Path):
+        return row.image()
     try:
         with Image.open(row.image) as image:
             return image.convert("RGB")

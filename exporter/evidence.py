@@ -15,6 +15,7 @@ from exporter import __version__, plots
 from exporter.activations import last_token, recording
 from exporter.bake import REPORT, SHARD, sha256
 from exporter.benchmarks import Benchmark, load_benchmark
+from exporter.calibration_hub import calibrated_revision, unseen
 from exporter.card import render_card
 from exporter.defences import Defence, Run
 from exporter.directions import LayerStatistics
@@ -64,7 +65,9 @@ def gather(
     Replies, results.json and pictures go to `output` (default ./<checkpoint>-evaluation). Only figures and pictures are attached.
     """
     report = read_report(checkpoint)
-    found = of_categories(load_benchmark(benchmark, split=split), categories).limited(limit)
+    calibrated = report["calibration"]
+    whole = load_benchmark(benchmark, split=split, revision=calibrated_revision(calibrated, benchmark))
+    found = of_categories(unseen(whole, calibrated), categories).limited(limit)
     named_judge = load_judge(judge)
     folder = output or Path(f"{checkpoint.name}-evaluation")
     log = ReplyLog(folder, settings(checkpoint, report, found, max_new_tokens, dtype))

@@ -74,7 +74,7 @@ class Recipe(BaseModel):
     decoder_layers: str = Field(description="path of the decoder layers' ModuleList in the loaded model")
     chat_template: str | None = Field(None, description="Jinja template for families whose checkpoints have none")
     prompts: Prompts = Field(description="wording of the method's two extra prompts")
-    calibration: str = Field("builtin", description="builtin, demo, or a JSONL file")
+    calibration: str = Field("builtin", description="builtin, demo, harmless, UNSAFE+SAFE, or a JSONL file")
     benchmark: str = Field("mm-safetybench", description="what --evaluate runs")
     layers: Annotated[str, AfterValidator(_layers)] = Field("auto", description="auto, or A-B: from 0, both ends included")
     reference: Reference = Field("caption", description="where the target coordinate comes from")

@@ -276,17 +276,18 @@ SCENARIOS = [
 SPLITS = ["SD", "SD_TYPO", "TYPO", "Text_only"]
 
 
-def mm_safetybench(folder):
+def mm_safetybench(folder, count=2):
     card(folder, [
         {"config_name": s, "data_files": [{"split": p, "path": f"data/{s}/{p}.parquet"} for p in SPLITS]}
         for s in sorted(SCENARIOS)
     ])  # fmt: skip
     for scenario in SCENARIOS:
         for split in SPLITS:
-            images = [None, None] if split == "Text_only" else [{"bytes": png(c), "path": None} for c in ("red", "blue")]
-            texts = [f"{scenario} {split} {i}" for i in range(2)]
+            shown = [{"bytes": png(("red", "blue")[i % 2]), "path": None} for i in range(count)]
+            images = [None] * count if split == "Text_only" else shown
+            texts = [f"{scenario} {split} {i}" for i in range(count)]
             file = folder / "data" / scenario / f"{split}.parquet"
-            parquet(file, plain=scenario == "Fraud", id=["0", "1"], question=texts, image=images)
+            parquet(file, plain=scenario == "Fraud", id=[str(i) for i in range(count)], question=texts, image=images)
 
 
 def figstep(folder):

@@ -63,6 +63,7 @@ def test_rows_without_images_are_rendered():
         ({**ROW, "label": "evil"}, "line 2: label"),
         ({"label": "safe", "caption": "x"}, "line 2: request: Field required"),
         ({**ROW, "request": ""}, "line 2: request"),
+        ({**ROW, "caption": ""}, "line 2: caption"),
         ({**ROW, "answer": "x"}, "line 2: answer: Extra inputs"),
         ({**ROW, "image": "../outside.png"}, "lies outside"),
         ({**ROW, "image": "absent.png"}, "there is no image"),
@@ -76,7 +77,71 @@ def test_a_bad_line_is_named_and_its_text_is_not_shown(tmp_path, line, message):
 
 def test_too_few_rows(tmp_path):
     with pytest.raises(InputError, match="has 1 safe rows with split 'fit', expected at least 8"):
-        read_jsonl(write(tmp_path, [ROW]))
+        load_calibration(str(write(tmp_path, [ROW])))
+    with pytest.raises(InputError, match="has 0 safe rows with split 'held_out', expected at least 2"):
+        load_calibration(str(write(tmp_path, [ROW] * 8)))
+    held_out = [r for r in enough() if (r["label"], r["split"]) != ("unsafe", "fit")]
+    with pytest.raises(InputError, match="unsafe rows with split 'held_out' only"):
+        load_calibration(str(write(tmp_path, held_out)))
+
+
+@pytest.mark.parametrize(
+    ("fit", "held_out", "warnings"),
+    [
+        (9, 2, []),
+        (8, 2, ["Directions rest on 8 harmful requests only"]),
+        (9, 1, ["One harmful request was held out"]),
+        (1, 0, ["Directions rest on 1 harmful request only", "No harmful request was held out"]),
+        (0, 0, ["No harmful request was used"]),
+    ],
+)
+def test_few_unsafe_rows_are_taken_with_a_warning(tmp_path, fit, held_out, warnings):
+    unsafe = [{**ROW, "label": "unsafe", "split": s} for s, n in (("fit", fit), ("held_out", held_out)) for _ in range(n)]
+    calibration = load_calibration(str(write(tmp_path, [r for r in enough() if r["label"] == "safe"] + unsafe)))
+    found = calibration.summary()
+    assert (found["fit_unsafe"], found["held_out_unsafe"]) == (fit, held_out)
+    assert len(found.get("warnings", [])) == len(warnings)
+    assert all(sentence.startswith(start) for sentence, start in zip(found.get("warnings", []), warnings, strict=True))
+
+
+def test_harmless_is_the_safe_rows_of_the_recipe_s_own_set(tmp_path):
+    file = str(write(tmp_path, enough()))
+    for own, whole in ((file, load_calibration(file)), ("builtin", builtin())):
+        calibration = load_calibration("harmless", own)
+        assert calibration.rows == tuple(r for r in whole.rows if r.label == "safe")
+        assert calibration.name == f"harmless, the safe rows of {whole.name}"
+    assert load_calibration("harmless", "harmless") == load_calibration("harmless")
+
+
+def test_two_sets_give_a_label_each(tmp_path):
+    file = str(write(tmp_path, enough()))
+    calibration = load_calibration(f"{file}+builtin")
+    assert calibration.name == "set+builtin"
+    assert calibration.select("fit", "unsafe") == load_calibration(file).select("fit", "unsafe")
+    assert calibration.select("fit", "safe") == builtin().select("fit", "safe")
+    assert calibration.sha256 not in (builtin().sha256, load_calibration(file).sha256)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("llava-instruct+mm-safetybench", "llava-instruct has safe rows only; the form is UNSAFE+SAFE"),
+        ("mm-safetybench", "there is no file mm-safetybench"),
+        ("absent+builtin", "there is no file absent"),
+        ("builtin+", "there is no file"),
+    ],
+)
+def test_a_wrong_name_is_one_sentence(name, message):
+    with pytest.raises(InputError, match=message.replace("+", r"\+")):
+        load_calibration(name)
+
+
+def test_a_row_needs_a_caption_or_an_image(tmp_path):
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "a.png")
+    bare = {"label": "safe", "request": "Secret words?"}
+    assert read_jsonl(write(tmp_path, [{**bare, "image": "a.png"}])).uncaptioned
+    with pytest.raises(InputError, match="line 1: the row has neither caption nor image"):
+        read_jsonl(write(tmp_path, [bare]))
 
 
 def test_an_unreadable_image(tmp_path):

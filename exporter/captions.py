@@ -1,0 +1,48 @@
+"""Captions of calibration images, written by the model itself in place of a paid service (arXiv:2502.13095, section 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+import torch
+
+from exporter.calibration import CalibrationRow, CalibrationSet, row_image
+from exporter.recipes import Prompts
+from exporter.vlm import VLM
+
+BATCH = 16
+
+Progress = Callable[[str, int, int], None]
+
+
+@torch.no_grad()
+def captions(
+    vlm: VLM, rows: Sequence[CalibrationRow], prompts: Prompts, max_new_tokens: int, batch_size: int | None = None
+) -> Iterator[list[str]]:
+    """Greedy captions in view of each row's request, in the order of `rows`, a batch at a time."""
+    size = batch_size or BATCH
+    for start in range(0, len(rows), size):
+        batch = rows[start : start + size]
+        inputs = vlm.encode([prompts.caption_request(r.request) for r in batch], [row_image(r) for r in batch])
+        out = vlm.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        yield [vlm.decode(row) for row in out[:, inputs["input_ids"].shape[1] :]]
+
+
+def captioned(
+    vlm: VLM,
+    calibration: CalibrationSet,
+    prompts: Prompts,
+    max_new_tokens: int,
+    batch_size: int | None = None,
+    progress: Progress = lambda stage, done, total: None,
+) -> CalibrationSet:
+    """The set with a caption in each row that has none."""
+    missing = calibration.uncaptioned
+    written: list[str] = []
+    for batch in captions(vlm, missing, prompts, max_new_tokens, batch_size):
+        written += batch
+        progress("captions", len(written), len(missing))
+    texts = iter(written)
+    rows = tuple(r if r.caption else r.model_copy(update={"caption": next(texts)}) for r in calibration.rows)
+    return replace(calibration, rows=rows)
