@@ -19,7 +19,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData, metadata_load
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from exporter.directions import LayerStatistics
+from exporter.directions import DIFFERENCE, LayerStatistics
 from exporter.plots import PICTURES
 from exporter.recipes import Recipe
 from exporter.resources import resource
@@ -78,6 +78,7 @@ def render_card(
         depth=report["layers"]["depth"],
         layer_reason=report["layers"]["criterion"],
         calibration=report["calibration"],
+        directions=report.get("directions", DIFFERENCE),
         mean=_means(statistics, report["layers"]["chosen"]),
         evaluation=None if results is None else evaluation(results, (folder or base.folder) / "assets"),
         evaluate_command=evaluate_command(repo, results),
@@ -99,8 +100,8 @@ def _template() -> Any:
 
 def _means(statistics: Sequence[LayerStatistics], layers: Sequence[int]) -> dict[str, float | None]:
     chosen = [s for s in statistics if s.layer in layers]
-    names = ("auroc", "split_half_cosine", "shift_cosine")
-    return {k: number(sum(getattr(s, k) for s in chosen) / len(chosen)) if chosen else None for k in names}
+    known = {k: [v for s in chosen if (v := getattr(s, k)) is not None] for k in ("auroc", "split_half_cosine", "shift_cosine")}
+    return {k: number(sum(values) / len(values)) if values else None for k, values in known.items()}
 
 
 # What the base's card says, for ours

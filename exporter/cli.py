@@ -84,7 +84,11 @@ def _quiet_option(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.argument("model")
 @click.option("--output", type=click.Path(path_type=Path), help="Folder to write [default: ./<name>-shiftdc].")
 @click.option("--recipe", metavar="NAME|FILE", help="Recipe [default: the model family's].")
-@click.option("--calibration", metavar="builtin|FILE.jsonl", help="Calibration set.")
+@click.option(
+    "--calibration",
+    metavar="builtin|harmless|FILE.jsonl|UNSAFE+SAFE",
+    help="Calibration set; harmless: without harmful data; UNSAFE+SAFE: e.g. mm-safetybench+llava-instruct.",
+)
 @click.option("--revision", help="Branch, tag or commit of a Hub model.")
 @click.option(
     "--reference", type=click.Choice(["caption", "text", "blank", "static"]), help="Where the target coordinate comes from."
@@ -381,6 +385,8 @@ def _print_export(done: Any) -> None:
     plan, layers = done.plan, done.report["layers"]
     checked = done.verification
     click.echo(f"{plan.base.name} is calibrated: {plan.output}")
+    for warning in done.report["calibration"].get("warnings", ()):
+        click.echo(f"Warning: {warning}", err=True)
     click.echo(f"  layers {_ranges(layers['chosen'])} of {layers['depth']} ({layers['criterion']})")
     click.echo(f"  verified in a fresh process: {checked.tensors} base tensors bitwise equal, probe reproduced")
     click.echo("Next:")

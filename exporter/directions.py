@@ -1,7 +1,11 @@
-"""Safety directions and the statistics that justify them (arXiv:2502.13095, Eq. 1-6)."""
+"""Safety directions and the statistics that justify them (arXiv:2502.13095, Eq. 1-6).
+
+Where a calibration set has no unsafe rows, directions come from `refusal_gradient` and some statistics are not known.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +18,9 @@ from safetensors.torch import save_file
 
 from exporter.activations import LastTokenStats, by_length, last_token_activations
 from exporter.calibration import CalibrationRow, CalibrationSet, blank_image, row_image
+from exporter.errors import InputError
 from exporter.recipes import Prompts
+from exporter.refusal_gradient import find_openers, refusal_gradients
 from exporter.vlm import VLM
 
 #: Requests per label whose images are run where the set has none of its own (typography is rendered then).
@@ -25,22 +31,36 @@ BLANK_IMAGES = 16
 Progress = Callable[[str, int, int], None]
 
 
+#: Where directions come from, in words.
+DIFFERENCE = "difference of mean safe and mean unsafe text (arXiv:2502.13095, Eq. 4)"
+GRADIENT = "gradient of refusal against compliance on harmless text, without harmful data; refusals begin with"
+
+
 @dataclass(frozen=True)
 class LayerStatistics:
-    """What was measured at one decoder layer. Coordinates are projections on the unit direction, in activation units."""
+    """What was measured at one decoder layer. Coordinates are projections on the unit direction, in activation units.
+
+    None: not known, for lack of unsafe rows.
+    """
 
     layer: int
-    norm: float  # of mean safe - mean unsafe (Eq. 4), held-in
-    auroc: float  # of the coordinate, safe against unsafe, held-out text
-    separation: float  # difference of held-out means over their pooled standard deviation
-    split_half_cosine: float  # of directions from two halves of the fit rows
+    norm: float | None  # of mean safe - mean unsafe (Eq. 4), held-in
+    auroc: float | None  # of the coordinate, safe against unsafe, held-out text
+    separation: float | None  # difference of held-out means over their pooled standard deviation
+    split_half_cosine: float | None  # of directions from two halves of the fit rows
     text_safe: float  # mean coordinates
-    text_unsafe: float
+    text_unsafe: float | None
     image_safe: float
-    image_unsafe: float
-    shift: float  # mean of (x_image - x_text).d over both labels
-    shift_cosine: float  # cos(m, s) of unsafe rows (section 3, observation 2)
+    image_unsafe: float | None
+    shift: float  # mean of (x_image - x_text).d over the labels there are
+    shift_cosine: float | None  # cos(m, s) of unsafe rows (section 3, observation 2)
     blank_shift: float  # mean of (x_blank - x_request_alone).d
+    gradient: float | None = None  # nats of refusal a unit of activation, where the direction is a gradient
+
+    @property
+    def step(self) -> float:
+        """A way along the direction that shows, in activation units: between the labels' means, or worth one nat of refusal."""
+        return self.norm if self.norm is not None else 1 / max(self.gradient or 0.0, 1e-6)
 
 
 @dataclass(frozen=True)
@@ -51,6 +71,7 @@ class Directions:
     direction: torch.Tensor
     shift: torch.Tensor
     statistics: tuple[LayerStatistics, ...]
+    origin: str = DIFFERENCE
 
     def of(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(direction [hidden], shift []) of a decoder layer."""
@@ -63,15 +84,18 @@ class Directions:
 
     def save(self, file: Path) -> None:
         tensors = {"direction": self.direction, "shift": self.shift, "layers": torch.tensor(self.layers)}
-        statistics = torch.tensor([list(asdict(s).values()) for s in self.statistics], dtype=torch.float64)
-        save_file({**tensors, "statistics": statistics}, file, metadata={"format": "pt"})
+        rows = [[math.nan if v is None else v for v in asdict(s).values()] for s in self.statistics]
+        statistics = torch.tensor(rows, dtype=torch.float64)
+        save_file({**tensors, "statistics": statistics}, file, metadata={"format": "pt", "origin": self.origin})
 
     @classmethod
     def load(cls, file: Path) -> Directions:
         with safe_open(file, "pt") as stored:
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (no mapping)
-        statistics = tuple(LayerStatistics(int(row[0]), *row[1:].tolist()) for row in tensors["statistics"])
-        return cls(tuple(tensors["layers"].tolist()), tensors["direction"], tensors["shift"], statistics)
+            origin = stored.metadata()["origin"]
+        rows = [[None if math.isnan(v) else v for v in row] for row in tensors["statistics"].tolist()]
+        statistics = tuple(LayerStatistics(int(row[0] or 0), *row[1:]) for row in rows)  # type: ignore[arg-type]
+        return cls(tuple(tensors["layers"].tolist()), tensors["direction"], tensors["shift"], statistics, origin)
 
 
 def fit_directions(
@@ -91,54 +115,111 @@ def fit_directions(
     modules = vlm.decoder_layers(decoder_layers)
     chosen = tuple(i for i in (range(len(modules)) if layers is None else layers) if i not in vlm.image_layers)
     reader = _Reader(vlm, [modules[i] for i in chosen], prompts, batch_size, progress)
+    found = _difference(reader, calibration) if calibration.select("fit", "unsafe") else _gradient(reader, calibration)
+    norm = found.vector.norm(dim=-1)
+    unknown = [None] * len(chosen)
+    direction = found.vector / norm.clamp_min(torch.finfo(norm.dtype).tiny)[:, None]
 
-    halves = {(label, half): LastTokenStats() for label in ("safe", "unsafe") for half in (0, 1)}
-    labelled = [(label, i % 2, r) for label in ("safe", "unsafe") for i, r in enumerate(calibration.select("fit", label))]
-    rows = [r for _, _, r in labelled]
-    groups = [(label, half) for label, half, _ in labelled]
-    for indices, activations in reader.text("text", rows):
-        for key in halves:
-            chosen_rows = [n for n, i in enumerate(indices) if groups[i] == key]
-            if chosen_rows:
-                halves[key].update(activations[chosen_rows])
-    first_half, second_half = (halves["safe", h].mean - halves["unsafe", h].mean for h in (0, 1))
-    means = {label: _merged(halves[label, 0], halves[label, 1]).mean for label in ("safe", "unsafe")}
-    difference = means["safe"] - means["unsafe"]  # Eq. 4
-    norm = difference.norm(dim=-1)
-    direction = difference / norm.clamp_min(torch.finfo(norm.dtype).tiny)[:, None]
-
-    def coordinate(activations: torch.Tensor) -> torch.Tensor:
-        return (activations * direction).sum(-1)
+    def along(activations: torch.Tensor | None) -> Sequence[Any]:
+        """Coordinates of means [layers, hidden]."""
+        return unknown if activations is None else (activations * direction).sum(-1).tolist()
 
     held_out = {
-        label: coordinate(reader.all_text("held-out text", calibration.select("held_out", label)).double())
+        label: (reader.all_text("held-out text", rows).double() * direction).sum(-1)
         for label in ("safe", "unsafe")
+        if (rows := calibration.select("held_out", label))
     }
     image, text = reader.image_means(_image_rows(calibration))
     blank, alone = reader.blank_means(_first_of_each(calibration, BLANK_IMAGES))
-    shift = coordinate(torch.stack([image[k] - text[k] for k in image]).mean(0))
-    moved = image["unsafe"] - text["unsafe"]  # Eq. 5, mean over unsafe rows
-    split_half = torch.cosine_similarity(first_half, second_half, dim=-1)
-    shift_cosine = torch.cosine_similarity(moved, difference, dim=-1)
-    blank_shift = coordinate(blank - alone)
-    statistics = tuple(
-        LayerStatistics(
-            layer=layer,
-            norm=norm[i].item(),
-            auroc=auroc(held_out["safe"][:, i], held_out["unsafe"][:, i]),
-            separation=separation(held_out["safe"][:, i], held_out["unsafe"][:, i]),
-            split_half_cosine=split_half[i].item(),
-            text_safe=coordinate(means["safe"])[i].item(),
-            text_unsafe=coordinate(means["unsafe"])[i].item(),
-            image_safe=coordinate(image["safe"])[i].item(),
-            image_unsafe=coordinate(image["unsafe"])[i].item(),
-            shift=shift[i].item(),
-            shift_cosine=shift_cosine[i].item(),
-            blank_shift=blank_shift[i].item(),
+    shift = torch.stack([image[k] - text[k] for k in image]).mean(0)
+    columns: dict[str, Sequence[Any]] = {
+        "layer": chosen,
+        "norm": norm.tolist() if found.labelled else unknown,
+        **_separations(held_out, len(chosen)),
+        "split_half_cosine": _cosines(*found.halves) if found.halves else unknown,
+        "text_safe": along(found.means["safe"]),
+        "text_unsafe": along(found.means.get("unsafe")),
+        "image_safe": along(image["safe"]),
+        "image_unsafe": along(image.get("unsafe")),
+        "shift": along(shift),
+        # Eq. 5, mean over unsafe rows
+        "shift_cosine": _cosines(image["unsafe"] - text["unsafe"], found.vector) if found.labelled else unknown,
+        "blank_shift": along(blank - alone),
+        "gradient": unknown if found.labelled else norm.tolist(),
+    }
+    statistics = tuple(LayerStatistics(**{k: values[i] for k, values in columns.items()}) for i in range(len(chosen)))
+    return Directions(chosen, direction.float(), (shift * direction).sum(-1).float(), statistics, found.origin)
+
+
+@dataclass(frozen=True)
+class _Vectors:
+    """From unsafe to safe, float64 [layers, hidden]: of all fit rows, of two halves of them, and mean activations by label."""
+
+    vector: torch.Tensor
+    halves: tuple[torch.Tensor, torch.Tensor] | None
+    means: dict[str, torch.Tensor]
+    origin: str
+
+    @property
+    def labelled(self) -> bool:
+        """Whether there were unsafe rows."""
+        return "unsafe" in self.means
+
+
+def _difference(reader: _Reader, calibration: CalibrationSet) -> _Vectors:
+    """Eq. 4: difference of means."""
+    halves = {(label, half): LastTokenStats() for label in ("safe", "unsafe") for half in (0, 1)}
+    labelled = [(label, i % 2, r) for label in ("safe", "unsafe") for i, r in enumerate(calibration.select("fit", label))]
+    groups = [(label, half) for label, half, _ in labelled]
+    for indices, activations in reader.text("text", [r for _, _, r in labelled]):
+        for key in halves:
+            chosen = [n for n, i in enumerate(indices) if groups[i] == key]
+            if chosen:
+                halves[key].update(activations[chosen])
+    means = {label: _merged(halves[label, 0], halves[label, 1]).mean for label in ("safe", "unsafe")}
+    two = None
+    if all(stats.count for stats in halves.values()):  # one unsafe row has no second half
+        first, second = (halves["safe", h].mean - halves["unsafe", h].mean for h in (0, 1))
+        two = first, second
+    return _Vectors(means["safe"] - means["unsafe"], two, means, DIFFERENCE)
+
+
+def _gradient(reader: _Reader, calibration: CalibrationSet) -> _Vectors:
+    """Against the way to a refusal, averaged over harmless rows."""
+    rows = calibration.select("fit")
+    prompts = reader.prompts_of(rows)
+    openers = find_openers(reader.vlm, [r.request for r in rows], prompts)
+    halves, activations = (LastTokenStats(), LastTokenStats()), LastTokenStats()
+    tokens = [o.token for o in openers]
+    batches = refusal_gradients(reader.vlm, reader.layers, prompts, tokens, reader.batch_size, reader.progress)
+    for indices, gradients, read in batches:
+        activations.update(read)
+        for half in (0, 1):
+            chosen = [n for n, i in enumerate(indices) if i % 2 == half]
+            if chosen:
+                halves[half].update(-gradients[chosen])
+    if not all(stats.count for stats in halves):
+        raise InputError(
+            "--calibration: the model begins its answers to harmless rows as it begins refusals, so no direction can be found; "
+            "use a set with unsafe rows."
         )
-        for i, layer in enumerate(chosen)
-    )
-    return Directions(chosen, direction.float(), shift.float(), statistics)
+    words = ", ".join(f'"{o.text}" (log probability {o.log_probability:.1f})' for o in openers)
+    vector = _merged(*halves).mean
+    return _Vectors(vector, (halves[0].mean, halves[1].mean), {"safe": activations.mean}, f"{GRADIENT} {words}")
+
+
+def _separations(held_out: dict[str, torch.Tensor], layers: int) -> dict[str, list[float | None]]:
+    """AUROC and separation by layer of held-out coordinates [rows, layers]; None where rows are too few to tell."""
+    safe, unsafe = (held_out.get(label, torch.zeros(0, layers)) for label in ("safe", "unsafe"))
+    pairs = list(zip(safe.unbind(1), unsafe.unbind(1), strict=True))
+    return {
+        "auroc": [auroc(a, b) if len(a) and len(b) else None for a, b in pairs],
+        "separation": [separation(a, b) if min(len(a), len(b)) > 1 else None for a, b in pairs],
+    }
+
+
+def _cosines(one: torch.Tensor, other: torch.Tensor) -> list[float]:
+    return torch.cosine_similarity(one, other, dim=-1).tolist()
 
 
 def auroc(positive: torch.Tensor, negative: torch.Tensor) -> float:
@@ -195,7 +276,10 @@ class _Reader:
 
     def text(self, stage: str, rows: Sequence[CalibrationRow]) -> Iterator[tuple[list[int], torch.Tensor]]:
         """Text-only counterparts (request and caption)."""
-        return self.run(stage, [self.vlm.token_ids(self.prompts.counterpart(r.request, r.caption)) for r in rows])
+        return self.run(stage, self.prompts_of(rows))
+
+    def prompts_of(self, rows: Sequence[CalibrationRow]) -> list[list[int]]:
+        return [self.vlm.token_ids(self.prompts.counterpart(r.request, r.caption)) for r in rows]
 
     def all_text(self, stage: str, rows: Sequence[CalibrationRow]) -> torch.Tensor:
         """[rows, layers, hidden], in the order of `rows`."""
@@ -220,8 +304,8 @@ class _Reader:
 
     def image_means(self, rows: Sequence[CalibrationRow]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """Mean activations [layers, hidden] by label: with the image, and of the text-only counterpart."""
-        with_image = {label: LastTokenStats() for label in ("safe", "unsafe")}
-        with_text = {label: LastTokenStats() for label in ("safe", "unsafe")}
+        labels = sorted({r.label for r in rows})
+        with_image, with_text = ({label: LastTokenStats() for label in labels} for _ in range(2))
         pictures = [lambda r=r: row_image(r) for r in rows]
         for stats, parts in (
             (with_image, self.images("images", [r.request for r in rows], pictures)),

@@ -16,6 +16,7 @@ import torch
 from exporter import __version__
 from exporter.bake import REPORT, bake, check_output, staged
 from exporter.calibration import CalibrationSet, load_calibration
+from exporter.captions import captioned
 from exporter.card import render_card
 from exporter.directions import Directions, Progress, fit_directions, summary
 from exporter.errors import InputError
@@ -80,14 +81,15 @@ def make_plan(
 ) -> Plan:
     """Resolve and check all input. Raises InputError; loads and writes nothing."""
     base = resolve(model, revision)
-    chosen = load_recipe(recipe or recipe_name(base)).with_overrides(**overrides)
+    default = load_recipe(recipe or recipe_name(base))
+    chosen = default.with_overrides(**overrides)
     if chosen.family != base.model_type:
         raise InputError(f"Recipe: it is for family {chosen.family!r}, and {base.name} is a {base.model_type!r}; choose another.")
     check_supported(base, chosen)
     plan = Plan(
         base=base,
         recipe=chosen,
-        calibration=load_calibration(chosen.calibration),
+        calibration=load_calibration(chosen.calibration, default.calibration),
         output=output or Path(f"{base.short_name}-shiftdc"),
         force=force,
         dtype=dtype,
@@ -99,6 +101,8 @@ def make_plan(
             f"--layers: {chosen.layers} ends at {plan.layers[-1]}, and {base.name} has decoder layers 0 to {plan.depth - 1}; "
             "both ends are included."
         )
+    if chosen.strength == "auto" and not plan.calibration.select("held_out", "unsafe"):
+        raise InputError("--strength auto: it needs held-out unsafe rows, and the calibration set has none; give --strength X.")
     check_output(plan.output, force)
     if plan.output.resolve().is_relative_to(base.folder):
         raise InputError(f"--output: {plan.output} lies in the base model's folder; give another folder.")
@@ -173,9 +177,13 @@ def measure(plan: Plan, clock: Clock) -> tuple[Measurement, Probe]:
     recipe = plan.recipe
     vlm = clock.stage("load", lambda: load(plan))
     pieces = clock.stage("prompt pieces", lambda: prompt_pieces(vlm, recipe.prompts))
+    calibration = plan.calibration
+    if calibration.uncaptioned:
+        write = (vlm, calibration, recipe.prompts, recipe.caption_max_new_tokens, plan.batch_size, clock.progress)
+        calibration = clock.stage("captions", lambda: captioned(*write))
     options: dict[str, Any] = {"layers": plan.layers, "batch_size": plan.batch_size, "progress": clock.progress}
     directions = clock.stage(
-        "directions", lambda: fit_directions(vlm, plan.calibration, recipe.prompts, recipe.decoder_layers, **options)
+        "directions", lambda: fit_directions(vlm, calibration, recipe.prompts, recipe.decoder_layers, **options)
     )
     measured = Measurement(directions, choose(plan, directions), pieces)
     return measured, clock.stage("probe", lambda: record_probe(vlm, *probed(plan, measured)))
@@ -228,6 +236,7 @@ def make_report(plan: Plan, measured: Measurement, shards: dict[str, str]) -> di
         },
         "recipe": plan.recipe.model_dump(),
         "calibration": plan.calibration.summary(),
+        "directions": measured.directions.origin,
         "layers": {
             "chosen": list(choice.layers),
             "depth": plan.depth,

@@ -52,7 +52,7 @@ def write_all(
     if results is not None and len(_costs(results)) > 1:
         plot_cost(results, cost)
         written.append(cost)
-    if report.get("statistics"):
+    if any(number(s["auroc"]) is not None or number(s["shift_cosine"]) is not None for s in report.get("statistics") or ()):
         plot_layers(report["statistics"], report["layers"]["chosen"], layers)
         written.append(layers)
     if projections is not None and any(_finite(p) for p in projections.points.values()):
@@ -72,6 +72,7 @@ def plot_layers(statistics: Sequence[LayerStatistics | Mapping[str, Any]], chose
         ("AUROC, text", BLUE, "o", [_or_nan(r["auroc"]) for r in rows]),
         ("cos(m, s), images", VERMILLION, "s", [_or_nan(r["shift_cosine"]) for r in rows]),
     ]
+    curves = [curve for curve in curves if _finite(curve[3])]
     for _, color, marker, values in curves:
         axes.plot(layers, values, color=color, marker=marker, markersize=4, linewidth=1.8)
     lowest = min((v for *_, values in curves for v in values if math.isfinite(v)), default=0.0)

@@ -47,18 +47,18 @@ class Probe:
 def record_probe(vlm: VLM, directions: Directions, layers: tuple[int, ...], recipe: Recipe, pieces: dict[str, Any]) -> Probe:
     """Run the probe on the uncalibrated model.
 
-    The reference lies one norm of the direction below the prompt's own coordinates, so that every gate corrects.
+    The reference lies one step along the direction below the prompt's own coordinates, so that every gate corrects.
     """
     modules = vlm.decoder_layers(recipe.decoder_layers)
     chosen = [modules[i] for i in layers]
     direction = torch.stack([directions.of(i)[0] for i in layers])
-    norm = torch.tensor([s.norm for s in directions.statistics if s.layer in layers])
+    step = torch.tensor([s.step for s in directions.statistics if s.layer in layers])
     inputs = vlm.encode([REQUEST], [typographic_image(PICTURE)])
     caption = vlm.tokenizer(CAPTION, add_special_tokens=False)["input_ids"]
     counterpart = PromptPieces(pieces, vlm.image_token_id).text_prompt(inputs["input_ids"][0].tolist(), caption)
     coordinates = (last_token_activations(vlm, chosen, inputs) * direction).sum(-1)
     text_coordinates = (last_token_activations(vlm, chosen, vlm.pad([counterpart])) * direction).sum(-1)
-    reference = coordinates - norm.clamp_min(1e-3)
+    reference = coordinates - step.clamp_min(1e-3)
     position = last_token(inputs["attention_mask"])
     one_sided = recipe.gate == "one-sided"
     fixed = coordinates - reference if recipe.rule == "precomputed" else None

@@ -36,3 +36,14 @@ def test_the_later_of_two_runs_of_one_length():
 def test_no_layer_is_an_error():
     with pytest.raises(InputError, match=r"no decoder layer separates.*AUROC 0\.60"):
         choose_layers([layer(i, auroc=0.6) for i in range(10)], depth=10)
+
+
+def test_what_is_not_known_is_not_asked_for_and_the_criterion_says_so():
+    choice = choose_layers([layer(i, auroc=None, separation=None, cosine=0.5 if i == 4 else 0.9) for i in range(10)], depth=10)
+    assert choice.layers == (5, 6, 7, 8, 9)
+    assert "with split-half cosine >= 0.8; not known for lack of harmful rows: held-out AUROC, separation" in choice.criterion
+    nothing = choose_layers([layer(i, auroc=None, separation=None, cosine=None) for i in range(10)], depth=10)
+    assert nothing.layers == tuple(range(3, 10))
+    assert nothing.criterion.startswith("longest run of layers from 0.3 of the depth on; not known")
+    with pytest.raises(InputError, match="no decoder layer gives one direction for two halves of the rows"):
+        choose_layers([layer(i, auroc=None, separation=None, cosine=0.1) for i in range(10)], depth=10)
