@@ -105,10 +105,13 @@ class CalibrationSet:
             "captions_by_the_model": len(self.uncaptioned),
             "sources": [asdict(s) for s in self.sources],
             "warnings": self.warnings,
-            "seen_questions": list(self.seen),
         }
         given = {k: v for k, v in optional.items() if v}
         return {"name": self.name, "sha256": self.sha256, "images": self.has_images, **found, **given}
+
+    def record(self) -> dict[str, Any]:
+        """What a report keeps: the summary, and the questions that an evaluation must leave out."""
+        return self.summary() | ({"seen_questions": list(self.seen)} if self.seen else {})
 
 
 def load_calibration(name_or_file: str, own: str = BUILTIN) -> CalibrationSet:

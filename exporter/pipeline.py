@@ -235,7 +235,7 @@ def make_report(plan: Plan, measured: Measurement, shards: dict[str, str]) -> di
             "shards": shards,
         },
         "recipe": plan.recipe.model_dump(),
-        "calibration": plan.calibration.summary(),
+        "calibration": plan.calibration.record(),
         "directions": measured.directions.origin,
         "layers": {
             "chosen": list(choice.layers),

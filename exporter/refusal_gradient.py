@@ -19,7 +19,7 @@ from exporter.activations import by_length, last_token
 from exporter.errors import InputError
 from exporter.frozen_norms import frozen_norms
 from exporter.judges import begins_as_refusal
-from exporter.vlm import VLM
+from exporter.vlm import VLM, Inputs
 
 #: How refusals may begin. The model's probabilities decide which of them are its own.
 PHRASES = (
@@ -84,16 +84,25 @@ def _candidates(vlm: VLM, requests: Sequence[str]) -> dict[tuple[int, ...], str]
 
 @torch.no_grad()
 def _declined(vlm: VLM, requests: Sequence[str]) -> set[tuple[int, ...]]:
-    inputs = vlm.encode([DECLINE.replace("{request}", r) for r in requests])
-    out = vlm.model.generate(**inputs, max_new_tokens=4 * OWN_TOKENS, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+    model, inputs = _for_text(vlm, vlm.encode([DECLINE.replace("{request}", r) for r in requests]))
+    out = model.generate(**inputs, max_new_tokens=4 * OWN_TOKENS, do_sample=False)[:, inputs["input_ids"].shape[1] :]
     return {tuple(row[:OWN_TOKENS].tolist()) for row in out if begins_as_refusal(vlm.decode(row))}
 
 
 @torch.no_grad()
 def _next_log_probabilities(vlm: VLM, prompts: Sequence[list[int]], tokens: int = 1) -> torch.Tensor:
     """float32 [batch, vocabulary], or [batch, tokens, vocabulary]: of what follows the last `tokens` tokens."""
-    logits = vlm.model(**vlm.pad(prompts), use_cache=False, logits_to_keep=tokens).logits.float()
+    model, inputs = _for_text(vlm, vlm.pad(prompts))
+    logits = model(**inputs, use_cache=False, logits_to_keep=tokens).logits.float()
     return logits.log_softmax(-1)[:, -1] if tokens == 1 else logits.log_softmax(-1)
+
+
+def _for_text(vlm: VLM, inputs: Inputs) -> tuple[Any, Inputs]:
+    """What gives logits of text, and what it takes: the model, or its language model where the outer one demands an image."""
+    inner = getattr(vlm.model, "language_model", None)
+    if inner is None or inner.get_output_embeddings() is None:
+        return vlm.model, inputs
+    return inner, {k: inputs[k] for k in ("input_ids", "attention_mask")}
 
 
 def _log_probability(vlm: VLM, prompts: Sequence[list[int]], ids: Sequence[int]) -> float:
@@ -129,10 +138,10 @@ def refusal_gradients(
 def _gradients(
     vlm: VLM, layers: Sequence[nn.Module], prompts: Sequence[list[int]], openers: Sequence[int]
 ) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
-    inputs = vlm.pad(prompts)
+    model, inputs = _for_text(vlm, vlm.pad(prompts))
     position = last_token(inputs["attention_mask"])
     with _leaves(layers) as outputs:
-        logits = vlm.model(**inputs, use_cache=False, logits_to_keep=1).logits[:, -1].float()
+        logits = model(**inputs, use_cache=False, logits_to_keep=1).logits[:, -1].float()
     own = logits.argmax(-1)
     score = logits[:, list(openers)].logsumexp(-1) - logits.gather(-1, own[:, None])[:, 0]
     gradients = torch.autograd.grad(score.sum(), outputs)

@@ -11,6 +11,7 @@ import pytest
 from hub import COMMIT, serve
 from test_benchmarks import card, mm_safetybench
 
+from exporter import evidence
 from exporter.benchmarks import Benchmark, Question
 from exporter.calibration_hub import calibrated_revision, question_hash, unseen
 
@@ -31,7 +32,8 @@ def attempt(name):
         {**r.model_dump(exclude={"image"}), "pixel": None if r.image is None else row_image(r).getpixel((0, 0))}
         for r in found.rows
     ]
-    return {"summary": found.summary(), "rows": rows}
+    assert "seen_questions" not in found.summary()  # too long to print
+    return {"summary": found.record(), "rows": rows}
 
 print(json.dumps({name: attempt(name) for name in sys.argv[1:]}))
 """
@@ -153,6 +155,27 @@ def test_what_cannot_be_read_is_one_sentence(tmp_path, records, message):
 
 
 # What calibration saw is not evaluated.
+
+
+class StopError(Exception):
+    pass
+
+
+def test_evaluate_asks_at_that_commit_and_leaves_out_what_was_seen(tmp_path, monkeypatch):
+    benchmark, asked = questions(), []
+    seen = [question_hash("mm-safetybench", benchmark.questions[0])]
+    sources = [{"dataset": "PKU-Alignment/MM-SafetyBench", "revision": COMMIT, "licence": "CC-BY-NC-4.0"}]
+    (tmp_path / "shiftdc_report.json").write_text(json.dumps({"calibration": {"seen_questions": seen, "sources": sources}}))
+
+    def stop(found, categories):
+        asked.append(len(found.questions))
+        raise StopError
+
+    monkeypatch.setattr(evidence, "load_benchmark", lambda name, split, revision: asked.append(revision) or benchmark)
+    monkeypatch.setattr(evidence, "of_categories", stop)
+    with pytest.raises(StopError):
+        evidence.gather(tmp_path, [], benchmark="mm-safetybench", progress=lambda *_: None)
+    assert asked == [COMMIT, len(benchmark.questions) - 3]
 
 
 def questions(name="mm-safetybench", categories=("01-A", "02-B"), kinds=("SD", "TYPO", "Text_only"), count=3):
