@@ -8,6 +8,7 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two xdist workers share two cores
 
+import with_torchvision  # noqa: F401, I001 (before transformers, which looks for torchvision once)
 import pytest
 import torch
 from tiny import save_tiny_llava

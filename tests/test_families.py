@@ -288,10 +288,10 @@ def test_tokens_equal_the_naive_implementation(model, naive, directions, process
 
 @pytest.mark.parametrize("kind", ["caption", "blank"])
 def test_inputs_as_long_as_the_prompt_are_those_of_each_prompt(model, processor, kind, tiny):
-    """Token types (Gemma 3, PaliGemma) and the cross-attention mask (Mllama) of composed prompts are made anew."""
+    """Token types (Gemma 3, PaliGemma, Qwen) and the cross-attention mask (Mllama) of composed prompts are made anew."""
     model.config.shiftdc = {**model.config.shiftdc, "reference": kind, "rule": "precomputed"}
     inputs = encode(processor, [("Hello", None), *ROWS])
-    names = ("token_type_ids", "cross_attention_mask")
+    names = ("token_type_ids", "mm_token_type_ids", "cross_attention_mask")
     seen = []
 
     def look(module, args, kwargs):

@@ -1,0 +1,17 @@
+"""InternVL 2.5 and 3 with ShiftDC; travels inside exported checkpoints."""
+
+from transformers import InternVLConfig, InternVLForConditionalGeneration
+
+from .modeling_shiftdc import ShiftDCConfigMixin, ShiftDCMixin, register_key_conversion
+
+
+class ShiftDCInternVLConfig(ShiftDCConfigMixin, InternVLConfig):
+    model_type = "shiftdc_internvl"
+    shiftdc_guard_field = "image_seq_length"
+
+
+class ShiftDCInternVLForConditionalGeneration(ShiftDCMixin, InternVLForConditionalGeneration):
+    config_class = ShiftDCInternVLConfig
+
+
+register_key_conversion(ShiftDCInternVLForConditionalGeneration, "InternVLForConditionalGeneration", "internvl")

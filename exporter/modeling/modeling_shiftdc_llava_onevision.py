@@ -1,0 +1,17 @@
+"""LLaVA-OneVision with ShiftDC; travels inside exported checkpoints."""
+
+from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
+
+from .modeling_shiftdc import ShiftDCConfigMixin, ShiftDCMixin, register_key_conversion
+
+
+class ShiftDCLlavaOnevisionConfig(ShiftDCConfigMixin, LlavaOnevisionConfig):
+    model_type = "shiftdc_llava_onevision"
+    shiftdc_guard_field = "vision_feature_select_strategy"
+
+
+class ShiftDCLlavaOnevisionForConditionalGeneration(ShiftDCMixin, LlavaOnevisionForConditionalGeneration):
+    config_class = ShiftDCLlavaOnevisionConfig
+
+
+register_key_conversion(ShiftDCLlavaOnevisionForConditionalGeneration, "LlavaOnevisionForConditionalGeneration", "llava_onevision")

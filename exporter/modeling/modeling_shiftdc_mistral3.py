@@ -1,0 +1,17 @@
+"""Mistral Small 3.1 with ShiftDC; travels inside exported checkpoints."""
+
+from transformers import Mistral3Config, Mistral3ForConditionalGeneration
+
+from .modeling_shiftdc import ShiftDCConfigMixin, ShiftDCMixin, register_key_conversion
+
+
+class ShiftDCMistral3Config(ShiftDCConfigMixin, Mistral3Config):
+    model_type = "shiftdc_mistral3"
+    shiftdc_guard_field = "spatial_merge_size"
+
+
+class ShiftDCMistral3ForConditionalGeneration(ShiftDCMixin, Mistral3ForConditionalGeneration):
+    config_class = ShiftDCMistral3Config
+
+
+register_key_conversion(ShiftDCMistral3ForConditionalGeneration, "Mistral3ForConditionalGeneration", "mistral3")

@@ -1,0 +1,17 @@
+"""Qwen2.5-VL with ShiftDC; travels inside exported checkpoints."""
+
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+from .modeling_shiftdc import ShiftDCConfigMixin, ShiftDCMixin, register_key_conversion
+
+
+class ShiftDCQwen2_5_VLConfig(ShiftDCConfigMixin, Qwen2_5_VLConfig):
+    model_type = "shiftdc_qwen2_5_vl"
+    shiftdc_guard_field = "vision_start_token_id"
+
+
+class ShiftDCQwen2_5_VLForConditionalGeneration(ShiftDCMixin, Qwen2_5_VLForConditionalGeneration):
+    config_class = ShiftDCQwen2_5_VLConfig
+
+
+register_key_conversion(ShiftDCQwen2_5_VLForConditionalGeneration, "Qwen2_5_VLForConditionalGeneration", "qwen2_5_vl")

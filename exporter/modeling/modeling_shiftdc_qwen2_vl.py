@@ -1,0 +1,17 @@
+"""Qwen2-VL with ShiftDC; travels inside exported checkpoints."""
+
+from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+from .modeling_shiftdc import ShiftDCConfigMixin, ShiftDCMixin, register_key_conversion
+
+
+class ShiftDCQwen2VLConfig(ShiftDCConfigMixin, Qwen2VLConfig):
+    model_type = "shiftdc_qwen2_vl"
+    shiftdc_guard_field = "vision_start_token_id"
+
+
+class ShiftDCQwen2VLForConditionalGeneration(ShiftDCMixin, Qwen2VLForConditionalGeneration):
+    config_class = ShiftDCQwen2VLConfig
+
+
+register_key_conversion(ShiftDCQwen2VLForConditionalGeneration, "Qwen2VLForConditionalGeneration", "qwen2_vl")

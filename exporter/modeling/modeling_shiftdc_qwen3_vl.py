@@ -1,0 +1,14 @@
+"""Qwen3-VL with ShiftDC; travels inside exported checkpoints."""
+
+from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+from .modeling_shiftdc import ShiftDCConfigMixin, ShiftDCMixin
+
+
+class ShiftDCQwen3VLConfig(ShiftDCConfigMixin, Qwen3VLConfig):
+    model_type = "shiftdc_qwen3_vl"
+    shiftdc_guard_field = "vision_start_token_id"
+
+
+class ShiftDCQwen3VLForConditionalGeneration(ShiftDCMixin, Qwen3VLForConditionalGeneration):
+    config_class = ShiftDCQwen3VLConfig

@@ -1,0 +1,16 @@
+"""SmolVLM2 with ShiftDC; travels inside exported checkpoints."""
+
+from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration
+
+from .modeling_shiftdc import ShiftDCConfigMixin, ShiftDCMixin
+
+
+class ShiftDCSmolVLMConfig(ShiftDCConfigMixin, SmolVLMConfig):
+    model_type = "shiftdc_smolvlm"
+    shiftdc_guard_field = "scale_factor"
+
+
+class ShiftDCSmolVLMForConditionalGeneration(ShiftDCMixin, SmolVLMForConditionalGeneration):
+    config_class = ShiftDCSmolVLMConfig
+    #: The base class takes an image of zeros for padding.
+    shiftdc_blank_pixel = 1e-6
