@@ -434,9 +434,23 @@ def _percent(figures: dict[str, Any], name: str) -> str:
     return f"{100 * figures[name]:.1f} [{100 * low:.0f}-{100 * high:.0f}]"
 
 
+def _check_torchvision() -> None:
+    """Beside a torchvision of another build than torch's, transformers cannot be imported."""
+    try:
+        import torchvision  # noqa: F401
+    except ModuleNotFoundError:  # fine: only some families need it
+        return
+    except (ImportError, RuntimeError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            f"torchvision and torch are of different builds ({reason}); install both from one index, or 'pip uninstall torchvision'."
+        ) from None
+
+
 @contextmanager
 def _libraries_quiet() -> Iterator[None]:
     """No reports, bars and warnings of the libraries beside our own progress; SHIFTDC_DEBUG=1 shows them."""
+    _check_torchvision()
     if os.environ.get("SHIFTDC_DEBUG"):
         yield
         return

@@ -127,7 +127,7 @@ def load_processor(folder: Path, recipe: Recipe) -> Any:
     try:
         processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, ImportError) as error:
-        raise InputError(f"MODEL: the processor in {folder} cannot be loaded: {_first_line(error)}") from None
+        raise InputError(f"MODEL: the processor in {folder} cannot be loaded: {_remedy(error) or _first_line(error)}") from None
     if recipe.chat_template is not None:
         processor.chat_template = recipe.chat_template
     if getattr(processor.image_processor, "do_pan_and_scan", None):
@@ -136,6 +136,15 @@ def load_processor(folder: Path, recipe: Recipe) -> Any:
             "cannot be composed; set it to false."
         )
     return processor
+
+
+def _remedy(error: Exception) -> str | None:
+    """What to do where a package is missing that only some families' processors need."""
+    if not isinstance(error, ImportError):
+        return None
+    if "torchvision" in str(error).lower():
+        return "it needs torchvision; run 'pip install torchvision', from the index that torch came from."
+    return "it needs num2words; run 'pip install num2words'." if "num2words" in str(error) else None
 
 
 def load_vlm(base: BaseCheckpoint, recipe: Recipe, *, dtype: str = "auto", device_map: str | None = None) -> VLM:

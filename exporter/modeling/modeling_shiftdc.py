@@ -15,7 +15,8 @@ import functools
 import inspect
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -106,6 +107,8 @@ class ShiftDCMixin(_Model):
 
     #: Every pixel of the blank reference, after normalisation: the processor's mean colour.
     shiftdc_blank_pixel = 0.0
+    #: Attributes of the backbone in which the base class keeps something from one pass to the next.
+    shiftdc_kept: tuple[str, ...] = ()
     #: Image inputs that have an entry for every row of the batch, with an image or without.
     shiftdc_row_inputs: frozenset[str] = frozenset()
 
@@ -371,10 +374,11 @@ class ShiftDCMixin(_Model):
         self._shiftdc_require_pixels(image_inputs)
         ids, mask = self._shiftdc_left_padded([self._shiftdc_pieces.caption_prompt(p) for p in prompts], like)
         settings = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1, "return_dict_in_generate": False}
-        out = super().generate(
-            input_ids=ids, attention_mask=mask, shiftdc=False, **self._shiftdc_typed(ids, image_inputs), **settings,
-            max_new_tokens=self.config.shiftdc["caption_max_new_tokens"], use_cache=True,
-        )  # fmt: skip
+        with self._shiftdc_aside():
+            out = super().generate(
+                input_ids=ids, attention_mask=mask, shiftdc=False, **self._shiftdc_typed(ids, image_inputs), **settings,
+                max_new_tokens=self.config.shiftdc["caption_max_new_tokens"], use_cache=True,
+            )  # fmt: skip
         end = {self._shiftdc_pad_id(), *self._shiftdc_eos_ids()}
         return [[t for t in row if t not in end] for row in out[:, ids.shape[1] :].tolist()]
 
@@ -402,12 +406,31 @@ class ShiftDCMixin(_Model):
         readout = ShiftDCReadout(len(self.config.shiftdc["layers"]))
         dropped = {"labels", "logits_to_keep", "past_key_values", "use_cache"}
         inputs = {k: v for k, v in inputs.items() if k not in dropped and v is not None}
-        with torch.no_grad():
+        with torch.no_grad(), self._shiftdc_aside():
             self.shiftdc_backbone(self, **inputs, shiftdc_position=position, shiftdc_readout=readout)
         return readout.stacked(position.device)
 
+    @contextmanager
+    def _shiftdc_aside(self) -> Iterator[None]:
+        """Passes in here leave no trace: a reply that is being decoded goes on as if they had not been."""
+        kept = {name: getattr(self.model, name) for name in self.shiftdc_kept}
+        try:
+            yield
+        finally:
+            for name, value in kept.items():
+                setattr(self.model, name, value)
+
     def _shiftdc_image_rows(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """bool [batch]: the rows that hold an image. pixel_values may be absent at prefill, so token ids decide."""
+        """bool [batch]: the rows that hold an image. pixel_values may be absent at prefill, so token ids decide.
+
+        Raises ValueError for videos with tokens of their own, which would otherwise go uncalibrated.
+        """
+        video_token_id = getattr(self.config, "video_token_id", None)
+        if video_token_id is not None and (input_ids == video_token_id).any():
+            raise ValueError(
+                "The prompt holds a video, which calibration does not know; give its frames as images, or pass shiftdc=False "
+                "(no calibration)."
+            )
         return (input_ids == self.config.image_token_id).any(-1)
 
     def _shiftdc_last_prompt_token(self, inputs: dict[str, Any]) -> torch.Tensor | None:

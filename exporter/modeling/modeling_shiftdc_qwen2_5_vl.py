@@ -12,6 +12,7 @@ class ShiftDCQwen2_5_VLConfig(ShiftDCConfigMixin, Qwen2_5_VLConfig):
 
 class ShiftDCQwen2_5_VLForConditionalGeneration(ShiftDCMixin, Qwen2_5_VLForConditionalGeneration):
     config_class = ShiftDCQwen2_5_VLConfig
+    shiftdc_kept = ("rope_deltas",)
 
 
 register_key_conversion(ShiftDCQwen2_5_VLForConditionalGeneration, "Qwen2_5_VLForConditionalGeneration", "qwen2_5_vl")

@@ -12,6 +12,7 @@ class ShiftDCQwen2VLConfig(ShiftDCConfigMixin, Qwen2VLConfig):
 
 class ShiftDCQwen2VLForConditionalGeneration(ShiftDCMixin, Qwen2VLForConditionalGeneration):
     config_class = ShiftDCQwen2VLConfig
+    shiftdc_kept = ("rope_deltas",)
 
 
 register_key_conversion(ShiftDCQwen2VLForConditionalGeneration, "Qwen2VLForConditionalGeneration", "qwen2_vl")

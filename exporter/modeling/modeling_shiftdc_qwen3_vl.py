@@ -12,3 +12,4 @@ class ShiftDCQwen3VLConfig(ShiftDCConfigMixin, Qwen3VLConfig):
 
 class ShiftDCQwen3VLForConditionalGeneration(ShiftDCMixin, Qwen3VLForConditionalGeneration):
     config_class = ShiftDCQwen3VLConfig
+    shiftdc_kept = ("rope_deltas",)
