@@ -443,7 +443,8 @@ def _check_torchvision() -> None:
     except (ImportError, RuntimeError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(
-            f"torchvision and torch are of different builds ({reason}); install both from one index, or 'pip uninstall torchvision'."
+            f"torchvision and torch are of different builds ({reason}); install both from one index, or run "
+            "'pip uninstall torchvision'."
         ) from None
 
 

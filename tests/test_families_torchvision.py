@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from test_families import *  # noqa: F403
-from test_families import CAPTION_TOKENS, GREEDY, LAYERS, ROWS, TOKEN_TYPES, encode, new_tokens
+from test_families import CAPTION_TOKENS, GREEDY, LAYERS, ROWS, TOKEN_TYPES, encode, new_tokens, picture
 from tiny_families_torchvision import FAMILIES, qwen2_vl, smolvlm, tiny_family
 from transformers import AutoModelForImageTextToText
 
@@ -24,7 +24,9 @@ def tiny(request):
     return tiny_family(request.param)
 
 
-@pytest.mark.parametrize("options", [{"num_beams": 3, "num_return_sequences": 2}, {"use_cache": False}], ids=["beams", "no-cache"])
+@pytest.mark.parametrize(
+    "options", [{"num_beams": 3, "num_return_sequences": 2}, {"use_cache": False}], ids=["beams", "no-cache"]
+)
 def test_beams_and_no_cache_equal_the_naive_implementation(model, naive, directions, expected_pieces, options):
     """Qwen's pixels are patches in a row, not images: nothing may multiply them as if they were rows."""
     inputs = naive.ids(*ROWS[1])
@@ -38,7 +40,7 @@ def test_beams_and_no_cache_equal_the_naive_implementation(model, naive, directi
 
 def test_a_reference_leaves_a_reply_in_progress_as_it_is(model, processor):
     """Qwen's backbone keeps the rope deltas of its last prompt, and decoding goes on with them."""
-    inputs, other = encode(processor, ROWS[:1]), encode(processor, ROWS[1:])
+    inputs, other = encode(processor, ROWS[:1]), encode(processor, [("What is it?", picture(3, 56, 56))])
 
     def next_logits(between):
         with torch.no_grad():

@@ -81,8 +81,8 @@ PIXTRAL = (
     "{{ bos_token }}{% for m in messages %}"
     "{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}"
     "{% if m['role'] == 'user' %}{{ '[INST]' }}{% for c in m['content'] %}"
-    "{% if c['type'] == 'text' %}{{ c['text'] }}{% elif c['type'] == 'image' %}{{ '[IMG]' }}{% endif %}{% endfor %}{{ '[/INST]' }}"
-    "{% else %}{{ m['content'][0]['text'] + eos_token }}{% endif %}{% endfor %}"
+    "{% if c['type'] == 'text' %}{{ c['text'] }}{% elif c['type'] == 'image' %}{{ '[IMG]' }}{% endif %}{% endfor %}"
+    "{{ '[/INST]' }}{% else %}{{ m['content'][0]['text'] + eos_token }}{% endif %}{% endfor %}"
 )
 MISTRAL_SMALL = PIXTRAL.replace(
     "{{ bos_token }}", "{{ bos_token }}{{ '[SYSTEM_PROMPT]You are Mistral Small 3.\n\nAnswer in short.[/SYSTEM_PROMPT]' }}"
@@ -214,9 +214,7 @@ def pixtral() -> TinyFamily:
     return TinyFamily(processor, LlavaForConditionalGeneration(config), "model.language_model.layers")
 
 
-FAMILIES = {
-    f.__name__: f for f in (qwen2_vl, qwen2_5_vl, qwen3_vl, llava_onevision, internvl, smolvlm, mistral3, pixtral)
-}
+FAMILIES = {f.__name__: f for f in (qwen2_vl, qwen2_5_vl, qwen3_vl, llava_onevision, internvl, smolvlm, mistral3, pixtral)}
 
 
 def tiny_family(name: str) -> TinyFamily:

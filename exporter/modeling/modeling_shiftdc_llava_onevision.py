@@ -14,4 +14,6 @@ class ShiftDCLlavaOnevisionForConditionalGeneration(ShiftDCMixin, LlavaOnevision
     config_class = ShiftDCLlavaOnevisionConfig
 
 
-register_key_conversion(ShiftDCLlavaOnevisionForConditionalGeneration, "LlavaOnevisionForConditionalGeneration", "llava_onevision")
+register_key_conversion(
+    ShiftDCLlavaOnevisionForConditionalGeneration, "LlavaOnevisionForConditionalGeneration", "llava_onevision"
+)

@@ -5,12 +5,12 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from .modeling_shiftdc import ShiftDCConfigMixin, ShiftDCMixin, register_key_conversion
 
 
-class ShiftDCQwen2_5_VLConfig(ShiftDCConfigMixin, Qwen2_5_VLConfig):
+class ShiftDCQwen2_5_VLConfig(ShiftDCConfigMixin, Qwen2_5_VLConfig):  # noqa: N801 (as transformers names it)
     model_type = "shiftdc_qwen2_5_vl"
     shiftdc_guard_field = "vision_start_token_id"
 
 
-class ShiftDCQwen2_5_VLForConditionalGeneration(ShiftDCMixin, Qwen2_5_VLForConditionalGeneration):
+class ShiftDCQwen2_5_VLForConditionalGeneration(ShiftDCMixin, Qwen2_5_VLForConditionalGeneration):  # noqa: N801 (as transformers names it)
     config_class = ShiftDCQwen2_5_VLConfig
     shiftdc_kept = ("rope_deltas",)
 
