@@ -12,11 +12,15 @@ import numpy as np
 import pytest
 import torch
 from test_families import *  # noqa: F403
-from test_families import CAPTION_TOKENS, GREEDY, LAYERS, ROWS, TOKEN_TYPES, encode, new_tokens, picture
+from test_families import CAPTION_TOKENS, GREEDY, ROWS, encode, new_tokens, picture
 from tiny_families_torchvision import FAMILIES, qwen2_vl, smolvlm, tiny_family
 from transformers import AutoModelForImageTextToText
 
 from exporter.pipeline import export, make_plan
+
+# of families in test_families.py
+del test_blip_checkpoints_that_cannot_be_calibrated_are_refused, test_pan_and_scan_is_refused  # noqa: F821
+del test_cross_attention_layers_are_left_out  # noqa: F821
 
 
 @pytest.fixture(scope="module", params=list(FAMILIES))
@@ -30,9 +34,9 @@ def tiny(request):
 def test_beams_and_no_cache_equal_the_naive_implementation(model, naive, directions, expected_pieces, options):
     """Qwen's pixels are patches in a row, not images: nothing may multiply them as if they were rows."""
     inputs = naive.ids(*ROWS[1])
-    reference = torch.full((len(LAYERS),), -300.0)  # far off, so that tokens change
+    reference = torch.full((len(directions),), -300.0)  # far off, so that tokens change
     options = {**GREEDY, **options, "suppress_tokens": [expected_pieces.image_token_id]}
-    with naive.calibrated(LAYERS, directions, inputs["input_ids"].shape[1], reference=reference):
+    with naive.calibrated(list(directions), directions, inputs["input_ids"].shape[1], reference=reference):
         expected = naive.model.generate(**inputs, **options)
     assert torch.equal(model.generate(**inputs, **options, shiftdc_reference=reference[None]), expected)
     assert not torch.equal(expected, model.generate(**inputs, **options, shiftdc=False))
@@ -105,7 +109,6 @@ def test_qwen2_vl_as_it_is_published(calibration_file, tmp_path):
     base = AutoModelForImageTextToText.from_pretrained(folder).eval()
     model = AutoModelForImageTextToText.from_pretrained(done.plan.output, trust_remote_code=True).eval()
     inputs = encode(qwen2_vl().processor, ROWS)
-    assert TOKEN_TYPES & inputs.keys()
     with torch.no_grad():
         assert torch.equal(model(**inputs, shiftdc=False).logits, base(**inputs).logits)
 

@@ -110,6 +110,13 @@ def qwen_size() -> dict[str, Any]:
     return {"patch_size": 7, "size": {"shortest_edge": 14 * 14, "longest_edge": 14 * 14 * 16}}
 
 
+def qwen_family(processor: Any, model: Any) -> TinyFamily:
+    def composed(ids: torch.Tensor, given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {"mm_token_type_ids": torch.tensor(processor.create_mm_token_type_ids(ids.tolist()))}
+
+    return TinyFamily(processor, model, "model.language_model.layers", composed=composed)
+
+
 def qwen2_vl() -> TinyFamily:
     words = qwen_words()
     images, videos = Qwen2VLImageProcessor(**qwen_size()), Qwen2VLVideoProcessor(**qwen_size())
@@ -118,7 +125,7 @@ def qwen2_vl() -> TinyFamily:
         **qwen_ids(words),
     )  # fmt: skip
     processor = Qwen2VLProcessor(images, words, videos, chat_template=QWEN2)
-    return TinyFamily(processor, Qwen2VLForConditionalGeneration(config), "model.language_model.layers")
+    return qwen_family(processor, Qwen2VLForConditionalGeneration(config))
 
 
 def qwen2_5_vl() -> TinyFamily:
@@ -129,7 +136,7 @@ def qwen2_5_vl() -> TinyFamily:
         text_config={**text_sizes(len(words)), "rope_parameters": dict(MROPE)}, vision_config=tower, **qwen_ids(words)
     )
     processor = Qwen2_5_VLProcessor(images, words, videos, chat_template=QWEN2)
-    return TinyFamily(processor, Qwen2_5_VLForConditionalGeneration(config), "model.language_model.layers")
+    return qwen_family(processor, Qwen2_5_VLForConditionalGeneration(config))
 
 
 def qwen3_vl() -> TinyFamily:
@@ -139,7 +146,7 @@ def qwen3_vl() -> TinyFamily:
     text = {**text_sizes(len(words)), "head_dim": 8, "rope_parameters": {**MROPE, "mrope_interleaved": True}}
     config = Qwen3VLConfig(text_config=text, vision_config=tower, **qwen_ids(words))
     processor = Qwen3VLProcessor(images, words, videos, chat_template=QWEN3)
-    return TinyFamily(processor, Qwen3VLForConditionalGeneration(config), "model.language_model.layers")
+    return qwen_family(processor, Qwen3VLForConditionalGeneration(config))
 
 
 def llava_onevision() -> TinyFamily:

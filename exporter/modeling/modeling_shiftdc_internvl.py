@@ -1,4 +1,4 @@
-"""InternVL 2.5 and 3 with ShiftDC; travels inside exported checkpoints."""
+"""InternVL3 with ShiftDC; travels inside exported checkpoints."""
 
 from transformers import InternVLConfig, InternVLForConditionalGeneration
 
