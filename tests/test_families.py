@@ -158,6 +158,8 @@ def model(loaded):
 def processor(folder, tiny):
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
     processor.chat_template = load_recipe(tiny.recipe).chat_template or processor.chat_template
+    # torchvision's classes take the place of Pillow's where it is installed, and Mllama's fails on batches with text rows
+    processor.image_processor = tiny.processor.image_processor
     return processor
 
 
