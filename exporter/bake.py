@@ -10,9 +10,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +19,7 @@ from exporter.directions import Directions
 from exporter.errors import InputError
 from exporter.families import Family, family
 from exporter.modeling.modeling_shiftdc import FORMAT_VERSION
+from exporter.reading import read_json
 from exporter.recipes import Recipe
 from exporter.source import INDEX, SINGLE, BaseCheckpoint, read_header
 
@@ -72,23 +70,46 @@ def bake(
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
     for companion in base.companions:
         (folder / companion).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(base.folder / companion, folder / companion)
+        copy_companion(base.folder / companion, folder / companion)
     return hashes
+
+
+#: Keys that name code of a repository; an export is loaded with trust_remote_code, which must not reach the base's.
+CODE_KEYS = frozenset({"auto_map", "custom_pipelines"})
+
+
+def without_code(value: Any) -> Any:
+    """`value`, parsed from JSON, without keys that name code, at any depth."""
+    if isinstance(value, dict):
+        return {k: without_code(v) for k, v in value.items() if k not in CODE_KEYS}
+    return [without_code(v) for v in value] if isinstance(value, list) else value
+
+
+def copy_companion(source: Path, target: Path) -> None:
+    """Byte for byte, except that no JSON file names code any more."""
+    values = read_json(source) if source.suffix == ".json" and source.name != "tokenizer.json" else None
+    if values == (kept := without_code(values)):
+        shutil.copyfile(source, target)
+    else:
+        target.write_text(json.dumps(kept, indent=2) + "\n", "utf-8")
 
 
 def calibrated_config(base: BaseCheckpoint, classes: Family, block: dict[str, Any]) -> dict[str, Any]:
     """The base's config.json under the family's own model_type, guarded against stock classes."""
-    config = {
-        **base.config,
+    config = {**without_code(dict(base.config)), **identity(classes), "shiftdc": block}
+    return classes.config.shiftdc_guarded(config)
+
+
+def identity(classes: Family) -> dict[str, Any]:
+    """What config.json says of the classes and the code to load: exactly ours."""
+    return {
         "architectures": [classes.model.__name__],
         "model_type": classes.config.model_type,
         "auto_map": {
             "AutoConfig": f"{classes.module}.{classes.config.__name__}",
             "AutoModelForImageTextToText": f"{classes.module}.{classes.model.__name__}",
         },
-        "shiftdc": block,
     }
-    return classes.config.shiftdc_guarded(config)
 
 
 def write_index(folder: Path, shards: list[str]) -> None:
@@ -135,44 +156,3 @@ def _reflink(source: Path, target: Path) -> bool:
 def sha256(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def check_output(output: Path, force: bool) -> None:
-    """Raise InputError unless `output` is free, or is an earlier export and `force` is given."""
-    if not output.exists():
-        return
-    if output.is_dir() and not any(output.iterdir()):
-        return
-    if not (output / REPORT).is_file():
-        raise InputError(f"--output: {output} exists and is no export of this tool; give another folder.")
-    if not force:
-        raise InputError(f"--output: {output} exists; give another folder, or --force to replace it.")
-
-
-@contextmanager
-def staged(output: Path, force: bool) -> Iterator[Path]:
-    """A temporary sibling of `output` that takes its place at the end; after an exception nothing is left of it."""
-    check_output(output, force)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
-    staging.chmod(0o755)
-    try:
-        yield staging
-        check_output(output, force)
-        _swap(staging, output)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def _swap(staging: Path, output: Path) -> None:
-    if not output.exists():
-        staging.rename(output)
-        return
-    old = output.with_name(f".{output.name}.old-{os.getpid()}")
-    output.rename(old)
-    try:
-        staging.rename(output)
-    except OSError:
-        old.rename(output)
-        raise
-    shutil.rmtree(old)

@@ -7,8 +7,6 @@ data only (no loading scripts), at one commit, and their texts never reach an er
 from __future__ import annotations
 
 import hashlib
-import struct
-import warnings
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,11 +16,13 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal
 
-from PIL import Image, ImageOps
+from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from exporter import __version__
 from exporter.errors import InputError
+from exporter.pictures import PictureError, picture_below, read_picture
+from exporter.reading import LINES_BYTES, TEXT_CHARACTERS, NoFileError, UnreadableError, read_bytes, text_of
 
 Kind = Literal["harmful", "benign"]
 Cell = Literal[
@@ -127,7 +127,7 @@ class _Row(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     image: Path
-    prompt: str = Field(min_length=1)
+    prompt: str = Field(min_length=1, max_length=TEXT_CHARACTERS)
     kind: Kind
     category: str | None = None
     image_kind: str | None = None
@@ -148,12 +148,12 @@ class _Row(BaseModel):
 def read_jsonl(file: Path) -> Benchmark:
     """Read a benchmark strictly; errors name the line and never show its texts. Raises InputError."""
     try:
-        data = file.read_bytes()
-        lines = data.decode("utf-8").split("\n")  # splitlines() would also break at U+2028, which JSON allows in strings
-    except FileNotFoundError:
+        data = read_bytes(file, LINES_BYTES)
+        lines = text_of(data).split("\n")  # splitlines() would also break at U+2028, which JSON allows in strings
+    except NoFileError:
         raise InputError(f"--benchmark: there is no file {file}; correct the path.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--benchmark: {file} cannot be read as UTF-8 text ({type(error).__name__}).") from None
+    except UnreadableError as error:
+        raise InputError(f"--benchmark: {file} cannot be read as UTF-8 text ({error}); give a JSONL file.") from None
     questions = tuple(_question(line, file, number) for number, line in enumerate(lines, 1) if line.strip())
     if not questions:
         raise InputError(f"--benchmark: {file} holds no questions; give a file with one JSON object per line.")
@@ -175,30 +175,18 @@ def _question(line: str, file: Path, number: int) -> Question:
 
 def _below(folder: Path, path: Path, where: str) -> Path:
     try:
-        image = (folder / path).resolve()
-        inside, exists = image.is_relative_to(folder.resolve()), image.is_file()
-    except (OSError, ValueError, RuntimeError):  # too long, a null byte, a loop of links
-        raise InputError(f"--benchmark: {where}: the image is no usable path; correct the path.") from None
-    if not inside:
-        raise InputError(f"--benchmark: {where}: the image lies outside {folder}; use paths below the file's folder.")
-    if not exists:
-        raise InputError(f"--benchmark: {where}: there is no image {image}; correct the path.")
-    return image
+        return picture_below(folder, path)
+    except PictureError as error:
+        raise InputError(f"--benchmark: {where}: {error}.") from None
 
 
 def _picture(source: Path | BytesIO, where: str) -> Image.Image:
-    """Decode to RGB, upright. Sizes are checked on the header, before any pixel is decoded. Raises InputError."""
+    """Raises InputError."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)  # Pillow itself refuses only twice the limit
-            with Image.open(source) as image:
-                return ImageOps.exif_transpose(image).convert("RGB")
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise InputError(
-            f"--benchmark: {where}: the image has more than {Image.MAX_IMAGE_PIXELS} pixels; replace it by a smaller one."
-        ) from None
-    except (OSError, ValueError, SyntaxError, EOFError, struct.error) as error:  # what Pillow's decoders raise
-        raise InputError(f"--benchmark: {where}: the image cannot be decoded ({type(error).__name__}); replace it.") from None
+        return read_picture(source)
+    except (PictureError, FileNotFoundError) as error:
+        reason = error if isinstance(error, PictureError) else "is gone"
+        raise InputError(f"--benchmark: {where}: the image {reason}; replace it.") from None
 
 
 # Datasets of the Hub.

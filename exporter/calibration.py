@@ -21,6 +21,8 @@ from PIL import Image, ImageDraw, ImageFont
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from exporter.errors import InputError
+from exporter.pictures import PictureError, picture_below, read_picture
+from exporter.reading import LINES_BYTES, TEXT_CHARACTERS, NoFileError, UnreadableError, read_bytes, text_of
 
 BUILTIN = "builtin"
 HARMLESS = "harmless"
@@ -35,8 +37,8 @@ class CalibrationRow(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     label: Literal["safe", "unsafe"]
-    request: str = Field(min_length=1)
-    caption: str = Field(default="", min_length=1)  # empty until the model has written one from the image
+    request: str = Field(min_length=1, max_length=TEXT_CHARACTERS)
+    caption: str = Field(default="", min_length=1, max_length=TEXT_CHARACTERS)  # empty until the model has written one
     image: Path | Callable[[], Image.Image] | None = None  # a function where it is no file
     category: str | None = None
     split: Literal["fit", "held_out"] = "fit"
@@ -133,12 +135,7 @@ def _one_set(name: str) -> CalibrationSet:
         return builtin()
     if name == "demo":
         return _demo()
-    file = Path(name)
-    if not file.is_file():
-        raise InputError(
-            f"--calibration: there is no file {file}; give builtin, demo, harmless, UNSAFE+SAFE, or an existing .jsonl file."
-        )
-    return read_jsonl(file)
+    return read_jsonl(Path(name))
 
 
 def _one_side(name: str, label: Literal["safe", "unsafe"]) -> CalibrationSet:
@@ -161,10 +158,14 @@ def _joined(one: CalibrationSet, other: CalibrationSet) -> CalibrationSet:
 def read_jsonl(file: Path) -> CalibrationSet:
     """Read a set strictly; errors name the line. Raises InputError."""
     try:
-        data = file.read_bytes()
-        lines = data.decode("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--calibration: {file} cannot be read as UTF-8 text ({error}).") from None
+        data = read_bytes(file, LINES_BYTES)
+        lines = text_of(data).split("\n")  # splitlines() would also break at U+2028, which JSON allows in strings
+    except NoFileError:
+        raise InputError(
+            f"--calibration: there is no file {file}; give builtin, demo, harmless, UNSAFE+SAFE, or an existing .jsonl file."
+        ) from None
+    except UnreadableError as error:
+        raise InputError(f"--calibration: {file} cannot be read as UTF-8 text ({error}); give a JSONL file.") from None
     rows = [_row(line, f"{file}, line {number}", file.parent) for number, line in enumerate(lines, 1) if line.strip()]
     return CalibrationSet(file.stem, tuple(rows), hashlib.sha256(data).hexdigest())
 
@@ -181,12 +182,10 @@ def _row(line: str, where: str, folder: Path) -> CalibrationRow:
             raise InputError(f"--calibration: {where}: the row has neither caption nor image; add one of them.")
         return row
     assert isinstance(row.image, Path)  # JSON holds no functions
-    image = (folder / row.image).resolve()
-    if not image.is_relative_to(folder.resolve()):
-        raise InputError(f"--calibration: {where}: the image lies outside {folder}; use paths below the file's folder.")
-    if not image.is_file():
-        raise InputError(f"--calibration: {where}: there is no image {image}; correct the path.")
-    return row.model_copy(update={"image": image})
+    try:
+        return row.model_copy(update={"image": picture_below(folder, row.image)})
+    except PictureError as error:
+        raise InputError(f"--calibration: {where}: {error}.") from None
 
 
 def _checked(calibration: CalibrationSet, where: str) -> CalibrationSet:
@@ -199,7 +198,22 @@ def _checked(calibration: CalibrationSet, where: str) -> CalibrationSet:
             )
     if calibration.select("held_out", "unsafe") and not calibration.select("fit", "unsafe"):
         raise InputError(f"--calibration: {where} has unsafe rows with split 'held_out' only; give some the split 'fit'.")
+    both = _keys(calibration, "safe") & _keys(calibration, "unsafe")
+    if both:
+        number = next(i for i, r in enumerate(calibration.rows, 1) if _key(r) in both)
+        raise InputError(
+            f"--calibration: {where} has {len(both)} rows that are labelled both safe and unsafe, row {number} the first; "
+            "correct the labels, the direction lies between the two."
+        )
     return calibration
+
+
+def _key(row: CalibrationRow) -> tuple[str, str, object]:
+    return row.request, row.caption, row.image
+
+
+def _keys(calibration: CalibrationSet, label: str) -> set[tuple[str, str, object]]:
+    return {_key(r) for r in calibration.rows if r.label == label}
 
 
 # The same wordings on both sides, so that topic and form cancel and harm remains.
@@ -261,10 +275,10 @@ def row_image(row: CalibrationRow) -> Image.Image:
     if not isinstance(row.image, Path):
         return row.image()
     try:
-        with Image.open(row.image) as image:
-            return image.convert("RGB")
-    except (OSError, Image.DecompressionBombError) as error:
-        raise InputError(f"--calibration: the image {row.image} cannot be read ({error}); replace it.") from None
+        return read_picture(row.image)
+    except (PictureError, FileNotFoundError) as error:
+        reason = error if isinstance(error, PictureError) else "is gone"
+        raise InputError(f"--calibration: the image {row.image} cannot be read (it {reason}); replace it.") from None
 
 
 def typographic_image(text: str, size: int = 336, font_size: int = 30) -> Image.Image:

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
 
-import yaml
-from huggingface_hub import EvalResult, ModelCardData, metadata_load
+from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from exporter.directions import DIFFERENCE, LayerStatistics
 from exporter.plots import PICTURES
+from exporter.reading import CARD_BYTES, UnreadableError, parse_yaml, read_bytes, text_of
 from exporter.recipes import Recipe
 from exporter.resources import resource
 from exporter.source import DEMO, BaseCheckpoint
@@ -44,7 +44,8 @@ HUB = "https://huggingface.co"
 MISSING = "\N{EN DASH}"
 
 # what separates lines, or turns the direction of writing
-_CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff]+")
+_CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]+")
+_FRONT_MATTER = re.compile(r"\s*---[\r\n]+(.*?)[\r\n]+---(?:\r?\n|\r|$)", re.DOTALL)
 _LICENSE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+_-]{0,63}")
 _LICENSE_NAME = re.compile(r"[\w.,+()/-][\w .,+()/-]{0,99}")
 _LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]{2,8})*|code|multilingual")
@@ -126,8 +127,11 @@ def inherit(base: BaseCheckpoint) -> Inherited:
     if not readme.is_file():
         return Inherited(problem="The base model came without a card, so its licence is not known here")
     try:
-        found: dict[str, Any] = metadata_load(readme) or {}
-    except (OSError, ValueError, yaml.YAMLError, RecursionError):  # ValueError: no UTF-8, no mapping, no such date
+        front = _FRONT_MATTER.match(text_of(read_bytes(readme, CARD_BYTES)))
+        found = (parse_yaml(front[1]) if front else None) or {}
+        if not isinstance(found, dict):
+            raise UnreadableError("it is no mapping")
+    except UnreadableError:
         return Inherited(problem="The metadata of the base model's card cannot be read, so its licence is not known here")
     licenses = tuple(x for x in _listed(found.get("license")) if isinstance(x, str) and _LICENSE.fullmatch(x))
     languages = ["no" if x is False else x for x in _listed(found.get("language"))]  # YAML reads Norwegian as false

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import logging
 import os
+import re
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 from rich.console import Console
 from rich.table import Table
 
 from exporter import __version__
-from exporter.errors import InputError, ShiftDCError
+from exporter.errors import InputError, ShiftDCError, printable
 
 stderr = Console(stderr=True)
 
@@ -40,12 +43,24 @@ class DefaultToExport(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
+        except click.exceptions.NoArgsIsHelpError:
+            raise
+        except click.UsageError as error:
+            _fail(ctx, f"{error.format_message().rstrip('.')}; see --help.", 2)
         except InputError as error:
-            click.echo(f"Error: {error}", err=True)
-            ctx.exit(2)
+            _fail(ctx, str(error), 2)
         except ShiftDCError as error:
-            click.echo(f"Error: {error}", err=True)
-            ctx.exit(1)
+            _fail(ctx, str(error), 1)
+        except OSError as error:
+            if error.errno in (None, errno.EPIPE):  # not the disk's, or a reader of stdout who has gone
+                raise
+            where = f" at {error.filename}" if error.filename else ""
+            _fail(ctx, f"the disk refused to be read or written ({error.strerror}{where}); see to it and run again.", 1)
+
+
+def _fail(ctx: click.Context, sentence: str, code: int) -> NoReturn:
+    click.echo(f"Error: {printable(sentence)}", err=True)
+    ctx.exit(code)
 
 
 @click.group(cls=DefaultToExport, context_settings={"help_option_names": ["-h", "--help"]})
@@ -178,7 +193,7 @@ def export_command(
 def _batch_size(text: str) -> int | None:
     if text == "auto":
         return None
-    if not text.isdigit() or int(text) < 1:
+    if not re.fullmatch(r"0*[1-9][0-9]{0,8}", text):
         raise InputError(f"--batch-size: expected auto or a whole number from 1, found {text!r}.")
     return int(text)
 
@@ -235,7 +250,11 @@ def verify(checkpoint: Path, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps({"checkpoint": str(checkpoint), **dataclasses.asdict(found)}, indent=2))
         return
-    click.echo(f"{checkpoint}: {found.tensors} base tensors in {found.shards} shards are bitwise the base model's.")
+    click.echo(
+        f"{printable(str(checkpoint))}: {found.tensors} base tensors in {found.shards} shards are bitwise the base model's."
+    )
+    if found.edited:
+        click.echo(f"Edited since, which its owner may: {', '.join(found.edited)}.")
     click.echo("It loads with transformers alone, refuses to load uncalibrated, and reproduces its probe (relative differences):")
     for name, difference in found.parity.items():
         click.echo(f"  {name}: {difference}")
@@ -378,19 +397,20 @@ def _print_plan(plan: Any, as_json: bool, repo_id: str | None) -> None:
         click.echo(json.dumps(facts, indent=2))
         return
     for key, value in facts.items():
-        click.echo(f"{key + ':':16}{value}")
+        click.echo(f"{key + ':':16}{printable(str(value))}")
 
 
 def _print_export(done: Any) -> None:
     plan, layers = done.plan, done.report["layers"]
     checked = done.verification
-    click.echo(f"{plan.base.name} is calibrated: {plan.output}")
+    output = printable(str(plan.output))
+    click.echo(f"{printable(plan.base.name)} is calibrated: {output}")
     for warning in done.report["calibration"].get("warnings", ()):
-        click.echo(f"Warning: {warning}", err=True)
+        click.echo(f"Warning: {printable(warning)}", err=True)
     click.echo(f"  layers {_ranges(layers['chosen'])} of {layers['depth']} ({layers['criterion']})")
     click.echo(f"  verified in a fresh process: {checked.tensors} base tensors bitwise equal, probe reproduced")
     click.echo("Next:")
-    click.echo(f"  shiftdc-export generate {plan.output} --image FILE --prompt TEXT")
+    click.echo(f"  shiftdc-export generate {shlex.quote(output)} --image FILE --prompt TEXT")
     click.echo(f"  AutoModelForImageTextToText.from_pretrained({str(plan.output)!r}, trust_remote_code=True)")
 
 

@@ -11,6 +11,7 @@ from PIL import Image
 
 from exporter.activations import last_token, recording
 from exporter.errors import InputError
+from exporter.pictures import PictureError, read_picture
 from exporter.vlm import VLM, Inputs
 
 
@@ -39,12 +40,11 @@ class Comparison:
 def read_image(file: Path) -> Image.Image:
     """An RGB picture. Raises InputError."""
     try:
-        with Image.open(file) as image:
-            return image.convert("RGB")
+        return read_picture(file)
     except FileNotFoundError:
         raise InputError(f"--image: there is no file {file}; give an existing picture.") from None
-    except (OSError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise InputError(f"--image: {file} cannot be read as a picture ({error}); give a PNG or JPEG.") from None
+    except PictureError as error:
+        raise InputError(f"--image: {file} cannot be read as a picture (it {error}); give a PNG or JPEG.") from None
 
 
 @torch.no_grad()

@@ -117,6 +117,7 @@ def fit_directions(
     reader = _Reader(vlm, [modules[i] for i in chosen], prompts, batch_size, progress)
     found = _difference(reader, calibration) if calibration.select("fit", "unsafe") else _gradient(reader, calibration)
     norm = found.vector.norm(dim=-1)
+    _check_norms(norm, found.means["safe"].norm(dim=-1) if found.labelled else torch.zeros_like(norm), chosen)
     unknown = [None] * len(chosen)
     direction = found.vector / norm.clamp_min(torch.finfo(norm.dtype).tiny)[:, None]
 
@@ -220,6 +221,21 @@ def _separations(held_out: dict[str, torch.Tensor], layers: int) -> dict[str, li
 
 def _cosines(one: torch.Tensor, other: torch.Tensor) -> list[float]:
     return torch.cosine_similarity(one, other, dim=-1).tolist()
+
+
+def _check_norms(norm: torch.Tensor, size: torch.Tensor, layers: Sequence[int]) -> None:
+    """Raise InputError where safe and unsafe means [layers] do not differ by more than rounding, or are no numbers."""
+    for layer, length, whole in zip(layers, norm.tolist(), size.tolist(), strict=True):
+        if not math.isfinite(length):
+            raise InputError(
+                f"MODEL: activations of decoder layer {layer} are not finite: its weights are damaged, or too large for the "
+                "dtype; fetch it again, or give --dtype float32."
+            )
+        if length <= 1e-6 * whole:
+            raise InputError(
+                f"--calibration: at decoder layer {layer} safe and unsafe requests have the same mean activation, so there is no "
+                "direction between them; give a set whose two sides differ."
+            )
 
 
 def auroc(positive: torch.Tensor, negative: torch.Tensor) -> float:

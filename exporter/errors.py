@@ -3,8 +3,14 @@
 ShiftDCError
 ├── InputError         the caller's input is wrong: one sentence, exit code 2, nothing written
 ├── VerificationError  an exported checkpoint is not what it should be: exit code 1
+├── WriteError         the disk did not take an output, of which nothing is left: exit code 1
 └── hub.PushError      the Hub did not take a push: exit code 1
 """
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class ShiftDCError(Exception):
@@ -17,3 +23,25 @@ class InputError(ShiftDCError):
 
 class VerificationError(ShiftDCError):
     """A checkpoint failed its checks."""
+
+
+class WriteError(ShiftDCError):
+    """The disk is full, or refused to be written. The message says what, where and why."""
+
+
+def printable(text: str) -> str:
+    """One line: what would break it, hide in it or turn its direction is escaped; of a very long text the middle is left out."""
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+    return line if len(line) <= 1500 else f"{line[:900]} ... {line[-500:]}"
+
+
+@contextmanager
+def refusing(what: str, advice: str) -> Iterator[None]:
+    """Around a library's reading of files that come from others: whatever it raises becomes one sentence, an InputError."""
+    try:
+        yield
+    except ShiftDCError:
+        raise
+    except Exception as error:  # noqa: BLE001 (there is no closed list: tokenizers, for one, raises Exception itself)
+        reason = (str(error).strip().splitlines() or [""])[0].rstrip(".")
+        raise InputError(f"{what} ({type(error).__name__}: {reason[:300]}); {advice}.") from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,9 +24,11 @@ from exporter.errors import InputError
 from exporter.evaluate import Progress, evaluate
 from exporter.exported import open_export, read_report
 from exporter.judges import load_judge
+from exporter.manifest import CARD, recorded
 from exporter.recipes import Recipe
 from exporter.replies import ReplyLog
 from exporter.source import BaseCheckpoint
+from exporter.staging import write_together
 from exporter.verdict import Effect, judge_effect
 from exporter.vlm import VLM
 
@@ -153,15 +156,14 @@ def projections(vlm: VLM, benchmark: Benchmark) -> plots.Projections | None:
 
 def attach_results(checkpoint: Path, report: dict[str, Any], results: dict[str, Any], pictures: Sequence[Path]) -> None:
     """Put figures and pictures into the checkpoint; replies stay outside."""
-    assets = checkpoint / "assets"
-    assets.mkdir(exist_ok=True)
-    for picture in pictures:
-        (assets / picture.name).write_bytes(picture.read_bytes())
     report = {**report, "evaluation": results}
-    partial = checkpoint / f"{REPORT}.partial"
-    partial.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", "utf-8")
-    partial.replace(checkpoint / REPORT)
-    (checkpoint / "README.md").write_text(card_of(checkpoint, report), "utf-8")
+    assets = {f"assets/{p.name}": p.read_bytes() for p in pictures}
+    write_together(checkpoint, assets)
+    card = card_of(checkpoint, report)  # shows the pictures that are there
+    with tempfile.TemporaryDirectory(prefix="shiftdc-card-") as folder:
+        (Path(folder) / CARD).write_text(card, "utf-8")
+        report = recorded(recorded(report, checkpoint, assets), Path(folder), [CARD])
+    write_together(checkpoint, {CARD: card, REPORT: json.dumps(report, indent=2, allow_nan=False) + "\n"})
 
 
 def card_of(checkpoint: Path, report: dict[str, Any]) -> str:

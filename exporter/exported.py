@@ -2,23 +2,57 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from exporter.bake import REPORT
-from exporter.errors import InputError
+from exporter.directions import LayerStatistics
+from exporter.errors import InputError, refusing
 from exporter.families import family
+from exporter.reading import UnreadableError, read_json
 from exporter.recipes import Recipe, recorded_recipe
 from exporter.vlm import DTYPES, VLM, load_processor
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+ShardName = Annotated[str, Field(pattern=r"^[\w-][\w.-]*\.safetensors$")]
+Name = Annotated[str, Field(min_length=1, max_length=1024)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="allow", strict=True)
+
+
+class _BaseModel(_Part):
+    id: Name
+    revision: Name | None
+    architecture: Name
+    shards: Annotated[dict[ShardName, Sha256], Field(min_length=1)]
+
+
+class _Layers(_Part):
+    chosen: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+    depth: int
+    criterion: str
+
+
+class _Report(_Part):
+    """What is relied on of a report; more may stand in it."""
+
+    base_model: _BaseModel
+    layers: _Layers
+    recipe: dict[str, Any]
+    calibration: dict[str, Any]
+    statistics: list[dict[str, Any]]
+    versions: dict[str, str]
+    files: dict[str, Sha256]
+    evaluation: dict[str, Any] | None = None
 
 
 def open_export(folder: Path, *, dtype: str = "auto", device_map: str | None = None) -> VLM:
     """Load a calibrated checkpoint. Raises InputError."""
-    if not (folder / REPORT).is_file():
-        raise InputError(f"CHECKPOINT: {folder} has no {REPORT}; give a folder that shiftdc-export wrote.")
     return load_calibrated(folder, recorded_recipe(read_report(folder)), dtype=dtype, device_map=device_map)
 
 
@@ -26,17 +60,26 @@ def load_calibrated(folder: Path, recipe: Recipe, *, dtype: str = "auto", device
     """Load what `bake` wrote. Raises InputError."""
     model_class: Any = family(recipe.family).model
     options = {} if device_map is None else {"device_map": device_map}
-    try:
-        model = model_class.from_pretrained(folder, dtype=DTYPES[dtype], **options)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"CHECKPOINT: {folder} cannot be loaded: {str(error).splitlines()[0]}") from None
+    with refusing(f"CHECKPOINT: {folder} cannot be loaded", "run 'shiftdc-export verify' on it, or export again"):
+        model = model_class.from_pretrained(folder, dtype=DTYPES[dtype], use_safetensors=True, **options)
     if device_map is None and torch.cuda.is_available():
         model = model.to("cuda")
-    return VLM(model.eval(), load_processor(folder, recipe), composed_text=recipe.chat_template is not None)
+    return VLM(model.eval(), load_processor(folder, recipe, "CHECKPOINT"), composed_text=recipe.chat_template is not None)
 
 
 def read_report(folder: Path) -> dict[str, Any]:
+    """shiftdc_report.json, checked in what is relied on. Raises InputError."""
     try:
-        return json.loads((folder / REPORT).read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"CHECKPOINT: {folder / REPORT} cannot be read ({error}); export again.") from None
+        report = read_json(folder / REPORT)
+        _Report.model_validate(report)
+        Recipe.model_validate(report["recipe"])
+        TypeAdapter(list[LayerStatistics]).validate_python(report["statistics"])
+    except UnreadableError as error:
+        raise InputError(
+            f"CHECKPOINT: {folder} has no readable {REPORT} ({error}); give a folder that shiftdc-export wrote."
+        ) from None
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False)[0]
+        key = ".".join(map(str, first["loc"])) or "the file"
+        raise InputError(f"CHECKPOINT: {folder / REPORT}: {key:.200}: {first['msg']}; export again.") from None
+    return report

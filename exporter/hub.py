@@ -7,11 +7,12 @@ message: whatever the Hub or its client says is scrubbed first.
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import re
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -51,6 +52,7 @@ from exporter.bake import REPORT, sha256
 from exporter.card import inherit
 from exporter.errors import InputError, ShiftDCError, VerificationError
 from exporter.exported import read_report
+from exporter.manifest import CARD, recorded, shipped
 from exporter.source import BaseCheckpoint
 from exporter.verdict import judge_effect
 from exporter.verify import verify
@@ -207,7 +209,7 @@ def plan_push(checkpoint: Path, repo_id: str, *, private: bool, create_pr: bool,
     """What `push` would send and copy. Writes nothing, here or on the Hub. Raises InputError, PushError."""
     report = read_report(checkpoint)
     with _patience():
-        files = local_files(checkpoint, report, checkpoint / "README.md")
+        files = local_files(checkpoint, report)
     planned = (PlannedFile(f.path, f.bytes, "copied" if f.source else "sent") for f in files)
     return PushPlan(repo_id, private, create_pr, revision, tuple(planned))
 
@@ -317,21 +319,19 @@ def _check_effect(report: dict[str, Any], allow_ineffective: bool) -> None:
 # What to push
 
 
-def local_files(checkpoint: Path, report: dict[str, Any], card: Path) -> list[LocalFile]:
-    """All files but dotfiles, replies and unfinished ones; `card` in the place of README.md."""
+def local_files(checkpoint: Path, report: dict[str, Any], rewritten: Mapping[str, Path] | None = None) -> list[LocalFile]:
+    """What the export ships; `rewritten` says which paths are sent from elsewhere."""
     shards = report["base_model"]["shards"]
     sources = _sources(report)
     files = []
-    for file in sorted(checkpoint.rglob("*")):
-        path = file.relative_to(checkpoint)
-        if any(p.startswith(".") for p in path.parts) or path.suffix in (".partial", ".jsonl"):
-            continue
-        if file.is_symlink():
-            raise InputError(f"CHECKPOINT: {file} is a symbolic link, and a push sends only what the export itself holds.")
-        if file.is_file():
-            name = path.as_posix()
-            known = shards.get(name)
-            files.append(LocalFile(name, card if name == "README.md" else file, known, sources.get(known)))
+    for name in shipped(checkpoint):
+        if (checkpoint / name).is_symlink():
+            raise InputError(
+                f"CHECKPOINT: {checkpoint / name} is a symbolic link, and a push sends only what the export itself holds; "
+                "put the file in its place."
+            )
+        known = shards.get(name)
+        files.append(LocalFile(name, (rewritten or {}).get(name, checkpoint / name), known, sources.get(known)))
     return files
 
 
@@ -355,12 +355,15 @@ def _tree(repo_id: str, revision: str | None) -> dict[str, RepoFile] | None:
     return _ask(repo_id, look)
 
 
-def write_card(checkpoint: Path, repo_id: str, folder: Path) -> Path:
-    """A copy of the card that loads the checkpoint from the Hub; what its owner wrote into it stays."""
-    card = folder / "README.md"
-    text = (checkpoint / "README.md").read_text("utf-8")
-    card.write_text(_SNIPPET.sub(rf'\g<1>"{repo_id}"\g<2>', text), "utf-8")
-    return card
+def rewrite(checkpoint: Path, report: dict[str, Any], repo_id: str, folder: Path) -> dict[str, Path]:
+    """Copies of the card, which loads the checkpoint from the Hub, and of the report, which knows that card's hash.
+
+    What its owner wrote into the card stays. Returns where the copies are, by path.
+    """
+    text = (checkpoint / CARD).read_text("utf-8")
+    (folder / CARD).write_text(_SNIPPET.sub(rf'\g<1>"{repo_id}"\g<2>', text), "utf-8")
+    (folder / REPORT).write_text(json.dumps(recorded(report, folder, [CARD]), indent=2) + "\n", "utf-8")
+    return {name: folder / name for name in (CARD, REPORT)}
 
 
 # The push
@@ -383,7 +386,7 @@ def push(
     check_base(checkpoint, report["base_model"]["id"], report["base_model"]["revision"])
     _staged(progress, "verify", lambda: verify(checkpoint))
     with tempfile.TemporaryDirectory(prefix="shiftdc-push-") as folder, _patience():
-        files = local_files(checkpoint, report, write_card(checkpoint, target.repo_id, Path(folder)))
+        files = local_files(checkpoint, report, rewrite(checkpoint, report, target.repo_id, Path(folder)))
         _ask(target.repo_id, lambda: _prepare(target))
         pushed = _ask(target.repo_id, lambda: _upload(target, files, progress))
         _staged(progress, "compare", lambda: _compare(target.repo_id, pushed.commit, files))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -14,20 +13,22 @@ from typing import Any, TypeVar
 import torch
 
 from exporter import __version__
-from exporter.bake import REPORT, bake, check_output, staged
+from exporter.bake import REPORT, bake
 from exporter.calibration import CalibrationSet, load_calibration
 from exporter.captions import captioned
 from exporter.card import render_card
 from exporter.directions import Directions, Progress, fit_directions, summary
-from exporter.errors import InputError
+from exporter.errors import InputError, refusing
 from exporter.exported import load_calibrated
 from exporter.families import family
 from exporter.family_table import REFUSED
 from exporter.layer_choice import LayerChoice, choose_layers
+from exporter.manifest import CARD, hashes
 from exporter.probe import PROBE, Probe, record_probe
 from exporter.prompt_pieces import prompt_pieces
 from exporter.recipes import Recipe, load_recipe, parse_layers, recipe_for_family
 from exporter.source import DEMO, BaseCheckpoint, resolve
+from exporter.staging import check_output, scratch, staged
 from exporter.sweep import Sweep, run_sweep
 from exporter.verify import Verification, verify
 from exporter.vlm import VLM, load_vlm
@@ -150,21 +151,22 @@ class Measurement:
 def export(plan: Plan, progress: Progress = lambda stage, done, total: None) -> Export:
     """Measure, bake, verify. Writes `plan.output` at the very end, or nothing."""
     clock = Clock(progress)
-    if plan.recipe.strength == "auto":
-        plan, measured = swept(plan, measure(plan, clock)[0], clock)
-        probe = clock.stage("probe", lambda: record_probe(load(plan), *probed(plan, measured)))
-    else:
-        measured, probe = measure(plan, clock)
-    with staged(plan.output, plan.force) as folder:
+    with staged(plan.output, plan.force) as folder:  # from the start, so that two runs never work for one output
+        if plan.recipe.strength == "auto":
+            plan, measured = swept(plan, measure(plan, clock)[0], clock)
+            probe = clock.stage("probe", lambda: record_probe(load(plan), *probed(plan, measured)))
+        else:
+            measured, probe = measure(plan, clock)
         shards = clock.stage("bake", lambda: bake_measured(plan, measured, folder))
         probe.save(folder / PROBE)
         report = make_report(plan, measured, shards)
+        card = render_card(plan.base, plan.recipe, report, measured.directions.statistics, repo=plan.output.name)
+        (folder / CARD).write_text(card, "utf-8")
+        report["files"] = hashes(folder, known=shards)
         write_report(folder, report)  # verify reads it; the parity that it finds is added
         verification = clock.stage("verify", lambda: verify(folder))
         report |= {"parity": verification.parity, "seconds": clock.seconds}
         write_report(folder, report)
-        card = render_card(plan.base, plan.recipe, report, measured.directions.statistics, repo=plan.output.name)
-        (folder / "README.md").write_text(card, "utf-8")
     return Export(plan, report, verification)
 
 
@@ -176,7 +178,8 @@ def measure(plan: Plan, clock: Clock) -> tuple[Measurement, Probe]:
     """Everything that needs the base model in memory."""
     recipe = plan.recipe
     vlm = clock.stage("load", lambda: load(plan))
-    pieces = clock.stage("prompt pieces", lambda: prompt_pieces(vlm, recipe.prompts))
+    with refusing(f"MODEL: prompts of {plan.base.name} cannot be composed", "restore its chat template and tokenizer"):
+        pieces = clock.stage("prompt pieces", lambda: prompt_pieces(vlm, recipe.prompts))
     calibration = plan.calibration
     if calibration.uncaptioned:
         write = (vlm, calibration, recipe.prompts, recipe.caption_max_new_tokens, plan.batch_size, clock.progress)
@@ -197,11 +200,9 @@ def probed(plan: Plan, measured: Measurement) -> tuple[Directions, tuple[int, ..
 def swept(plan: Plan, measured: Measurement, clock: Clock) -> tuple[Plan, Measurement]:
     """The plan with the strength, and the measurement with the layers, that a sweep on held-out rows chose."""
     held_out = plan.calibration.select("held_out")
-    plan.output.parent.mkdir(parents=True, exist_ok=True)
-    # beside the output, so that shards can be hard-linked
-    with tempfile.TemporaryDirectory(prefix=f".{plan.output.name}.sweep-", dir=plan.output.parent) as folder:
-        bake_measured(plan, measured, Path(folder))
-        vlm = load_calibrated(Path(folder), plan.recipe, dtype=plan.dtype, device_map=plan.device_map)
+    with scratch(plan.output, "sweep") as folder:
+        bake_measured(plan, measured, folder)
+        vlm = load_calibrated(folder, plan.recipe, dtype=plan.dtype, device_map=plan.device_map)
         found = clock.stage("sweep", lambda: run_sweep(vlm, held_out, plan.layers is None, clock.progress))
     chosen = found.chosen.candidate
     left_out = {layer: "left out by the sweep" for layer in measured.choice.layers if layer not in chosen.layers}
@@ -262,10 +263,11 @@ def text_config(base: BaseCheckpoint) -> dict[str, Any]:
     """The language model's part of config.json, with the class's defaults filled in."""
     from transformers import AutoConfig
 
-    try:
-        return AutoConfig.from_pretrained(base.folder, trust_remote_code=False).get_text_config().to_dict()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"MODEL: the config.json of {base.name} cannot be used: {str(error).splitlines()[0]}") from None
+    with refusing(f"MODEL: the config.json of {base.name} cannot be used", "restore it"):
+        config = AutoConfig.from_pretrained(base.folder, trust_remote_code=False).get_text_config().to_dict()
+        if config["num_hidden_layers"] < 1:
+            raise ValueError(f"num_hidden_layers is {config['num_hidden_layers']}")
+        return config
 
 
 class Clock:

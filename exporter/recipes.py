@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from exporter.errors import InputError
+from exporter.reading import RECIPE_BYTES, NoFileError, UnreadableError, parse_yaml, read_bytes, text_of
 from exporter.resources import resource
 
 Reference = Literal["caption", "text", "blank", "static"]
@@ -37,11 +39,11 @@ def _layers(value: str) -> str:
 def parse_layers(text: str) -> range:
     """`"A-B"` (both ends included, from 0) or `"A"` as a range. Raises ValueError."""
     first, _, last = text.partition("-")
-    if not first.isdigit() or (last and not last.isdigit()) or text.endswith("-"):
-        raise ValueError(f"expected auto, A or A-B (decoder layers from 0, both ends included), found {text!r}")
+    if not re.fullmatch(r"[0-9]{1,4}(-[0-9]{1,4})?", text):
+        raise ValueError("expected auto, A or A-B (decoder layers from 0, both ends included)")
     layers = range(int(first), int(last or first) + 1)
     if not layers:
-        raise ValueError(f"expected A-B with A at most B, found {text!r}")
+        raise ValueError("expected A-B with A at most B")
     return layers
 
 
@@ -69,7 +71,7 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    family: str = Field(description="transformers model_type")
+    family: str = Field(pattern=r"^[a-z0-9_]+$", description="transformers model_type")
     models: tuple[str, ...] = Field(description="checkpoints that the recipe is written for")
     decoder_layers: str = Field(description="path of the decoder layers' ModuleList in the loaded model")
     chat_template: str | None = Field(None, description="Jinja template for families whose checkpoints have none")
@@ -100,7 +102,8 @@ def _validated(values: object, where: str) -> Recipe:
         named = [str(part) for i, part in enumerate(first["loc"]) if i == 0 or part in Prompts.model_fields]
         key = ".".join(named) or "the file"
         message = first["msg"].removeprefix("Value error, ")
-        raise InputError(f"Recipe: {key} in {where} is wrong: {message}, found {first['input']!r}.") from None
+        found = reprlib.repr(first["input"])  # it may be as long as the file
+        raise InputError(f"Recipe: {key} in {where} is wrong: {message}, found {found}; correct it.") from None
 
 
 def load_recipe(name_or_file: str) -> Recipe:
@@ -113,11 +116,11 @@ def load_recipe(name_or_file: str) -> Recipe:
             )
         file = resource("recipes") / f"{name_or_file}.yaml"
     try:
-        values = yaml.safe_load(file.read_text("utf-8"))
-    except FileNotFoundError:
+        values = parse_yaml(text_of(read_bytes(file, RECIPE_BYTES)))
+    except NoFileError:
         raise InputError(f"Recipe: there is no file {file}; give a name or an existing .yaml file.") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"Recipe: {file} cannot be read as YAML ({str(error).splitlines()[0]}).") from None
+    except UnreadableError as error:
+        raise InputError(f"Recipe: {file} cannot be read as YAML ({error}); correct the file.") from None
     return _validated(values, str(file))
 
 

@@ -11,7 +11,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
 from exporter.errors import InputError
+from exporter.reading import LINES_BYTES, parse_json, read_bytes, text_of
 
 FILE = "replies.jsonl"
 
@@ -19,6 +22,8 @@ FILE = "replies.jsonl"
 @dataclass(frozen=True)
 class Reply:
     """One reply; `seconds` is its share of its batch's time, by stage."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
     defence: str
     question: str
@@ -67,17 +72,20 @@ class ReplyLog:
         partial.replace(self.file)
 
 
+_REPLY = TypeAdapter(Reply)
+
+
 def _read(file: Path) -> tuple[Any, list[Reply]]:
     try:
-        first, *rest = file.read_text("utf-8").splitlines()
-        settings = json.loads(first)["settings"]
-    except (OSError, ValueError, KeyError, TypeError):
+        first, *rest = text_of(read_bytes(file, LINES_BYTES)).removesuffix("\n").split("\n")
+        settings = parse_json(first)["settings"]
+    except (ValueError, KeyError, TypeError):  # UnreadableError is a ValueError
         raise InputError(f"--output: {file} is no log of replies of this tool; give another folder.") from None
     replies = []
     for number, line in enumerate(rest, 2):
         try:
-            replies.append(Reply(**json.loads(line)))
-        except (ValueError, TypeError):
+            replies.append(_REPLY.validate_json(line))
+        except ValidationError:
             if number == len(rest) + 1:  # cut short by an interruption
                 break
             raise InputError(f"--output: {file}, line {number} is no reply; give another folder.") from None

@@ -5,16 +5,17 @@ Nothing is loaded here and nothing in the base folder is ever written.
 
 from __future__ import annotations
 
-import json
+import math
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from exporter.errors import InputError
+from exporter.reading import HEADER_BYTES, UnreadableError, parse_json, read_json
 
 DEMO = "demo"
 INDEX = "model.safetensors.index.json"
@@ -68,29 +69,40 @@ class BaseCheckpoint:
     @cached_property
     def companions(self) -> tuple[Path, ...]:
         """Tokenizer, processor, template and licence files, relative to `folder`."""
-        found = {f.relative_to(self.folder) for pattern in COMPANIONS for f in self.folder.glob(pattern) if f.is_file()}
-        return tuple(sorted(found))
+        found = {f for pattern in COMPANIONS for f in self.folder.glob(pattern) if f.is_file() or f.is_symlink()}
+        for file in sorted(found):
+            _check_inside(self.folder, file)
+        return tuple(sorted(f.relative_to(self.folder) for f in found))
 
     @property
     def has_chat_template(self) -> bool:
         if any(f.name.startswith("chat_template.") for f in self.companions):
             return True
         files = [self.folder / n for n in ("processor_config.json", "tokenizer_config.json")]
-        return any("chat_template" in _read_json(f) for f in files if f.exists())
+        return any("chat_template" in _read_json(f) for f in files if f.is_file())
 
 
 def resolve(model: str, revision: str | None = None) -> BaseCheckpoint:
     """Find MODEL (`demo`, a folder or a Hub id) and check that it can be exported. Raises InputError."""
+    if not model or "\0" in model:
+        raise InputError("MODEL: it is no name; give a Hub id (owner/name), an existing folder, or 'demo'.")
     if model == DEMO:
         folder, revision = Path(__file__).parent / "demo" / "model", None
-    elif Path(model).is_dir():
+    elif _is_folder(model):
         folder, revision = Path(model).resolve(), None
     elif (os.sep in model and model.count("/") != 1) or model.startswith((".", "~")):
         raise InputError(f"MODEL: there is no folder {model}; give a Hub id (owner/name), an existing folder, or 'demo'.")
     else:
         folder, revision = _download(model, revision)
-    name = model if not Path(model).is_dir() else folder.name
+    name = folder.name if model != DEMO and revision is None else model
     return _checked(name, revision, folder)
+
+
+def _is_folder(path: str) -> bool:
+    try:
+        return Path(path).is_dir()
+    except OSError:  # too long a name
+        return False
 
 
 def _download(model: str, revision: str | None) -> tuple[Path, str]:
@@ -121,13 +133,15 @@ def _download(model: str, revision: str | None) -> tuple[Path, str]:
         raise InputError(
             f"MODEL: {model} is not in the local cache and the Hub cannot be reached; check the connection."
         ) from None
-    except HTTPError as error:
+    except OSError as error:
+        raise InputError(f"MODEL: {model} cannot be stored in the local cache ({error.strerror or error}); see to it.") from None
+    except (HTTPError, ValueError, TypeError, LookupError) as error:  # all but the first: an answer that no Hub should give
         raise InputError(f"MODEL: {model} cannot be fetched from the Hub ({type(error).__name__}); try again.") from None
     return folder, folder.name  # a snapshot folder is named after its commit
 
 
 def _checked(name: str, revision: str | None, folder: Path) -> BaseCheckpoint:
-    if not (folder / "config.json").is_file():
+    if not (folder / "config.json").exists():
         raise InputError(f"MODEL: {folder} holds no config.json; give the folder of a transformers checkpoint.")
     config = _read_json(folder / "config.json")
     model_type = config.get("model_type")
@@ -135,21 +149,23 @@ def _checked(name: str, revision: str | None, folder: Path) -> BaseCheckpoint:
         raise InputError(f"MODEL: {folder / 'config.json'} names no model_type; give a transformers checkpoint.")
     if model_type.startswith("shiftdc_"):
         raise InputError(f"MODEL: {name} is calibrated already (model_type {model_type}); give its base model instead.")
-    return BaseCheckpoint(name, revision, folder, config, _shards(folder))
+    checkpoint = BaseCheckpoint(name, revision, folder, config, _shards(folder))
+    _check_config(checkpoint)
+    return checkpoint
 
 
 def _shards(folder: Path) -> tuple[Path, ...]:
     """The safetensors files of a checkpoint, each checked to lie in `folder` and to hold the tensors that the index says."""
-    if (folder / SINGLE).is_file():  # transformers prefers it to an index
-        return (folder / SINGLE,)
-    if not (folder / INDEX).is_file():
+    if (folder / SINGLE).exists():  # transformers prefers it to an index
+        return _checked_shards(folder, {SINGLE})
+    if not (folder / INDEX).exists():
         pickles = sorted(f.name for f in folder.glob("*.bin"))
         found = f"found only pickle files ({pickles[0]}, ...), which can run code when loaded" if pickles else "found none"
         raise InputError(
             f"MODEL: {folder} holds no safetensors weights ({SINGLE} or {INDEX} expected, {found}); "
             "convert the checkpoint with save_pretrained() or take a revision that has safetensors."
         )
-    weight_map = _read_json(folder / INDEX).get("weight_map")
+    weight_map = _read_json(folder / INDEX, unique=True).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
         raise InputError(f"MODEL: {folder / INDEX} has no usable weight_map; fetch the checkpoint again.")
     for file in sorted(set(weight_map.values())):
@@ -158,38 +174,138 @@ def _shards(folder: Path) -> tuple[Path, ...]:
                 f"MODEL: {folder / INDEX} names {file!r}, expected safetensors files of the same folder; "
                 "do not use this checkpoint."
             )
-        if not (folder / file).is_file():
+        if not (folder / file).exists():
             raise InputError(f"MODEL: {folder / INDEX} names {file}, which is missing; fetch the checkpoint again.")
-        missing = {k for k, v in weight_map.items() if v == file} - read_header(folder / file).keys()
+    shards = _checked_shards(folder, set(weight_map.values()))
+    for shard in shards:
+        missing = {k for k, v in weight_map.items() if v == shard.name} - read_header(shard).keys()
         if missing:
-            raise InputError(f"MODEL: {folder / file} lacks {min(missing)}, which the index expects; fetch the checkpoint again.")
-    return tuple(folder / f for f in sorted(set(weight_map.values())))
+            raise InputError(f"MODEL: {shard} lacks {min(missing)}, which the index expects; fetch the checkpoint again.")
+    return shards
+
+
+def _checked_shards(folder: Path, names: set[str]) -> tuple[Path, ...]:
+    """The files, in order: each inside `folder`, whole, with tensors that no other has."""
+    shards = tuple(folder / n for n in sorted(names))
+    held: dict[str, Path] = {}
+    for shard in shards:
+        _check_inside(folder, shard)
+        header = read_header(shard)
+        if not header:
+            raise InputError(f"MODEL: {shard} holds no tensors; fetch the checkpoint again.")
+        if twice := header.keys() & held.keys():
+            name = min(twice)
+            raise InputError(
+                f"MODEL: {name} is both in {held[name].name} and in {shard.name} of {folder}, so that it is open which counts; "
+                "fetch the checkpoint again."
+            )
+        held |= dict.fromkeys(header, shard)
+    return shards
+
+
+def _check_inside(folder: Path, file: Path) -> None:
+    """Links may lead to files of the same folder, or of the same repository in a Hub cache. Raises InputError."""
+    try:
+        real, root = file.resolve(strict=True), folder.resolve()
+    except (OSError, RuntimeError):
+        raise InputError(f"MODEL: {file} is a link that leads nowhere; fetch the checkpoint again.") from None
+    blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else root
+    if not (real.is_relative_to(root) or real.is_relative_to(blobs)):
+        raise InputError(f"MODEL: {file} is a link that leads out of the checkpoint, to {real}; copy that file in its place.")
+
+
+def _check_config(base: BaseCheckpoint) -> None:
+    """Raise InputError for a config.json that asks for foreign code, or for more layers than there can be weights of."""
+    tensors = sum(map(len, base.headers.values()))
+    for path, value in _entries(base.config):
+        key, where = path.rsplit(".", 1)[-1], f"MODEL: {path} in {base.folder / 'config.json'}"
+        if key.endswith(("attn_implementation", "experts_implementation")) and "/" in str(value):
+            raise InputError(f"{where} names code on the Hub ({value}), which is never run; remove the entry.")
+        if key in ("num_hidden_layers", "n_layers", "depth") and isinstance(value, int) and not 0 <= value <= tensors:
+            raise InputError(f"{where} is {value}, and the checkpoint has only {tensors} tensors; fetch the checkpoint again.")
+
+
+def _entries(value: object, path: str = "") -> Iterator[tuple[str, object]]:
+    """Every key of nested mappings, as a path, with its value."""
+    if isinstance(value, Mapping):
+        for key, below in value.items():
+            yield f"{path}{key}", below
+            yield from _entries(below, f"{path}{key}.")
+
+
+#: Bytes of one element, as safetensors names its types; those of less than a byte as fractions.
+ITEM_BYTES = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "F8_E8M0": 1, "F8_E5M2FNUZ": 1, "F8_E4M3FNUZ": 1, "I16": 2, "U16": 2,
+    "F16": 2, "BF16": 2, "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8, "C64": 8, "F4": 0.5, "F6_E2M3": 0.75,
+    "F6_E3M2": 0.75,
+}  # fmt: skip
 
 
 def read_header(file: Path) -> dict[str, TensorHeader]:
-    """Names, dtypes and shapes of a safetensors file, without its data. Raises InputError."""
+    """Names, dtypes and shapes of a safetensors file, without its data, all checked. Raises InputError."""
     try:
+        if not file.is_file():
+            raise UnreadableError("it is no regular file")
+        size = file.stat().st_size
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
-            if length > min(file.stat().st_size - 8, 100_000_000):  # the format's own bound
-                raise ValueError("the header is longer than the file")
-            header = json.loads(stream.read(length))
-            end = max((t["data_offsets"][1] for n, t in header.items() if n != "__metadata__"), default=0)
-            if file.stat().st_size != 8 + length + end:
-                raise ValueError(f"expected {8 + length + end} bytes, found {file.stat().st_size}")
-            return {
-                name: TensorHeader(t["dtype"], tuple(t["shape"]), t["data_offsets"][1] - t["data_offsets"][0])
-                for name, t in header.items()
-                if name != "__metadata__"
-            }
-    except (OSError, struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+            if length > size - 8:
+                raise UnreadableError("the header is longer than the file")
+            if length > HEADER_BYTES:
+                raise UnreadableError(f"the header has more than {HEADER_BYTES:,} bytes")
+            return _tensors(parse_json(stream.read(length), unique=True), size - 8 - length)
+    except struct.error:
+        raise InputError(f"MODEL: {file} is not a whole safetensors file (it has no header); fetch it again.") from None
+    except (OSError, UnreadableError) as error:
         raise InputError(f"MODEL: {file} is not a whole safetensors file ({error}); fetch it again.") from None
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def _tensors(header: object, data_bytes: int) -> dict[str, TensorHeader]:
+    """The header's tensors, which must fill the data without gaps and overlaps."""
+    if not isinstance(header, dict):
+        raise UnreadableError("the header is no JSON object")
+    spans: list[tuple[int, int]] = []
+    found: dict[str, TensorHeader] = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        start, end = _span(entry, name)
+        dtype, shape = _type(entry, name)
+        if math.prod(shape) * ITEM_BYTES[dtype] != end - start:
+            raise UnreadableError(f"{name[:200]} of shape {list(shape)} and dtype {dtype} cannot have {end - start} bytes")
+        found[name] = TensorHeader(dtype, shape, end - start)
+        spans.append((start, end))
+    filled = 0
+    for start, end in sorted(spans):
+        if start != filled:
+            raise UnreadableError(f"tensors overlap, or leave a gap, at byte {min(start, filled)} of the data")
+        filled = end
+    if filled != data_bytes:
+        raise UnreadableError(f"expected {filled} bytes of data, found {data_bytes}")
+    return found
+
+
+def _span(entry: object, name: str) -> tuple[int, int]:
+    span = entry.get("data_offsets") if isinstance(entry, dict) else None
+    if not (isinstance(span, list) and len(span) == 2 and all(type(n) is int for n in span) and 0 <= span[0] <= span[1]):
+        raise UnreadableError(f"{name[:200]} has no usable data_offsets")
+    return span[0], span[1]
+
+
+def _type(entry: dict[str, Any], name: str) -> tuple[str, tuple[int, ...]]:
+    dtype, shape = entry.get("dtype"), entry.get("shape")
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
+        raise UnreadableError(f"{name[:200]} has no dtype that is known")
+    if not (isinstance(shape, list) and len(shape) <= 16 and all(type(n) is int and 0 <= n < 2**48 for n in shape)):
+        raise UnreadableError(f"{name[:200]} has no usable shape")
+    return dtype, tuple(shape)
+
+
+def _read_json(file: Path, *, unique: bool = False) -> dict[str, Any]:
+    _check_inside(file.parent, file)
     try:
-        value = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+        value = read_json(file, unique=unique)
+    except UnreadableError as error:
         raise InputError(f"MODEL: {file} cannot be read as JSON ({error}); fetch the checkpoint again.") from None
     if not isinstance(value, dict):
         raise InputError(f"MODEL: {file} holds no JSON object; fetch the checkpoint again.")

@@ -15,88 +15,120 @@ import torch
 from safetensors import safe_open
 
 from exporter import verify_worker
-from exporter.bake import REPORT, SHARD, sha256
+from exporter.bake import REPORT, SHARD, identity, without_code
 from exporter.errors import InputError, VerificationError
+from exporter.exported import read_report
 from exporter.families import family
+from exporter.manifest import differences
+from exporter.reading import UnreadableError, read_json
 from exporter.source import INDEX, SINGLE, read_header
 
 
 @dataclass(frozen=True)
 class Verification:
-    """What was found: the base's shards that are bitwise equal, the base tensors in them, and the probe's differences."""
+    """What was found: the base's shards that are bitwise equal, the base tensors in them, and the probe's differences.
+
+    `edited` names what its owner may change and has changed since: the card.
+    """
 
     shards: int
     tensors: int
     parity: dict[str, Any]
+    edited: tuple[str, ...] = ()
 
 
 def verify(folder: Path) -> Verification:
     """Raises InputError where `folder` is no export, VerificationError where a check fails."""
-    report = _read(folder, REPORT)
-    config = _read(folder, "config.json")
-    problems = [*_weights(folder, report), *_buffers(folder, config), *_code(folder, report)]
+    report = read_report(folder)
+    changed, edited = differences(folder, report)
+    problems = [*changed, *_code(folder, report), *_weights(folder, report), *_buffers(folder)]
     if problems:  # never run code that is not ours, nor load half a model
         raise VerificationError(f"{folder} failed its checks: {'; '.join(problems)}.")
     result = _fresh_process(folder)
     if result["failures"]:
         raise VerificationError(f"{folder} failed its checks: {'; '.join(result['failures'])}.")
     shards = report["base_model"]["shards"]
-    return Verification(len(shards), sum(len(read_header(folder / s)) for s in shards), result["parity"])
+    tensors = sum(len(read_header(folder / s)) for s in shards)
+    return Verification(len(shards), tensors, result["parity"], tuple(edited))
 
 
 def _read(folder: Path, name: str) -> dict[str, Any]:
     try:
-        return json.loads((folder / name).read_text("utf-8"))
-    except (OSError, ValueError):
-        raise InputError(f"CHECKPOINT: {folder} has no readable {name}; give a folder that shiftdc-export wrote.") from None
+        value = read_json(folder / name)
+    except UnreadableError as error:
+        raise InputError(
+            f"CHECKPOINT: {folder} has no readable {name} ({error}); give a folder that shiftdc-export wrote."
+        ) from None
+    if not isinstance(value, dict):
+        raise InputError(f"CHECKPOINT: {folder / name} holds no JSON object; export again.")
+    return value
 
 
 def _weights(folder: Path, report: dict[str, Any]) -> list[str]:
-    """Base shards bitwise equal to the base's, and an index that says what the shards hold."""
-    problems = []
-    shards = report["base_model"]["shards"]
-    for name, expected in shards.items():
-        if not (folder / name).is_file():
-            problems.append(f"{name} is missing")
-        elif sha256(folder / name) != expected:
-            problems.append(f"{name} is not bitwise the base model's")
+    """An index that says what the shards hold; that these are the base's bit for bit, `differences` has seen."""
     if (folder / SINGLE).exists():
-        problems.append(f"{SINGLE} lies beside the index and would be loaded in its place")
-    if problems or not (folder / INDEX).is_file() or not (folder / SHARD).is_file():
-        return problems or [f"{INDEX} or {SHARD} is missing"]
-    weight_map = _read(folder, INDEX).get("weight_map", {})
-    held = {name: shard for shard in [*shards, SHARD] for name in read_header(folder / shard)}
-    if weight_map != held:
-        wrong = sorted(set(weight_map.items()) ^ set(held.items()))
-        problems.append(f"the index does not say what the shards hold ({wrong[0][0]})")
-    return problems
+        return [f"{SINGLE} lies beside the index and would be loaded in its place"]
+    shards = [*report["base_model"]["shards"], SHARD]
+    if gone := [name for name in (INDEX, *shards) if not (folder / name).is_file()]:
+        return [f"{gone[0]} is missing"]
+    weight_map = _read(folder, INDEX).get("weight_map")
+    held = {name: shard for shard in shards for name in read_header(folder / shard)}
+    if weight_map == held:
+        return []
+    known = weight_map if isinstance(weight_map, dict) else {}
+    wrong = min(name for name in known.keys() | held.keys() if known.get(name) != held.get(name))
+    return [f"the index does not say what the shards hold ({wrong})"]
 
 
-def _buffers(folder: Path, config: dict[str, Any]) -> list[str]:
+def _buffers(folder: Path) -> list[str]:
     if not (folder / SHARD).is_file():
         return []
-    settings, problems = config["shiftdc"], []
+    settings = _read(folder, "config.json").get("shiftdc")
+    layers = settings.get("layers") if isinstance(settings, dict) else None
+    if not isinstance(settings, dict) or not isinstance(layers, list) or not layers:
+        return ["config.json has no usable shiftdc block"]
+    expected = {f"{settings.get('decoder_layers')}.{layer}.shiftdc.{n}" for layer in layers for n in ("direction", "shift")}
+    held = read_header(folder / SHARD)
+    problems = [f"{key} is missing" for key in sorted(expected - held.keys())]
     with safe_open(folder / SHARD, "pt") as shard:
-        for layer in settings["layers"]:
-            for name in ("direction", "shift"):
-                key = f"{settings['decoder_layers']}.{layer}.shiftdc.{name}"
-                if key not in shard.keys():  # noqa: SIM118 (no mapping)
-                    problems.append(f"{key} is missing")
-                elif not torch.isfinite(shard.get_tensor(key)).all():
-                    problems.append(f"{key} is not finite")
-                elif name == "direction" and abs(shard.get_tensor(key).norm().item() - 1) > 1e-3:
-                    problems.append(f"{key} is not of unit norm")
+        for key in sorted(expected & held.keys()):
+            tensor = shard.get_tensor(key)
+            if not torch.isfinite(tensor).all():
+                problems.append(f"{key} is not finite")
+            elif key.endswith(".direction") and abs(tensor.norm().item() - 1) > 1e-3:
+                problems.append(f"{key} is not of unit norm")
     return problems
 
 
 def _code(folder: Path, report: dict[str, Any]) -> list[str]:
-    """The modeling code must be this package's: verifying runs it."""
-    name = report["recipe"]["family"]
+    """The modeling code must be this package's, all of it and nothing else: verifying runs it."""
+    classes = family(report["recipe"]["family"])
+    ours = {file.name: file for file in classes.files}
+    there = {f.relative_to(folder).as_posix(): f for f in folder.rglob("*.py")}
+    config = _read(folder, "config.json")
+    named = [f"config.json names other classes or code ({k})" for k, v in identity(classes).items() if config.get(k) != v]
+    if report["base_model"]["architecture"] != classes.stock_class:
+        named.append(f"the report names another architecture than {classes.stock_class}")
     return [
-        f"{file.name} is not the code of this version of shiftdc-export, so it was not run"
-        for file in family(name).files
-        if not (folder / file.name).is_file() or (folder / file.name).read_bytes() != file.read_bytes()
-    ]
+        *(f"{name} is not the code of this version of shiftdc-export, so it was not run"
+          for name in sorted(ours.keys() | there.keys())
+          if name not in ours or name not in there or there[name].read_bytes() != ours[name].read_bytes()),
+        *named,
+        *(f"{f.relative_to(folder)} names code (auto_map)" for f in sorted(folder.glob("*.json")) if _names_code(f)),
+    ]  # fmt: skip
+
+
+def _names_code(file: Path) -> bool:
+    """config.json's own entry has been compared already; anything below it, or in another file, is not ours."""
+    if file.name in (REPORT, INDEX, "tokenizer.json"):
+        return False
+    try:
+        values = read_json(file)
+    except UnreadableError:
+        return False  # what cannot be read names nothing
+    if file.name == "config.json" and isinstance(values, dict):
+        values = {k: v for k, v in values.items() if k != "auto_map"}
+    return values != without_code(values)
 
 
 def _fresh_process(folder: Path) -> dict[str, Any]:

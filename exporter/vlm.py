@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from exporter.calibration import blank_image
-from exporter.errors import InputError
+from exporter.errors import InputError, refusing
 from exporter.families import Family, family
 from exporter.recipes import Recipe
 from exporter.source import BaseCheckpoint
@@ -122,26 +122,29 @@ def has_image(conversation: list[dict[str, Any]]) -> bool:
     return any(part["type"] == "image" for turn in conversation for part in turn["content"])
 
 
-def load_processor(folder: Path, recipe: Recipe) -> Any:
-    """The processor, with the recipe's chat template if it gives one. Raises InputError."""
-    try:
-        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, ImportError) as error:
-        raise InputError(f"MODEL: the processor in {folder} cannot be loaded: {_remedy(error) or _first_line(error)}") from None
+def load_processor(folder: Path, recipe: Recipe, what: str = "MODEL") -> Any:
+    """The processor with its tokenizer, with the recipe's chat template if it gives one. Raises InputError."""
+    with refusing(f"{what}: the processor in {folder} cannot be loaded", "restore its files"):
+        try:
+            processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+        except ImportError as error:
+            if (remedy := _remedy(error)) is None:
+                raise
+            raise InputError(f"{what}: the processor in {folder} cannot be loaded: {remedy}") from None
+    if not hasattr(processor, "tokenizer"):  # transformers falls back on what it finds
+        raise InputError(f"{what}: {folder} has no processor of images and text (processor_config.json); restore its files.")
     if recipe.chat_template is not None:
         processor.chat_template = recipe.chat_template
     if getattr(processor.image_processor, "do_pan_and_scan", None):
         raise InputError(
-            f"MODEL: do_pan_and_scan is on in the preprocessor_config.json of {folder}, and prompts with sentences between crops "
+            f"{what}: do_pan_and_scan is on in the preprocessor_config.json of {folder}, and prompts with sentences between crops "
             "cannot be composed; set it to false."
         )
     return processor
 
 
-def _remedy(error: Exception) -> str | None:
+def _remedy(error: ImportError) -> str | None:
     """What to do where a package is missing that only some families' processors need."""
-    if not isinstance(error, ImportError):
-        return None
     if "torchvision" in str(error).lower():
         return "it needs torchvision; run 'pip install torchvision', from the index that torch came from."
     return "it needs num2words; run 'pip install num2words'." if "num2words" in str(error) else None
@@ -151,12 +154,10 @@ def load_vlm(base: BaseCheckpoint, recipe: Recipe, *, dtype: str = "auto", devic
     """Load the base with transformers' own class; its repository's code is never run. Raises InputError."""
     processor = load_processor(base.folder, recipe)
     options = {} if device_map is None else {"device_map": device_map}
-    try:
+    with refusing(f"MODEL: {base.name} cannot be loaded as {recipe.family}", "fetch it again, or give another model"):
         model, report = AutoModelForImageTextToText.from_pretrained(
             base.folder, dtype=DTYPES[dtype], trust_remote_code=False, use_safetensors=True, output_loading_info=True, **options
         )
-    except (OSError, ValueError, RuntimeError, KeyError, AttributeError) as error:
-        raise InputError(f"MODEL: {base.name} cannot be loaded as {recipe.family}: {_first_line(error)}") from None
     for kind in ("missing_keys", "mismatched_keys"):
         if report[kind]:
             raise InputError(
@@ -165,8 +166,19 @@ def load_vlm(base: BaseCheckpoint, recipe: Recipe, *, dtype: str = "auto", devic
             )
     if device_map is None and torch.cuda.is_available():
         model = model.to("cuda")
-    return VLM(model.eval(), processor, composed_text=recipe.chat_template is not None)
+    vlm = VLM(model.eval(), processor, composed_text=recipe.chat_template is not None)
+    _check_answers(vlm, base.name)
+    return vlm
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+@torch.no_grad()
+def _check_answers(vlm: VLM, name: str) -> None:
+    """One prompt with an image, before hours of them. Raises InputError."""
+    with refusing(f"MODEL: {name} cannot read a prompt with an image", "restore its config, processor and chat template"):
+        inputs = vlm.encode(["What is it?"], [Image.new("RGB", (64, 64), (127, 127, 127))])
+        logits = vlm.model(**inputs, logits_to_keep=1).logits
+    if not torch.isfinite(logits).all():
+        raise InputError(
+            f"MODEL: {name} answers with numbers that are not finite: its weights are damaged, or too large for the dtype; "
+            "fetch it again, or give --dtype float32."
+        )

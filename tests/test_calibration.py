@@ -20,7 +20,10 @@ def write(tmp_path, rows):
 def enough(**extra):
     counts = (("fit", 8), ("held_out", 2))
     return [
-        {**ROW, "label": label, "split": split, **extra} for label in ("safe", "unsafe") for split, n in counts for _ in range(n)
+        {**ROW, "label": label, "caption": f"a {label} cake", "split": split, **extra}
+        for label in ("safe", "unsafe")
+        for split, n in counts
+        for _ in range(n)
     ]
 
 

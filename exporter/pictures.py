@@ -1,0 +1,60 @@
+"""Pictures that come from others: upright RGB, checked on the header before any pixel is decoded."""
+
+from __future__ import annotations
+
+import struct
+import warnings
+from io import BytesIO
+from pathlib import Path
+
+from PIL import Image, ImageOps
+
+#: Decoders that are used; others of Pillow start programs (EPS: Ghostscript) or are rarely looked at.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+# what Pillow's decoders raise on damaged files
+_DAMAGED = (OSError, ValueError, SyntaxError, EOFError, struct.error, LookupError, TypeError, AttributeError, ArithmeticError)
+
+
+class PictureError(ValueError):
+    """The message of `read_picture` continues "the image ..."; that of `picture_below` is a whole clause."""
+
+
+def read_picture(source: Path | BytesIO) -> Image.Image:
+    """The first frame in RGB, turned as its EXIF data say, 16-bit grey scaled to 8. Raises PictureError, FileNotFoundError."""
+    if isinstance(source, Path) and source.exists() and not source.is_file():  # a pipe would be waited for, for ever
+        raise PictureError("is no regular file")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)  # Pillow itself refuses only twice the limit
+            with Image.open(source, formats=FORMATS) as image:
+                if 0 in image.size:
+                    raise PictureError("has no pixels")
+                return _rgb(ImageOps.exif_transpose(image))
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise PictureError(f"has more than {Image.MAX_IMAGE_PIXELS} pixels") from None
+    except (PictureError, FileNotFoundError):
+        raise
+    except _DAMAGED as error:
+        raise PictureError(f"cannot be decoded ({type(error).__name__})") from None
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "I" or image.mode.startswith("I;16"):  # convert() would clip all above 255 to white
+        return image.convert("I").point(lambda value: value * (1 / 257)).convert("L").convert("RGB")
+    if image.mode == "P":  # with transparency in bytes, Pillow warns of the direct way
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
+def picture_below(folder: Path, path: Path) -> Path:
+    """`path` below `folder`, links followed. Raises PictureError."""
+    try:
+        image = (folder / path).resolve()
+        inside, exists = image.is_relative_to(folder.resolve()), image.is_file()
+    except (OSError, ValueError, RuntimeError):  # too long, a null byte, a loop of links
+        raise PictureError("the image is no usable path; correct the path") from None
+    if not inside:
+        raise PictureError(f"the image lies outside {folder}; use paths below the file's folder")
+    if not exists:
+        raise PictureError(f"there is no image {image}; correct the path")
+    return image

@@ -1,0 +1,222 @@
+"""Outputs that appear whole or not at all: written to a locked sibling, which takes the output's place at the end.
+
+The lock is the kernel's, on the sibling folder itself, so that it ends with its process however that dies: what is not locked is
+a leftover, and the next run removes it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+try:
+    import fcntl
+except ImportError:  # not on Windows: no locks, and leftovers stay
+    fcntl = None  # type: ignore[assignment]
+
+from exporter.bake import REPORT
+from exporter.errors import InputError, WriteError
+
+#: Bytes of a file name, less what staging adds to it.
+NAME_BYTES = 255 - len(".") - len(".partial-12345678")
+
+
+def check_output(output: Path, force: bool) -> None:
+    """Raise InputError unless `output` can be written, and is free, or is an earlier export and `force` is given."""
+    place = _absolute(output)
+    try:
+        if len(os.fsencode(place.name)) > NAME_BYTES or "\0" in str(place):
+            raise InputError(f"--output: {output} is no usable name; give one of at most {NAME_BYTES} bytes.")
+        if place.is_symlink():
+            raise InputError(f"--output: {output} is a symbolic link; give the folder that it stands for.")
+        _check_parent(output, place.parent)
+        if not place.exists() or (place.is_dir() and not any(place.iterdir())):
+            return
+        ours = (place / REPORT).is_file()
+    except OSError as error:
+        raise InputError(f"--output: {output} cannot be used ({error.strerror}); give another folder.") from None
+    if not ours:
+        raise InputError(f"--output: {output} exists and is no export of this tool; give another folder.")
+    if not force:
+        raise InputError(f"--output: {output} exists; give another folder, or --force to replace it.")
+
+
+def _check_parent(output: Path, parent: Path) -> None:
+    while not parent.exists() and parent != parent.parent:
+        parent = parent.parent
+    if not parent.is_dir():
+        raise InputError(f"--output: {output} lies below {parent}, which is no folder; give another folder.")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise InputError(f"--output: {parent} is read-only, or not yours to write; give a folder elsewhere.")
+
+
+@contextmanager
+def staged(output: Path, force: bool) -> Iterator[Path]:
+    """A folder beside `output` that takes its place at the end; after an exception nothing is left of it.
+
+    Raises InputError where another run is writing to `output`, WriteError where the disk is full or refuses.
+    """
+    check_output(output, force)
+    place = _absolute(output)
+    with _disk(output), ExitStack() as stack:
+        made = _make_parents(place.parent)
+        try:
+            staging = stack.enter_context(_sibling(place, force))
+            yield staging
+            check_output(output, force)
+            _swap(staging, place)
+        except BaseException:
+            for folder in made:  # the deepest first
+                with suppress(OSError):  # someone else's by now
+                    folder.rmdir()
+            raise
+
+
+@contextmanager
+def scratch(output: Path, purpose: str) -> Iterator[Path]:
+    """A folder beside `output`, so that files can be hard-linked to it, that is removed at the end, or by the next run."""
+    place = _absolute(output)
+    folder, lock = _locked_folder(place, purpose)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        _release(lock)
+
+
+def write_together(folder: Path, contents: Mapping[str, bytes | str]) -> None:
+    """Write files by path below `folder`: all are written under other names first, then put in place in the order given."""
+    partials = {folder / path: folder / f"{path}.partial" for path in contents}
+    try:
+        for (file, partial), content in zip(partials.items(), contents.values(), strict=True):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+    except BaseException:
+        for partial in partials.values():
+            partial.unlink(missing_ok=True)
+        raise
+    for file, partial in partials.items():
+        partial.replace(file)
+
+
+@contextmanager
+def _disk(output: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        where = f", at {error.filename}" if error.filename else ""
+        raise WriteError(f"{output} was not written ({error.strerror or error}{where}); see to it and run again.") from None
+    except SafetensorError as error:  # how it reports a full disk
+        raise WriteError(f"{output} was not written ({error}); see to it and run again.") from None
+
+
+def _absolute(output: Path) -> Path:
+    return Path(os.path.abspath(output))  # noqa: PTH100 (resolve() would follow a link that must be seen)
+
+
+def _make_parents(parent: Path) -> list[Path]:
+    """Make what is missing; returns it, the deepest first."""
+    missing = []
+    while not parent.exists():
+        missing.append(parent)
+        parent = parent.parent
+    for folder in reversed(missing):
+        folder.mkdir(exist_ok=True)
+    return missing
+
+
+@contextmanager
+def _sibling(place: Path, force: bool) -> Iterator[Path]:
+    with _lock_of(place.parent):  # one run at a time looks around and makes its folder
+        _clear_up(place)
+        check_output(place, force)  # an earlier export may have come back
+        folder, lock = _locked_folder(place, "partial")
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        _release(lock)
+
+
+def _clear_up(place: Path) -> None:
+    """Remove what killed runs left. Raises InputError where a run is alive."""
+    beside = [f for f in place.parent.iterdir() if f.name.startswith(f".{place.name}.") and f.is_dir() and not f.is_symlink()]
+    left = [f for f in beside if f.name.startswith((f".{place.name}.partial-", f".{place.name}.sweep-"))]
+    if any(_in_use(folder) for folder in left):
+        raise InputError(f"--output: another run is writing to {place} now; wait for its end, or give another folder.")
+    for old in (f for f in beside if f.name.startswith(f".{place.name}.old-")):
+        if place.exists():
+            left.append(old)
+        else:  # killed between the two steps of _swap
+            old.rename(place)
+    for folder in left:
+        shutil.rmtree(folder)
+
+
+def _swap(staging: Path, place: Path) -> None:
+    if not place.exists():
+        staging.rename(place)
+        return
+    old = place.with_name(staging.name.replace(".partial-", ".old-"))
+    place.rename(old)
+    try:
+        staging.rename(place)
+    except OSError:
+        old.rename(place)
+        raise
+    removed = old.rename(staging)  # under a name that says that it is not whole any more
+    shutil.rmtree(removed)
+
+
+def _locked_folder(place: Path, purpose: str) -> tuple[Path, int | None]:
+    folder = Path(tempfile.mkdtemp(prefix=f".{place.name}.{purpose}-", dir=place.parent))
+    folder.chmod(0o755)
+    return folder, _try_lock(folder)
+
+
+def _in_use(folder: Path) -> bool:
+    if fcntl is None:
+        return False
+    lock = _try_lock(folder)
+    _release(lock)
+    return lock is None
+
+
+def _try_lock(folder: Path) -> int | None:
+    """A descriptor that holds the lock of a folder; None where another process holds it."""
+    if fcntl is None:
+        return None
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    except OSError:  # a file system without locks
+        pass
+    return descriptor
+
+
+def _release(descriptor: int | None) -> None:
+    if descriptor is not None:
+        os.close(descriptor)
+
+
+@contextmanager
+def _lock_of(folder: Path) -> Iterator[None]:
+    """Wait for the lock of a folder, which others hold for a moment only."""
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
