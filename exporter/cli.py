@@ -55,7 +55,7 @@ class DefaultToExport(click.Group):
             if error.errno in (None, errno.EPIPE):  # not the disk's, or a reader of stdout who has gone
                 raise
             where = f" at {error.filename}" if error.filename else ""
-            _fail(ctx, f"the disk refused to be read or written ({error.strerror}{where}); see to it and run again.", 1)
+            _fail(ctx, f"the system refused to read or to write ({error.strerror}{where}); see to it and run again.", 1)
 
 
 def _fail(ctx: click.Context, sentence: str, code: int) -> NoReturn:
