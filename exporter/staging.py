@@ -65,17 +65,13 @@ def staged(output: Path, force: bool) -> Iterator[Path]:
     check_output(output, force)
     place = _absolute(output)
     with _disk(output), ExitStack() as stack:
-        made = _make_parents(place.parent)
-        try:
-            staging = stack.enter_context(_sibling(place, force))
-            yield staging
-            check_output(output, force)
-            _swap(staging, place)
-        except BaseException:
-            for folder in made:  # the deepest first
-                with suppress(OSError):  # someone else's by now
-                    folder.rmdir()
-            raise
+        for folder in _missing(place.parent):
+            folder.mkdir(exist_ok=True)
+            stack.callback(_remove_if_empty, folder)
+        staging = stack.enter_context(_sibling(place, force))
+        yield staging
+        check_output(output, force)
+        _swap(staging, place)
 
 
 @contextmanager
@@ -120,15 +116,14 @@ def _absolute(output: Path) -> Path:
     return Path(os.path.abspath(output))  # noqa: PTH100 (resolve() would follow a link that must be seen)
 
 
-def _make_parents(parent: Path) -> list[Path]:
-    """Make what is missing; returns it, the deepest first."""
-    missing = []
-    while not parent.exists():
-        missing.append(parent)
-        parent = parent.parent
-    for folder in reversed(missing):
-        folder.mkdir(exist_ok=True)
-    return missing
+def _missing(folder: Path) -> list[Path]:
+    """The folders to be made, from the outermost on."""
+    return [] if folder.exists() else [*_missing(folder.parent), folder]
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()
 
 
 @contextmanager
@@ -148,7 +143,7 @@ def _clear_up(place: Path) -> None:
     """Remove what killed runs left. Raises InputError where a run is alive."""
     beside = [f for f in place.parent.iterdir() if f.name.startswith(f".{place.name}.") and f.is_dir() and not f.is_symlink()]
     left = [f for f in beside if f.name.startswith((f".{place.name}.partial-", f".{place.name}.sweep-"))]
-    if any(_in_use(folder) for folder in left):
+    if any(_in_use(folder) for folder in (*left, place)):  # a run that has swapped holds the lock of its output
         raise InputError(f"--output: another run is writing to {place} now; wait for its end, or give another folder.")
     for old in (f for f in beside if f.name.startswith(f".{place.name}.old-")):
         if place.exists():
@@ -181,7 +176,7 @@ def _locked_folder(place: Path, purpose: str) -> tuple[Path, int | None]:
 
 
 def _in_use(folder: Path) -> bool:
-    if fcntl is None:
+    if fcntl is None or not folder.is_dir():
         return False
     lock = _try_lock(folder)
     _release(lock)

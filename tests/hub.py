@@ -24,10 +24,12 @@ def entry(folder: Path, path: Path) -> dict[str, object]:
 
 
 @contextmanager
-def serve(repositories: dict[str, Path], gated: frozenset[str] = frozenset()) -> Iterator[str]:
+def serve(
+    repositories: dict[str, Path], gated: frozenset[str] = frozenset(), lies: dict[str, dict[str, object]] | None = None
+) -> Iterator[str]:
     """URL of a server of `repositories`: owner/name or datasets/owner/name -> folder, which is COMMIT on `main`.
 
-    What stands under id@tag is an own commit with that tag.
+    What stands under id@tag is an own commit with that tag. `lies` replaces parts of what is said about a repository.
     """
     revisions = {}
     for key, folder in repositories.items():
@@ -83,17 +85,19 @@ def serve(repositories: dict[str, Path], gated: frozenset[str] = frozenset()) ->
                 if not start.is_dir():
                     return self.error(404, "EntryNotFound")
                 deep = "recursive=true" in urlsplit(self.path).query.lower()
-                return self.json([entry(folder, p) for p in sorted(start.rglob("*") if deep else start.iterdir())])
+                lie = (lies or {}).get(name, {}).get("tree")
+                return self.json(lie or [entry(folder, p) for p in sorted(start.rglob("*") if deep else start.iterdir())])
             siblings = [{"rfilename": str(f.relative_to(folder))} for f in sorted(folder.rglob("*")) if f.is_file()]
-            return self.json({"_id": "1", "id": name.removeprefix("datasets/"), "sha": commit, "siblings": siblings, "tags": []})
+            said = {"_id": "1", "id": name.removeprefix("datasets/"), "sha": commit, "siblings": siblings, "tags": []}
+            return self.json({**said, **(lies or {}).get(name, {})})
 
         def json(self, value):
             self.answer(200, json.dumps(value).encode(), Content_Type="application/json")
 
         def file(self, path, commit):
-            if not path.is_file():
+            if not path.is_file() and "evil" not in path.name:
                 return self.error(404, "EntryNotFound")
-            data = path.read_bytes()
+            data = path.read_bytes() if path.is_file() else b"{}"
             etag = f'"{hashlib.sha256(data).hexdigest()}"'
             return self.answer(200, data, ETag=etag, X_Repo_Commit=commit, Accept_Ranges="bytes")
 

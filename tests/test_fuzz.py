@@ -29,8 +29,8 @@ bounded = settings(
 )
 
 NAMES = ("family", "label", "request", "caption", "image", "split", "prompt", "kind", "cell", "weight_map", "settings", "defence",
-         "question", "text", "seconds", "__metadata__", "dtype", "shape", "data_offsets", "base_model", "shards", "recipe", "files",
-         "layers", "statistics", "license", "language")  # fmt: skip
+         "question", "text", "seconds", "__metadata__", "dtype", "shape", "data_offsets", "base_model", "shards", "recipe",
+         "files", "layers", "statistics", "license", "language")  # fmt: skip
 VALUES = ("safe", "unsafe", "benign", "harmful", "F32", "BF16", "fit", "llava", "../x", "/etc/passwd", "a.safetensors", "nan")
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from(VALUES)
 trees = st.recursive(

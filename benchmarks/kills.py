@@ -1,0 +1,206 @@
+"""Kill exports and pushes at random moments and see what is left: python benchmarks/kills.py --kills 200
+
+Each trial is a process that starts an export of a tiny model (into a free place, or over an earlier export with --force), an
+export of the demo model, or a push to a local Hub, and is killed (SIGKILL) after a random share of the time that a whole run
+takes. Then the output must be absent, or the earlier export, or complete and verified; a second run must finish, be verified, and
+leave nothing else in the folder. Prints one JSON document; exit code 1 if any trial failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+
+from hub_write import WRITE, Hub, serve  # noqa: E402 (of the tests)
+
+REPO = "alice/killed"
+#: Share of the trials.
+KINDS = {"export": 0.5, "export --force": 0.2, "push": 0.2, "demo": 0.1}
+Work = Callable[[Callable[[str, int, int], None]], object]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Where the trials happen: a folder, the inputs, and the local Hub."""
+
+    folder: Path
+    base: Path
+    calibration: Path
+    pushed: Path
+    hub: Hub
+
+    @property
+    def output(self) -> Path:
+        return self.folder / "work" / "out"
+
+    def work(self, kind: str) -> Work:
+        from exporter.hub import push
+        from exporter.pipeline import export, make_plan
+
+        def run(progress: Callable[[str, int, int], None]) -> object:
+            if kind == "push":
+                return push(self.pushed, REPO, private=False, allow_ineffective=True, progress=progress)
+            if kind == "demo":
+                return export(make_plan("demo", output=self.output, force=True), progress)
+            options = {"output": self.output, "layers": "1", "calibration": str(self.calibration)}
+            return export(make_plan(str(self.base), force=True, **options), progress)
+
+        return run
+
+    def reset(self, kind: str) -> None:
+        shutil.rmtree(self.output.parent, ignore_errors=True)
+        self.output.parent.mkdir()
+        self.hub.repositories.pop(REPO, None)
+        if kind == "export --force":
+            shutil.copytree(self.pushed, self.output)
+
+    def fault(self, kind: str, ended: bool) -> str | None:
+        """What is wrong with what a run has left."""
+        from exporter.bake import REPORT
+        from exporter.errors import ShiftDCError
+        from exporter.manifest import differences
+        from exporter.verify import verify
+
+        try:
+            if kind == "push":
+                files = self.hub.files(REPO) if REPO in self.hub.repositories else {}
+                if REPORT not in files:
+                    return (
+                        "the push has ended and is not there" if ended else (f"only {sorted(files)}" if len(files) > 1 else None)
+                    )
+                with tempfile.TemporaryDirectory() as folder:
+                    for name, content in files.items():
+                        (Path(folder) / name).parent.mkdir(parents=True, exist_ok=True)
+                        (Path(folder) / name).write_bytes(content)
+                    wrong, _ = differences(Path(folder), json.loads(files[REPORT]))
+                return "; ".join(wrong) or None
+            if ended and (left := sorted(f.name for f in self.output.parent.iterdir() if f != self.output)):
+                return f"left behind: {left}"
+            if not self.output.exists():
+                return "there is no output" if ended else None
+            verify(self.output)
+        except ShiftDCError as error:
+            return str(error)
+        return None
+
+
+def started(work: Work, folder: Path) -> tuple[int, int]:
+    """(process id, a pipe with the names of the stages that it comes to) of a copy of this process that does `work`."""
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            os.chdir(folder)
+            work(lambda stage, done, total: os.write(writing, f"{stage}\n".encode()))  # type: ignore[arg-type, return-value]
+            code = 0
+        finally:
+            os._exit(code)
+    os.close(writing)
+    return pid, reading
+
+
+def ended(pid: int, reading: int) -> tuple[int, str]:
+    """(exit code, the last stage)."""
+    with os.fdopen(reading) as stream:
+        stages = stream.read().split("\n")
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), (stages[-2] if len(stages) > 1 else "start")
+
+
+def whole_run(stage: Stage, kind: str) -> float:
+    """Seconds that an undisturbed run takes."""
+    stage.reset(kind)
+    start = time.perf_counter()
+    code, last = ended(*started(stage.work(kind), stage.folder))
+    if code or (fault := stage.fault(kind, True)):
+        raise SystemExit(f"an undisturbed {kind} failed at {last}: {code or fault}")
+    return time.perf_counter() - start
+
+
+def trial(stage: Stage, kind: str, delay: float) -> dict[str, Any]:
+    stage.reset(kind)
+    pid, reading = started(stage.work(kind), stage.folder)
+    time.sleep(delay)
+    os.kill(pid, signal.SIGKILL)
+    code, last = ended(pid, reading)
+    found: dict[str, Any] = {"kind": kind, "stage": last if code else "ended", "killed": stage.fault(kind, False)}
+    code, _ = ended(*started(stage.work(kind), stage.folder))
+    found["again"] = f"exit code {code}" if code else stage.fault(kind, True)
+    return found
+
+
+def prepared(folder: Path, hub: Hub) -> Stage:
+    from tiny import save_tiny_llava
+
+    from exporter.pipeline import export, make_plan
+
+    base = save_tiny_llava(folder / "base")
+    rows = [
+        {"label": label, "request": f"How do I make {i}?", "caption": f"{label} {i}", "split": "fit" if i < 8 else "held_out"}
+        for label in ("safe", "unsafe")
+        for i in range(10)
+    ]
+    calibration = folder / "set.jsonl"
+    calibration.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    (folder / "work").mkdir()
+    export(make_plan(str(base), output=folder / "pushed", layers="1", calibration=str(calibration)))
+    return Stage(folder, base, calibration, folder / "pushed", hub)
+
+
+def main(kills: int, seed: int, only: str | None) -> None:
+    draw = random.Random(seed)
+    with serve() as hub, tempfile.TemporaryDirectory(prefix="shiftdc-kills-") as folder:
+        # read when huggingface_hub is imported
+        os.environ |= {"HF_ENDPOINT": hub.url, "HF_TOKEN": WRITE, "HF_HUB_DISABLE_XET": "1", "HF_HOME": f"{folder}/home"}
+        os.environ.pop("HF_HUB_OFFLINE", None)
+        import torch
+        from transformers.utils import logging
+
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        torch.set_num_threads(1)  # a copy of this process has no other threads
+        stage = prepared(Path(folder), hub)
+        kinds = [only] if only else list(KINDS)
+        chosen = draw.choices(kinds, [KINDS[k] for k in kinds], k=kills)
+        seconds = {kind: whole_run(stage, kind) for kind in dict.fromkeys(chosen)}
+        trials = [trial(stage, kind, draw.uniform(0, 1.05 * seconds[kind])) for kind in chosen]
+    half = [t for t in trials if t["killed"] or t["again"]]
+    print(
+        json.dumps(
+            {
+                "kills": kills,
+                "seed": seed,
+                "half_finished": len(half),
+                "faults": half[:20],
+                "kinds": Counter(chosen),
+                "stages": Counter(f"{t['kind']}: {t['stage']}" for t in trials),
+                "seconds_of_a_whole_run": {k: round(v, 2) for k, v in seconds.items()},
+            },
+            indent=2,
+        )
+    )
+    sys.exit(bool(half))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kind", choices=KINDS, help="only this one")
+    given = parser.parse_args()
+    main(given.kills, given.seed, given.kind)
