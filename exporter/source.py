@@ -135,7 +135,7 @@ def _download(model: str, revision: str | None) -> tuple[Path, str]:
         ) from None
     except OSError as error:
         raise InputError(f"MODEL: {model} cannot be stored in the local cache ({error.strerror or error}); see to it.") from None
-    except (HTTPError, ValueError, TypeError, LookupError) as error:  # all but the first: an answer that no Hub should give
+    except (HTTPError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:  # answers that are none
         raise InputError(f"MODEL: {model} cannot be fetched from the Hub ({type(error).__name__}); try again.") from None
     return folder, folder.name  # a snapshot folder is named after its commit
 

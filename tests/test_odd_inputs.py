@@ -1,0 +1,134 @@
+"""Inputs that are odd and right: they work."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from exporter.cli import main
+from exporter.pictures import read_picture
+
+RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
+
+
+def close(found: tuple[int, ...], expected: tuple[int, int, int]) -> bool:
+    return all(abs(a - b) < 60 for a, b in zip(found, expected, strict=True))
+
+
+@pytest.fixture
+def halves():
+    """40 x 20: red on the left, blue on the right."""
+    image = Image.new("RGB", (40, 20), RED)
+    image.paste(BLUE, (20, 0, 40, 20))
+    return image
+
+
+@pytest.mark.parametrize(
+    ("orientation", "size", "top_left"),
+    [(1, (40, 20), RED), (2, (40, 20), BLUE), (3, (40, 20), BLUE), (6, (20, 40), RED), (8, (20, 40), BLUE)],
+)
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_pictures_are_turned_as_their_exif_data_say(halves, tmp_path, kind, orientation, size, top_left):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    halves.save(tmp_path / "a", kind, exif=exif)
+    image = read_picture(tmp_path / "a")
+    assert (image.mode, image.size) == ("RGB", size)
+    assert close(image.getpixel((3, 3)), top_left)
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_of_an_animation_the_first_frame_counts(tmp_path, kind):
+    frames = [Image.new("RGB", (20, 20), colour) for colour in (RED, GREEN, BLUE)]
+    frames[0].save(tmp_path / "a", kind, save_all=True, append_images=frames[1:])
+    image = read_picture(tmp_path / "a")
+    assert image.mode == "RGB" and close(image.getpixel((5, 5)), RED)
+
+
+def test_cmyk(tmp_path):
+    Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / "a.jpg")
+    assert close(read_picture(tmp_path / "a.jpg").getpixel((4, 4)), RED)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_16_bit_grey_is_scaled_and_not_clipped(tmp_path, kind):
+    Image.fromarray(np.array([[0, 100 * 257, 65535]], dtype=np.uint16)).save(tmp_path / "a", kind)
+    image = read_picture(tmp_path / "a")
+    assert [image.getpixel((x, 0))[0] for x in range(3)] == [0, 100, 255]
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_palette_with_transparency(halves, tmp_path):
+    palette = halves.quantize(4)
+    palette.save(tmp_path / "a.png", transparency=bytes([0, 128, 255, 255]))
+    image = read_picture(tmp_path / "a.png")
+    assert image.mode == "RGB"
+    assert close(image.getpixel((3, 3)), RED) and close(image.getpixel((35, 3)), BLUE)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "RGBA", "I;16", "P"])
+def test_every_mode_becomes_rgb(tmp_path, mode):
+    Image.new(mode, (5, 4)).save(tmp_path / "a.png")
+    assert read_picture(tmp_path / "a.png").getpixel((1, 1)) == (0, 0, 0)
+
+
+def plan(folder: Path, *arguments: object) -> str:
+    done = CliRunner().invoke(main, [os.fspath(a) for a in ("--dry-run", *arguments, "--", folder)])
+    assert done.exit_code == 0, done.output
+    assert done.stdout.count("\n") == 13
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "two words",
+        "\U0001f9ca",
+        "line\nbreak",
+        "-dash",
+        "n" * 236,
+        "\u05e9\u05dc\u05d5\u05dd",
+        b"\xff".decode("utf-8", "surrogateescape"),
+    ],
+)
+def test_names_of_folders(base_folder, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(base_folder, name)
+    shown = plan(name, f"--output=out {name}"[:245])
+    assert "two words" in shown if name == "two words" else shown
+
+
+def test_an_export_with_an_odd_name(base_folder, calibration_file, tmp_path):
+    name = "-two words\n\U0001f9ca \udcff"
+    base = shutil.copytree(base_folder, tmp_path / name / name)
+    arguments = [
+        "--layers",
+        "1",
+        "--calibration",
+        str(calibration_file),
+        "--quiet",
+        f"--output={tmp_path / name / 'out'}\n",
+        str(base),
+    ]
+    done = CliRunner().invoke(main, arguments)
+    assert done.exit_code == 0, (done.output, done.exception)
+    assert sorted(f.name for f in (tmp_path / name).iterdir()) == [name, "out\n"]
+    done = CliRunner().invoke(main, ["verify", str(tmp_path / name / "out\n")])
+    assert done.exit_code == 0, (done.output, done.exception)
+
+
+def test_a_model_in_a_hub_cache(base_folder, tmp_path):
+    """Every file a link into blobs/ of the same repository."""
+    blobs, snapshot = tmp_path / "models--a--b" / "blobs", tmp_path / "models--a--b" / "snapshots" / ("0" * 40)
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for file in base_folder.iterdir():
+        shutil.copy(file, blobs / file.name[::-1])
+        (snapshot / file.name).symlink_to(Path("..") / ".." / "blobs" / file.name[::-1])
+    plan(snapshot, "--output", tmp_path / "out")
