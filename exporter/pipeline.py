@@ -118,7 +118,8 @@ def check_supported(base: BaseCheckpoint, recipe: Recipe) -> None:
             "tokenizer_config.json); the method compares prompts as the model was trained to see them, so add one to the "
             "checkpoint."
         )
-    reason = family(recipe.family).config.shiftdc_unsupported(base.config)
+    with refusing(f"MODEL: the config.json of {base.name} cannot be used", "restore it"):
+        reason = family(recipe.family).config.shiftdc_unsupported(base.config)
     if reason is not None:
         raise InputError(f"MODEL: {base.name} cannot be calibrated: {reason}.")
 

@@ -71,7 +71,7 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    family: str = Field(pattern=r"^[a-z0-9_]+$", description="transformers model_type")
+    family: str = Field(pattern=r"^[a-z0-9_-]+$", description="transformers model_type")
     models: tuple[str, ...] = Field(description="checkpoints that the recipe is written for")
     decoder_layers: str = Field(description="path of the decoder layers' ModuleList in the loaded model")
     chat_template: str | None = Field(None, description="Jinja template for families whose checkpoints have none")

@@ -137,8 +137,8 @@ def load_processor(folder: Path, recipe: Recipe, what: str = "MODEL") -> Any:
         processor.chat_template = recipe.chat_template
     if getattr(processor.image_processor, "do_pan_and_scan", None):
         raise InputError(
-            f"{what}: do_pan_and_scan is on in the preprocessor_config.json of {folder}, and prompts with sentences between crops "
-            "cannot be composed; set it to false."
+            f"{what}: do_pan_and_scan is on in the preprocessor_config.json of {folder}, and prompts with sentences between "
+            "crops cannot be composed; set it to false."
         )
     return processor
 
