@@ -84,6 +84,10 @@ def read_json(file: Path, *, unique: bool = False) -> Any:
     return parse_json(text_of(read_bytes(file, JSON_BYTES)), unique=unique)
 
 
+# what PyYAML raises on dates and numbers that are none
+_NO_VALUE = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
+
+
 class _PlainLoader(yaml.SafeLoader):
     """No aliases, which make gigabytes of a few lines, and no key twice."""
 
@@ -106,11 +110,5 @@ def parse_yaml(text: str) -> Any:
         raise UnreadableError("it is nested too deeply") from None
     except yaml.YAMLError as error:
         raise UnreadableError(str(error).splitlines()[0]) from None
-    except (
-        ValueError,
-        TypeError,
-        LookupError,
-        AttributeError,
-        ArithmeticError,
-    ):  # of dates or numbers that are none
+    except _NO_VALUE:
         raise UnreadableError("a value is not of the type that its form or tag says") from None
