@@ -117,7 +117,7 @@ CASES = [
     Case("calibration with a null byte in a path", picture("a\0.png"), (*LINE,)),
     Case("calibration with a path without end", picture("a" * 5000), (*LINE,)),
     Case("calibration with a folder for a picture", picture("out.d", lambda w: (w.folder / "out.d").mkdir()), (*LINE,)),
-    Case("calibration of one class", calibration(*whole(labels=("safe",))), (*FILE, "0 unsafe rows", "add some")),
+    Case("calibration of one class", calibration(*whole(labels=("unsafe",))), (*FILE, "0 safe rows", "add some")),
     Case("calibration without held-out rows", calibration(*whole(held_out=0)), (*FILE, "held_out", "add some")),
     Case("calibration with too few rows", calibration(*whole(fit=3)), (*FILE, "3 safe rows", "at least 8")),
     Case(
