@@ -106,7 +106,11 @@ CASES = [
         (*LINE, "request"),
     ),
     Case("calibration with a request without end", calibration(ROW, {**ROW, "request": "x" * 40_000}), (*LINE, "request")),
-    Case("calibration without a caption", calibration(ROW, {"label": "safe", "request": "x"}), (*LINE, "caption")),
+    Case(
+        "calibration without a caption",
+        calibration(ROW, {"label": "safe", "request": "x"}),
+        ("set.jsonl, line 2", "caption", "add one"),
+    ),
     Case("calibration with an unknown key", calibration(ROW, {**ROW, "answer": "x"}), (*LINE, "answer")),
     Case("calibration with an unknown split", calibration(ROW, {**ROW, "split": "train"}), (*LINE, "split")),
     Case("calibration with an absent picture", picture("absent.png"), (*LINE, "absent.png")),
