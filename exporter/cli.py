@@ -21,6 +21,7 @@ from rich.table import Table
 
 from exporter import __version__
 from exporter.errors import InputError, ShiftDCError, printable
+from exporter.onnx_interface import SUFFIXES as PRECISIONS
 
 stderr = Console(stderr=True)
 
@@ -132,6 +133,7 @@ def _quiet_option(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option(
     "--evaluate", "evaluated", is_flag=True, help="Measure the effect on the recipe's benchmark and put it into the card."
 )
+@click.option("--onnx", "with_onnx", is_flag=True, help="Also write ONNX graphs, at every precision.")
 @click.option("--push", "pushed", is_flag=True, help="Upload the export to the Hub and check what is there.")
 @_push_options
 @click.option("--dry-run", is_flag=True, help="Print the plan and touch nothing.")
@@ -141,6 +143,7 @@ def _quiet_option(command: Callable[..., Any]) -> Callable[..., Any]:
 def export_command(
     model: str,
     evaluated: bool,
+    with_onnx: bool,
     pushed: bool,
     repo_id: str | None,
     private: bool,
@@ -157,6 +160,10 @@ def export_command(
         from exporter.pipeline import export, make_plan
 
         plan = make_plan(model, batch_size=_batch_size(batch_size), **options)
+        if with_onnx:
+            from exporter.onnx_export import check_family
+
+            check_family(plan.recipe.family)
         if pushed:  # whatever can stop a push stops it before hours of work
             from exporter.hub import check_base, preflight
 
@@ -183,6 +190,8 @@ def export_command(
                 )  # fmt: skip
             done.report["evaluation"] = found.results
             _print_evidence(found, as_json=False, quiet=as_json)
+        if with_onnx:
+            done.report["onnx"] = _export_onnx(plan.output, ",".join(PRECISIONS), quiet=quiet, silent=as_json)
         if pushed:
             options = {"private": private, "create_pr": create_pr, "allow_ineffective": allow_ineffective}
             _push(plan.output, str(repo_id), quiet=quiet, as_json=False, silent=as_json, **options)
@@ -262,26 +271,75 @@ def verify(checkpoint: Path, as_json: bool) -> None:
 
 @main.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option("--precision", default=",".join(PRECISIONS), show_default=True, help="With commas between them.")
+@_quiet_option
+@_json_option
+def onnx(checkpoint: Path, precision: str, quiet: bool, as_json: bool) -> None:
+    """Write CHECKPOINT/onnx: calibrated graphs for ONNX Runtime and transformers.js, compared with PyTorch."""
+    with _libraries_quiet():
+        entry = _export_onnx(checkpoint, precision, quiet=quiet, silent=as_json)
+    if as_json:
+        click.echo(json.dumps({"checkpoint": str(checkpoint), **entry}, indent=2))
+
+
+def _export_onnx(checkpoint: Path, precision: str, *, quiet: bool, silent: bool) -> dict[str, Any]:
+    from exporter.onnx_export import export_onnx, parse_precisions
+
+    with _progress(quiet) as progress:
+        entry = export_onnx(checkpoint, parse_precisions(precision), progress)
+    if not silent:
+        _print_onnx(checkpoint / "onnx", entry)
+    return entry
+
+
+def _print_onnx(folder: Path, entry: dict[str, Any]) -> None:
+    table = Table("precision", "size", "largest logit difference", "same tokens", title=f"{folder}, against PyTorch in float32")
+    for precision, found in entry["variants"].items():
+        size = sum(found["bytes"].values()) / 1e6
+        difference = max(found["max_logit_difference"].values())
+        table.add_row(precision, f"{size:.1f} MB", f"{difference:.2g}", f"{found['token_agreement']:.1%}")
+    Console().print(table)
+
+
+@main.command()
+@click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option("--image", "image_file", required=True, type=click.Path(path_type=Path), help="Picture to show the model.")
 @click.option("--prompt", required=True, help="What to ask.")
 @click.option("--max-new-tokens", type=click.IntRange(1), default=128, show_default=True)
 @click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto", show_default=True)
 @click.option("--device-map", metavar="auto|DEVICE", help="accelerate's device_map.")
+@click.option(
+    "--precision", type=click.Choice(list(PRECISIONS)), default="fp32", show_default=True, help="Of an ONNX export."
+)
 @_json_option
-def generate(
-    checkpoint: Path, image_file: Path, prompt: str, max_new_tokens: int, dtype: str, device_map: str | None, as_json: bool
-) -> None:
-    """One reply, calibrated beside uncalibrated."""
-    with _libraries_quiet():
-        from exporter.compare import compare, read_image
-        from exporter.exported import open_export
+def generate(checkpoint: Path, image_file: Path, prompt: str, as_json: bool, **options: Any) -> None:
+    """One reply, calibrated beside uncalibrated; CHECKPOINT may be an export's onnx folder."""
+    from exporter.comparison import read_image
 
-        image = read_image(image_file)
-        vlm = open_export(checkpoint, dtype=dtype, device_map=device_map)
-        result = compare(vlm, image, prompt, max_new_tokens)
+    result = _compared(checkpoint, read_image(image_file), prompt, **options)
     if as_json:
         click.echo(json.dumps(dataclasses.asdict(result), indent=2))
         return
+    _print_comparison(result)
+
+
+def _compared(
+    checkpoint: Path, image: Any, prompt: str, *, max_new_tokens: int, dtype: str, device_map: str | None, precision: str
+) -> Any:
+    from exporter.onnx_runner import OnnxShiftDC, is_onnx_folder
+
+    if is_onnx_folder(checkpoint):
+        from exporter.onnx_compare import compare as compare_onnx
+
+        return compare_onnx(OnnxShiftDC(checkpoint, precision), image, prompt, max_new_tokens)
+    with _libraries_quiet():
+        from exporter.compare import compare
+        from exporter.exported import open_export
+
+        return compare(open_export(checkpoint, dtype=dtype, device_map=device_map), image, prompt, max_new_tokens)
+
+
+def _print_comparison(result: Any) -> None:
     console = Console()
     console.print(f"[bold]uncalibrated[/] ({result.uncalibrated_seconds:.2f} s): ", end="")
     console.print(result.uncalibrated, markup=False)

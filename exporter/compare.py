@@ -3,48 +3,13 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from PIL import Image
 
 from exporter.activations import last_token, recording
-from exporter.errors import InputError
-from exporter.pictures import PictureError, read_picture
+from exporter.comparison import Comparison, LayerShift
 from exporter.vlm import VLM, Inputs
-
-
-@dataclass(frozen=True)
-class LayerShift:
-    """Coordinates along the direction of one layer: of the image prompt, of its reference, and after the correction."""
-
-    layer: int
-    before: float
-    reference: float | None
-    after: float
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Replies with and without calibration; `caption` is None where the reference needs none. Times in seconds."""
-
-    uncalibrated: str
-    calibrated: str
-    caption: str | None
-    layers: tuple[LayerShift, ...]
-    uncalibrated_seconds: float
-    calibrated_seconds: float
-
-
-def read_image(file: Path) -> Image.Image:
-    """An RGB picture. Raises InputError."""
-    try:
-        return read_picture(file)
-    except FileNotFoundError:
-        raise InputError(f"--image: there is no file {file}; give an existing picture.") from None
-    except PictureError as error:
-        raise InputError(f"--image: {file} cannot be read as a picture (it {error}); give a PNG or JPEG.") from None
 
 
 @torch.no_grad()

@@ -1,0 +1,163 @@
+"""ONNX graphs of a calibrated checkpoint, in its folder `onnx/`: trace, convert, compare with PyTorch, and only then keep."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import logging
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from exporter.bake import REPORT, swap
+from exporter.errors import InputError, VerificationError
+from exporter.exported import open_export, read_report
+from exporter.onnx_graphs import GraphFamily, export_graphs, graph_family
+from exporter.onnx_interface import EMBED, GRAPHS, SUFFIXES, graph_file
+
+FOLDER = "onnx"
+#: Packages of the extra `onnx`.
+PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+
+Progress = Callable[[str, int, int], None]
+
+
+def _silent(stage: str, done: int, total: int) -> None:
+    """Show no progress."""
+
+
+def parse_precisions(text: str) -> tuple[str, ...]:
+    """`"fp32,int8"` as precisions, in the order of SUFFIXES. Raises InputError."""
+    wanted = [part.strip() for part in text.split(",")]
+    if unknown := [p for p in wanted if p not in SUFFIXES]:
+        raise InputError(f"--precision: {unknown[0]!r} is none, expected of {', '.join(SUFFIXES)}, with commas between them.")
+    return tuple(p for p in SUFFIXES if p in wanted)
+
+
+def check_packages() -> None:
+    """Raise InputError unless the extra is installed."""
+    if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
+        raise InputError(f'ONNX: {missing[0]} is not installed; run: pip install "shiftdc-export[onnx]"')
+
+
+def check_family(name: str) -> GraphFamily:
+    """Raise InputError unless the extra is installed and there are graphs for a family."""
+    check_packages()
+    return graph_family(name)
+
+
+def export_onnx(checkpoint: Path, precisions: Sequence[str], progress: Progress = _silent) -> dict[str, Any]:
+    """Write CHECKPOINT/onnx and its entry in the report; returns the entry.
+
+    Raises InputError, and VerificationError where a precision does not give what PyTorch gives; then nothing is left of it.
+    """
+    report = read_report(checkpoint)
+    family = check_family(report["recipe"]["family"])
+    target = checkpoint / FOLDER
+    if target.exists() and not _is_ours(target):
+        raise InputError(f"CHECKPOINT: {target} exists and is no export of this tool; move it away.")
+    with _staged(target) as folder:
+        entry = _write(checkpoint, family, tuple(precisions), folder, progress)
+        if broken := [sentence for found in entry["variants"].values() for sentence in found.pop("failures")]:
+            raise VerificationError(f"The ONNX graphs are not kept, because they differ from PyTorch: {'; '.join(broken)}.")
+    _attach(checkpoint, entry)
+    return entry
+
+
+def _write(
+    checkpoint: Path, family: GraphFamily, precisions: tuple[str, ...], folder: Path, progress: Progress
+) -> dict[str, Any]:
+    from exporter import onnx_files, onnx_parity, onnx_variants
+
+    steps = len(precisions) + 2
+    vlm = open_export(checkpoint, dtype="float32", device_map="cpu")
+    eos, pad = onnx_files.end_tokens(vlm.model)
+    ends = list(dict.fromkeys([*eos, pad]))
+    progress("ONNX", 0, steps)
+    wanted = onnx_parity.expected(vlm, eos)
+    progress("ONNX", 1, steps)
+    with _exporter_quiet():
+        _save(export_graphs(vlm, family, ends), folder, "fp32")
+        if set(precisions) - {"fp32"}:
+            vlm.model.half()
+            graphs = GRAPHS if "fp16" in precisions else (EMBED,)
+            halves = export_graphs(vlm, family, ends, graphs)
+            for precision in precisions:  # the embedding is a table: float16 is as small as it gets
+                if precision != "fp32":
+                    _save(halves if precision == "fp16" else {EMBED: halves[EMBED]}, folder, precision)
+    progress("ONNX", 2, steps)
+    if "int8" in precisions:
+        onnx_variants.write_int8(folder)
+    if "q4" in precisions:
+        onnx_variants.write_q4(folder)
+    onnx_files.write_configs(vlm, family, folder, precisions)
+    variants = {}
+    for done, precision in enumerate(precisions):
+        parity = onnx_parity.compare(folder, precision, wanted)
+        variants[precision] = {
+            "bytes": onnx_files.sizes(folder, precision),
+            **parity,
+            "failures": onnx_parity.failures(precision, parity),
+        }
+        progress("ONNX", 3 + done, steps)
+    if "fp32" not in precisions:
+        for graph in GRAPHS:
+            for file in folder.glob(f"{graph_file(graph, 'fp32')}*"):
+                file.unlink()
+    return {"versions": {name: importlib.metadata.version(name) for name in PACKAGES}, "variants": variants}
+
+
+def _save(graphs: dict[str, Any], folder: Path, precision: str) -> None:
+    from exporter.onnx_files import save_graph
+
+    for graph, exported in graphs.items():
+        save_graph(exported, folder / graph_file(graph, precision))
+
+
+@contextmanager
+def _staged(target: Path) -> Iterator[Path]:
+    """A hidden sibling of `target` that takes its place at the end; after an exception nothing is left of it."""
+    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
+    staging.chmod(0o755)
+    try:
+        yield staging
+        swap(staging, target)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _is_ours(folder: Path) -> bool:
+    try:
+        return "shiftdc" in json.loads((folder / "config.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return False
+
+
+def _attach(checkpoint: Path, entry: dict[str, Any]) -> None:
+    report = {**read_report(checkpoint), "onnx": entry}
+    partial = checkpoint / f"{REPORT}.partial"
+    partial.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", "utf-8")
+    partial.replace(checkpoint / REPORT)
+
+
+@contextmanager
+def _exporter_quiet() -> Iterator[None]:
+    """torch.onnx tells of optional packages, and of axes that share a name as they should."""
+    loggers = [logging.getLogger(f"torch.onnx._internal.exporter.{name}") for name in ("_registration", "_core")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)

@@ -1,0 +1,336 @@
+"""The three graphs of an export as torch modules, and their export: vision encoder, token embedding, calibrated decoder.
+
+Names and dimensions are those that transformers.js expects; onnx_interface.py says how a reference reaches the decoder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import DynamicCache
+
+from exporter.errors import InputError
+from exporter.onnx_interface import (
+    AMOUNTS,
+    COORDINATES,
+    DECODER,
+    EMBED,
+    END_FLAG,
+    EXACT,
+    GRAPHS,
+    IMAGE_FLAG,
+    MESSAGE,
+    MODE,
+    OFF,
+    ONE_SIDED,
+    SCALE,
+    STATIC,
+    STRENGTH,
+    TARGET,
+    VISION,
+    past_names,
+    present_names,
+)
+
+OPSET = 18
+#: A position that no message has: what lies behind a message's last number.
+_NOTHING = torch.iinfo(torch.int64).min
+
+
+def with_flag(features: torch.Tensor, flag: torch.Tensor | float) -> torch.Tensor:
+    """`features` [..., hidden] as float32 with one more channel."""
+    features = features.float()
+    return torch.cat([features, torch.ones_like(features[..., :1]) * flag], -1)
+
+
+class LlavaVision(nn.Module):
+    """Pixels to image features. get_image_features() would freeze the number of images, so its steps are called."""
+
+    def __init__(self, model: Any):
+        super().__init__()
+        self.tower, self.projector = model.model.vision_tower, model.model.multi_modal_projector
+        chosen = model.config.vision_feature_layer
+        self.chosen = [chosen] if isinstance(chosen, int) else list(chosen)
+        self.first = 1 if model.config.vision_feature_select_strategy == "default" else 0
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """[images, channels, height, width] to [images, features, hidden + 1]."""
+        pixels = pixel_values.to(next(self.tower.parameters()).dtype)
+        states = self.tower(pixels, output_hidden_states=True).hidden_states
+        features = torch.cat([states[i][:, self.first :] for i in self.chosen], -1)
+        return with_flag(self.projector(features), IMAGE_FLAG)
+
+
+class Embedding(nn.Module):
+    """Token ids to embeddings."""
+
+    end_ids: torch.Tensor
+
+    def __init__(self, model: Any, end_ids: Sequence[int]):
+        super().__init__()
+        self.embedding = model.get_input_embeddings()
+        self.register_buffer("end_ids", torch.tensor(end_ids))
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """[batch, time] to [batch, time, hidden + 1]."""
+        ends = (input_ids[..., None] == self.end_ids).any(-1, keepdim=True)
+        return with_flag(self.embedding(input_ids), END_FLAG * ends.float())
+
+
+@dataclass
+class Calibration:
+    """How the rows of one forward are corrected; goes through the layers as a keyword argument.
+
+    rows, kind [batch]; target, directions, shifts [batch or 1, layers, ...] float32; coordinates are collected on the way.
+    """
+
+    rows: torch.Tensor
+    kind: torch.Tensor
+    target: torch.Tensor
+    strength: torch.Tensor
+    one_sided: torch.Tensor
+    directions: torch.Tensor
+    shifts: torch.Tensor
+    coordinates: list[torch.Tensor]
+
+    def correct(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The next calibrated layer's output [batch, time, hidden], corrected at its last token, in float32."""
+        column = len(self.coordinates)
+        direction = self.directions[column]
+        last = hidden[:, -1]
+        x = last.float()
+        coordinate = (x * direction).sum(-1)  # no MatMul: quantisation must not touch it
+        self.coordinates.append(coordinate)
+        target = self.target[:, column]
+        amount = torch.where(self.kind == AMOUNTS, target, self.shifts[column])
+        amount = torch.where(self.kind == EXACT, coordinate - target, amount)
+        amount = torch.where((self.one_sided > 0) & (amount < 0), 0.0, amount) * self.strength
+        moved = (x - amount[:, None] * direction).to(hidden.dtype)
+        change = self.rows & (self.kind != OFF) & (amount != 0)  # elsewhere the row keeps its own bits
+        return torch.cat([hidden[:, :-1], torch.where(change[:, None], moved, last)[:, None]], 1)
+
+
+def _calibrated(layer: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+    """Forward hook of a calibrated layer."""
+    calibration = kwargs.get("shiftdc_graph")
+    if calibration is None:
+        return None
+    if isinstance(output, tuple):
+        return (calibration.correct(output[0]), *output[1:])
+    return calibration.correct(output)
+
+
+class Decoder(nn.Module):
+    """Embeddings and a flat key-value cache to logits, coordinates and the longer cache."""
+
+    directions: torch.Tensor
+    shifts: torch.Tensor
+    end_logits: torch.Tensor
+
+    def __init__(self, model: Any, end_ids: Sequence[int]):
+        super().__init__()
+        self.language_model, self.head = model.get_decoder(), model.get_output_embeddings()
+        corrections = model.shiftdc_corrections
+        self.register_buffer("directions", torch.stack([c.direction.float() for c in corrections]))
+        self.register_buffer("shifts", torch.stack([c.shift.float() for c in corrections]))
+        end_logits = torch.full((self.head.weight.shape[0],), -1e4)
+        end_logits[end_ids[0]] = 0.0
+        self.register_buffer("end_logits", end_logits)
+        layers = model.get_submodule(model.config.shiftdc["decoder_layers"])
+        self.hooks = [layers[i].register_forward_hook(_calibrated, with_kwargs=True) for i in model.config.shiftdc["layers"]]
+
+    def forward(
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor,
+        position_ids: torch.Tensor,
+        mode: torch.Tensor,
+        target: torch.Tensor,
+        strength: torch.Tensor,
+        one_sided: torch.Tensor,
+        *past: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:
+        """Returns logits [batch, time, vocabulary], coordinates, message, and keys and values of every layer."""
+        flag, x = inputs_embeds[..., -1], inputs_embeds[..., :-1].to(past[0].dtype)
+        time = flag.shape[1]
+        attended = seen(attention_mask, past[0], time)
+        positions = (attended.cumsum(1) - 1).clamp(min=0)[:, -time:]
+        image = (flag > IMAGE_FLAG / 2) & (flag < (IMAGE_FLAG + END_FLAG) / 2)
+        kind, told = read_message(position_ids, self.shifts.shape[0])
+        calibration = Calibration(
+            rows=image.any(-1),
+            kind=torch.where(mode > 0, mode, kind),
+            target=torch.where((mode > 0)[:, None], target, told),
+            strength=strength,
+            one_sided=one_sided,
+            directions=self.directions,
+            shifts=self.shifts,
+            coordinates=[],
+        )
+        cache = DynamicCache([(past[i], past[i + 1]) for i in range(0, len(past), 2)])
+        states = self.language_model(
+            inputs_embeds=x, attention_mask=additive_mask(attended, time, x.dtype), position_ids=positions, past_key_values=cache,
+            use_cache=True, shiftdc_graph=calibration,
+        ).last_hidden_state  # fmt: skip
+        logits = self.head(states).float()
+        # transformers.js stops when all rows end in the same step: one that has ended goes on ending
+        ended = (flag > (IMAGE_FLAG + END_FLAG) / 2).all(1)
+        logits = torch.where(ended[:, None, None], self.end_logits, logits)
+        coordinates = torch.stack(calibration.coordinates, 1)
+        presents = [t for layer in cache.layers for t in (layer.keys, layer.values)]
+        presents[0] = presents[0] * attended[:, None, :, None].to(presents[0].dtype)
+        return logits, coordinates, message(coordinates), *presents
+
+
+def seen(attention_mask: torch.Tensor, keys: torch.Tensor, time: int) -> torch.Tensor:
+    """int64 [batch, past + time]: 1 where a position is no padding.
+
+    While decoding transformers.js gives a mask of ones; the first layer's cached keys are zeros at padding.
+    """
+    cached = keys.abs().sum((1, 3)) > 0
+    new = torch.ones_like(attention_mask[:, -time:])
+    return (attention_mask > 0).long() * torch.cat([cached.long(), new], 1)
+
+
+def additive_mask(attended: torch.Tensor, time: int, dtype: torch.dtype) -> torch.Tensor:
+    """[batch, 1, time, past + time]: 0 or the lowest number. Padding attends to itself: a row of nothing would be NaN."""
+    width = attended.shape[1]
+    query, key = torch.arange(time)[:, None] + (width - time), torch.arange(width)[None]
+    allowed = ((key <= query)[None] & (attended[:, None] > 0)) | (key == query)[None]
+    return torch.where(allowed, 0.0, torch.finfo(dtype).min).to(dtype)[:, None]
+
+
+def read_message(position_ids: torch.Tensor, layers: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(kind [batch], target [batch, layers]) of what lies in `position_ids`; ordinary positions are STATIC.
+
+    A message for another number of layers is none: the row gets the baked shift.
+    """
+    padded = torch.cat([position_ids, torch.full_like(position_ids[:, :1], _NOTHING).expand(-1, layers + 2)], 1)
+    code = -padded[:, 0]
+    whole = (padded[:, layers] != _NOTHING) & (padded[:, layers + 1] == _NOTHING)
+    known = (code == OFF) | (((code == EXACT) | (code == AMOUNTS)) & whole)
+    return torch.where(known, code, STATIC), padded[:, 1 : layers + 1].float() / SCALE
+
+
+def message(coordinates: torch.Tensor) -> torch.Tensor:
+    """int64 [batch, layers + 1] of kind EXACT."""
+    numbers = torch.round(coordinates * SCALE).long()
+    return torch.cat([torch.full_like(numbers[:, :1], -EXACT), numbers], 1)
+
+
+@dataclass(frozen=True)
+class GraphFamily:
+    """What differs between families."""
+
+    #: model_type under which transformers.js loads it
+    js_type: str
+    vision: Callable[[Any], nn.Module]
+
+
+FAMILIES = {"llava": GraphFamily("llava", LlavaVision)}
+
+
+def graph_family(name: str) -> GraphFamily:
+    """Raises InputError."""
+    if name not in FAMILIES:
+        raise InputError(f"ONNX: family {name!r} has no graphs yet, expected one of {', '.join(FAMILIES)}; leave --onnx out.")
+    return FAMILIES[name]
+
+
+def export_graphs(
+    vlm: Any, family: GraphFamily, end_ids: Sequence[int], graphs: Sequence[str] = GRAPHS
+) -> dict[str, Any]:
+    """onnx_ir models by graph name, of a calibrated model in its own dtype on the CPU."""
+    model = vlm.model
+    exports: dict[str, Callable[[], Any]] = {
+        VISION: lambda: _exported_vision(vlm, family.vision(model).eval()),
+        EMBED: lambda: _exported_embedding(Embedding(model, end_ids).eval()),
+        DECODER: lambda: _exported_decoder(model, Decoder(model, end_ids).eval()),
+    }
+    with torch.no_grad():
+        return {graph: exports[graph]() for graph in graphs}
+
+
+def _exported_vision(vlm: Any, module: nn.Module) -> Any:
+    from PIL import Image
+
+    grey = Image.new("RGB", (64, 48), (127, 127, 127))
+    pixels = vlm.encode(["a", "b"], [grey, grey])["pixel_values"].float()
+    dims = ({0: torch.export.Dim("num_images")},)
+    return _exported(module, (pixels,), dims, ["pixel_values"], ["image_features"])
+
+
+def _exported_embedding(module: nn.Module) -> Any:
+    dims = ({0: torch.export.Dim("batch_size"), 1: torch.export.Dim("sequence_length")},)
+    return _exported(module, (torch.zeros(2, 5, dtype=torch.long),), dims, ["input_ids"], ["inputs_embeds"])
+
+
+def _exported_decoder(model: Any, module: Decoder) -> Any:
+    text = model.config.get_text_config()
+    layers, hidden = text.num_hidden_layers, text.hidden_size
+    heads = text.num_key_value_heads
+    width = getattr(text, "head_dim", None) or hidden // text.num_attention_heads
+    columns = len(module.shifts)
+    settings = model.config.shiftdc
+    batch, time, past = 3, 5, 7
+    rows, sequence, total, cached, told = (
+        torch.export.Dim(n)
+        for n in ("batch_size", "sequence_length", "total_sequence_length", "past_sequence_length", "position_length")
+    )
+    dtype = module.head.weight.dtype
+    defaults = {
+        MODE: torch.tensor([0]),
+        TARGET: torch.zeros(1, columns),
+        STRENGTH: torch.tensor([float(settings["strength"])]),
+        ONE_SIDED: torch.tensor([int(settings["gate"] == "one-sided")]),
+    }
+    inputs = (
+        torch.randn(batch, time, hidden + 1),
+        torch.ones(batch, past + time, dtype=torch.long),
+        torch.zeros(batch, time + 4, dtype=torch.long),
+        defaults[MODE],
+        torch.zeros(batch, columns),  # traced as a row each; one row for all is the default
+        defaults[STRENGTH],
+        defaults[ONE_SIDED],
+        *(torch.randn(batch, heads, past, width).to(dtype) for _ in range(2 * layers)),
+    )
+    shapes = (
+        {0: rows, 1: sequence}, {0: rows, 1: total}, {0: rows, 1: told}, None, {0: rows}, None, None,
+        tuple({0: rows, 2: cached} for _ in range(2 * layers)),
+    )  # fmt: skip
+    names = ["inputs_embeds", "attention_mask", "position_ids", MODE, TARGET, STRENGTH, ONE_SIDED, *past_names(layers)]
+    try:
+        exported = _exported(module, inputs, shapes, names, ["logits", COORDINATES, MESSAGE, *present_names(layers)])
+    finally:
+        for hook in module.hooks:
+            hook.remove()
+    _make_optional(exported, defaults)
+    return exported
+
+
+def _exported(module: nn.Module, inputs: tuple, dims: tuple, names: list[str], outputs: list[str]) -> Any:
+    program = torch.onnx.export(
+        module, inputs, input_names=names, output_names=outputs, dynamic_shapes=dims, opset_version=OPSET, dynamo=True,
+        verbose=False,
+    )  # fmt: skip
+    assert program is not None
+    return program.model
+
+
+def _make_optional(exported: Any, defaults: dict[str, torch.Tensor]) -> None:
+    """Give graph inputs a default value, which a runtime may override, and the cache's outputs a name for their length."""
+    import onnx_ir as ir
+
+    for value in exported.graph.outputs:
+        if value.name.startswith("present."):
+            value.shape = ir.Shape([value.shape[0], value.shape[1], "total_sequence_length", value.shape[3]])
+    for value in exported.graph.inputs:
+        if value.name in defaults:
+            if value.name == TARGET:  # one row for all, or a row each
+                value.shape = ir.Shape(["shiftdc_rows", value.shape[1]])
+            value.const_value = ir.tensor(defaults[value.name].numpy(), name=value.name)
+            exported.graph.register_initializer(value)

@@ -1,0 +1,60 @@
+"""Requests to token ids with a tokenizer.json and a chat template alone; reads the files of an ONNX export."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2.exceptions import TemplateError
+from jinja2.ext import loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import Tokenizer
+
+from exporter.errors import InputError
+
+
+class PromptWriter:
+    """Chat template and tokenizer; one image token is written as many times as an image has features."""
+
+    def __init__(self, folder: Path, image_token_id: int, features_per_image: int):
+        config = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
+        self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self.tokenizer.no_padding()
+        self.tokenizer.no_truncation()
+        self.image_token_id, self.features_per_image = image_token_id, features_per_image
+        self.special = {k: _text(v) for k, v in config.items() if k.endswith("_token") and v is not None}
+        self.template = _environment().from_string(config["chat_template"])
+
+    def __call__(self, request: str, images: int) -> list[int]:
+        """Token ids of one user turn with the generation prompt behind it."""
+        pictures = [{"type": "image"}] * images
+        turns = [{"role": "user", "content": [*pictures, {"type": "text", "text": request}]}]
+        try:
+            prompt = self.template.render(messages=turns, add_generation_prompt=True, **self.special)
+        except TemplateError as error:
+            raise InputError(f"The chat template does not take this prompt ({error}); ask another way.") from None
+        starts = prompt.startswith(self.special.get("bos_token") or "\0")
+        ids = self.tokenizer.encode(prompt, add_special_tokens=not starts).ids
+        if ids.count(self.image_token_id) != images:
+            raise InputError("The request holds the text of an image token; leave it out.")
+        return [t for i in ids for t in [i] * (self.features_per_image if i == self.image_token_id else 1)]
+
+    def text(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(list(ids), skip_special_tokens=True).strip()
+
+
+def _text(token: Any) -> str:
+    return token["content"] if isinstance(token, dict) else token
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    """Jinja as transformers sets it up for chat templates."""
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    environment.globals["raise_exception"] = _raise
+    return environment
+
+
+def _raise(message: str) -> None:
+    raise TemplateError(message)
