@@ -285,8 +285,9 @@ def onnx(checkpoint: Path, precision: str, quiet: bool, as_json: bool) -> None:
 def _export_onnx(checkpoint: Path, precision: str, *, quiet: bool, silent: bool) -> dict[str, Any]:
     from exporter.onnx_export import export_onnx, parse_precisions
 
+    precisions = parse_precisions(precision)
     with _progress(quiet) as progress:
-        entry = export_onnx(checkpoint, parse_precisions(precision), progress)
+        entry = export_onnx(checkpoint, precisions, progress)
     if not silent:
         _print_onnx(checkpoint / "onnx", entry)
     return entry
@@ -308,9 +309,7 @@ def _print_onnx(folder: Path, entry: dict[str, Any]) -> None:
 @click.option("--max-new-tokens", type=click.IntRange(1), default=128, show_default=True)
 @click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto", show_default=True)
 @click.option("--device-map", metavar="auto|DEVICE", help="accelerate's device_map.")
-@click.option(
-    "--precision", type=click.Choice(list(PRECISIONS)), default="fp32", show_default=True, help="Of an ONNX export."
-)
+@click.option("--precision", type=click.Choice(list(PRECISIONS)), default="fp32", show_default=True, help="Of an ONNX export.")
 @_json_option
 def generate(checkpoint: Path, image_file: Path, prompt: str, as_json: bool, **options: Any) -> None:
     """One reply, calibrated beside uncalibrated; CHECKPOINT may be an export's onnx folder."""

@@ -78,17 +78,16 @@ def _write(
 
     steps = len(precisions) + 2
     vlm = open_export(checkpoint, dtype="float32", device_map="cpu")
-    eos, pad = onnx_files.end_tokens(vlm.model)
-    ends = list(dict.fromkeys([*eos, pad]))
+    eos, _ = onnx_files.end_tokens(vlm.model)
     progress("ONNX", 0, steps)
     wanted = onnx_parity.expected(vlm, eos)
     progress("ONNX", 1, steps)
     with _exporter_quiet():
-        _save(export_graphs(vlm, family, ends), folder, "fp32")
+        _save(export_graphs(vlm, family, eos), folder, "fp32")
         if set(precisions) - {"fp32"}:
             vlm.model.half()
             graphs = GRAPHS if "fp16" in precisions else (EMBED,)
-            halves = export_graphs(vlm, family, ends, graphs)
+            halves = export_graphs(vlm, family, eos, graphs)
             for precision in precisions:  # the embedding is a table: float16 is as small as it gets
                 if precision != "fp32":
                     _save(halves if precision == "fp16" else {EMBED: halves[EMBED]}, folder, precision)

@@ -50,6 +50,7 @@ def write_configs(vlm: Any, family: GraphFamily, folder: Path, precisions: tuple
     vlm.tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
     template = vlm.processor.chat_template or vlm.tokenizer.chat_template
     named = type(vlm.processor).__name__
+    (folder / "chat_template.jinja").write_text(template, "utf-8")  # some of transformers.js' processors read only this
     tokens = {**read["tokenizer_config.json"], "chat_template": template, "padding_side": "left"}
     write_json(folder / "tokenizer_config.json", tokens)
     images = vlm.processor.image_processor
@@ -70,6 +71,7 @@ def model_config(vlm: Any, family: GraphFamily, data: dict[str, int]) -> dict[st
     explicit = {
         name: getattr(text, name) for name in ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size")
     }
+    image = None if family.image_text is None else family.image_text(vlm.processor, features_per_image(vlm))
     shifts = [c.shift.item() for c in vlm.model.shiftdc_corrections]
     token = {"image_token_id": config.image_token_id, "image_token_index": config.image_token_id}
     return {
@@ -78,7 +80,7 @@ def model_config(vlm: Any, family: GraphFamily, data: dict[str, int]) -> dict[st
         "architectures": [stock],
         "text_config": {**text.to_dict(), **explicit},
         **token,
-        "shiftdc": {**config.shiftdc, "onnx": {"features_per_image": features_per_image(vlm), "shifts": shifts}},
+        "shiftdc": {**config.shiftdc, "onnx": {"image": image, "shifts": shifts}},
         "transformers.js_config": {
             "kv_cache_dtype": {JS_NAMES["fp16"]: "float16"},
             **({"use_external_data_format": data} if data else {}),

@@ -5,6 +5,7 @@ Names and dimensions are those that transformers.js expects; onnx_interface.py s
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -63,6 +64,38 @@ class LlavaVision(nn.Module):
         states = self.tower(pixels, output_hidden_states=True).hidden_states
         features = torch.cat([states[i][:, self.first :] for i in self.chosen], -1)
         return with_flag(self.projector(features), IMAGE_FLAG)
+
+
+class Gemma3Vision(nn.Module):
+    """Pixels to image features."""
+
+    def __init__(self, model: Any):
+        super().__init__()
+        self.tower, self.projector = model.model.vision_tower, model.model.multi_modal_projector
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """[images, channels, height, width] to [images, features, hidden + 1]."""
+        pixels = pixel_values.to(next(self.tower.parameters()).dtype)
+        return with_flag(self.projector(self.tower(pixels).last_hidden_state), IMAGE_FLAG)
+
+
+class Idefics3Vision(nn.Module):
+    """Pixels to image features. Tiles that only fill up a batch are left out at the end."""
+
+    def __init__(self, model: Any):
+        super().__init__()
+        self.tower, self.connector = model.model.vision_model, model.model.connector
+        self.patch = model.config.vision_config.patch_size
+
+    def forward(self, pixel_values: torch.Tensor, pixel_attention_mask: torch.Tensor) -> torch.Tensor:
+        """[batch, tiles, channels, height, width] and [batch, tiles, height, width] to [real tiles, features, hidden + 1]."""
+        pixels, mask = pixel_values.flatten(0, 1), pixel_attention_mask.flatten(0, 1)
+        real = (pixels != 0).flatten(1).any(-1)
+        patches = mask.unfold(1, self.patch, self.patch).unfold(2, self.patch, self.patch)
+        seen_patches = (patches.sum((-1, -2)) > 0) | ~real[:, None, None]  # a tile of nothing would be NaN
+        pixels = pixels.to(next(self.tower.parameters()).dtype)
+        states = self.tower(pixel_values=pixels, patch_attention_mask=seen_patches).last_hidden_state
+        return with_flag(self.connector(states), IMAGE_FLAG)[real]
 
 
 class Embedding(nn.Module):
@@ -131,8 +164,9 @@ class Decoder(nn.Module):
     shifts: torch.Tensor
     end_logits: torch.Tensor
 
-    def __init__(self, model: Any, end_ids: Sequence[int]):
+    def __init__(self, model: Any, masks: Callable[..., Any], end_ids: Sequence[int]):
         super().__init__()
+        self.masks = masks
         self.language_model, self.head = model.get_decoder(), model.get_output_embeddings()
         corrections = model.shiftdc_corrections
         self.register_buffer("directions", torch.stack([c.direction.float() for c in corrections]))
@@ -173,8 +207,8 @@ class Decoder(nn.Module):
         )
         cache = DynamicCache([(past[i], past[i + 1]) for i in range(0, len(past), 2)])
         states = self.language_model(
-            inputs_embeds=x, attention_mask=additive_mask(attended, time, x.dtype), position_ids=positions, past_key_values=cache,
-            use_cache=True, shiftdc_graph=calibration,
+            inputs_embeds=x, attention_mask=self.masks(attended, image, x.dtype, self.language_model.config),
+            position_ids=positions, past_key_values=cache, use_cache=True, shiftdc_graph=calibration,
         ).last_hidden_state  # fmt: skip
         logits = self.head(states).float()
         # transformers.js stops when all rows end in the same step: one that has ended goes on ending
@@ -182,7 +216,7 @@ class Decoder(nn.Module):
         logits = torch.where(ended[:, None, None], self.end_logits, logits)
         coordinates = torch.stack(calibration.coordinates, 1)
         presents = [t for layer in cache.layers for t in (layer.keys, layer.values)]
-        presents[0] = presents[0] * attended[:, None, :, None].to(presents[0].dtype)
+        presents[0] = marked(presents[0], attended)
         return logits, coordinates, message(coordinates), *presents
 
 
@@ -196,12 +230,51 @@ def seen(attention_mask: torch.Tensor, keys: torch.Tensor, time: int) -> torch.T
     return (attention_mask > 0).long() * torch.cat([cached.long(), new], 1)
 
 
-def additive_mask(attended: torch.Tensor, time: int, dtype: torch.dtype) -> torch.Tensor:
-    """[batch, 1, time, past + time]: 0 or the lowest number. Padding attends to itself: a row of nothing would be NaN."""
-    width = attended.shape[1]
-    query, key = torch.arange(time)[:, None] + (width - time), torch.arange(width)[None]
-    allowed = ((key <= query)[None] & (attended[:, None] > 0)) | (key == query)[None]
-    return torch.where(allowed, 0.0, torch.finfo(dtype).min).to(dtype)[:, None]
+def marked(keys: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+    """`keys` [batch, heads, time, width] with zeros at padding only: the embedding of a PAD that was generated may be zero."""
+    zero = (keys.abs().sum((1, 3), keepdim=True) == 0).to(keys.dtype)
+    return (keys + torch.finfo(keys.dtype).tiny * zero) * attended[:, None, :, None].to(keys.dtype)
+
+
+def causal_mask(attended: torch.Tensor, image: torch.Tensor, dtype: torch.dtype, text: Any) -> torch.Tensor:
+    """[batch, 1, time, past + time] for a decoder whose tokens see all before them; 0 or the lowest number.
+
+    attended [batch, past + time]: no padding; image [batch, time]: tokens of an image; text: the decoder's config.
+    """
+    return additive(causal(attended, image), attended, dtype)
+
+
+def gemma3_masks(attended: torch.Tensor, image: torch.Tensor, dtype: torch.dtype, text: Any) -> dict[str, torch.Tensor]:
+    """Masks by kind of layer: tokens of one image see each other, and some layers look back a window only."""
+    query, key = _indices(attended, image)
+    first = image & ~torch.nn.functional.pad(image, (1, 0))[:, :-1]
+    block = torch.where(image, first.long().cumsum(1), 0)
+    past = torch.zeros_like(attended)[:, : attended.shape[1] - image.shape[1]]
+    same = (block[:, :, None] == torch.cat([past, block], 1)[:, None]) & (block > 0)[:, :, None]
+    near = (key > query - text.sliding_window)[None]
+    allowed = causal(attended, image)
+    return {
+        "full_attention": additive(allowed | same, attended, dtype),
+        "sliding_attention": additive((allowed & near) | same, attended, dtype),
+    }
+
+
+def causal(attended: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
+    """bool [batch, time, past + time]: keys at or before the query that are no padding."""
+    query, key = _indices(attended, image)
+    return (key <= query)[None] & (attended[:, None] > 0)
+
+
+def additive(allowed: torch.Tensor, attended: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`allowed` as numbers to add to scores. Padding attends to itself: a row of nothing would be NaN."""
+    query, key = _indices(attended, allowed[:, :, 0])
+    return torch.where(allowed | (key == query)[None], 0.0, torch.finfo(dtype).min).to(dtype)[:, None]
+
+
+def _indices(attended: torch.Tensor, fed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Places of queries [time, 1] and keys [1, past + time] in the whole sequence."""
+    width, time = attended.shape[1], fed.shape[1]
+    return torch.arange(time)[:, None] + (width - time), torch.arange(width)[None]
 
 
 def read_message(position_ids: torch.Tensor, layers: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -224,14 +297,24 @@ def message(coordinates: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class GraphFamily:
-    """What differs between families."""
+    """What differs between families.
 
-    #: model_type under which transformers.js loads it
+    js_type: model_type under which transformers.js loads it. masks: attention masks of the decoder, as `causal_mask`.
+    image_text: from a processor and the number of features of an image, what the chat template writes for an image, and what
+    the processor puts there; None where that depends on the picture.
+    """
+
     js_type: str
     vision: Callable[[Any], nn.Module]
+    masks: Callable[..., Any]
+    image_text: Callable[[Any, int], tuple[str, str]] | None
 
 
-FAMILIES = {"llava": GraphFamily("llava", LlavaVision)}
+FAMILIES = {
+    "llava": GraphFamily("llava", LlavaVision, causal_mask, lambda p, n: (p.image_token, p.image_token * n)),
+    "idefics3": GraphFamily("idefics3", Idefics3Vision, causal_mask, None),
+    "gemma3": GraphFamily("gemma3", Gemma3Vision, gemma3_masks, lambda p, n: (p.boi_token, p.full_image_sequence)),
+}
 
 
 def graph_family(name: str) -> GraphFamily:
@@ -241,15 +324,13 @@ def graph_family(name: str) -> GraphFamily:
     return FAMILIES[name]
 
 
-def export_graphs(
-    vlm: Any, family: GraphFamily, end_ids: Sequence[int], graphs: Sequence[str] = GRAPHS
-) -> dict[str, Any]:
+def export_graphs(vlm: Any, family: GraphFamily, end_ids: Sequence[int], graphs: Sequence[str] = GRAPHS) -> dict[str, Any]:
     """onnx_ir models by graph name, of a calibrated model in its own dtype on the CPU."""
     model = vlm.model
     exports: dict[str, Callable[[], Any]] = {
         VISION: lambda: _exported_vision(vlm, family.vision(model).eval()),
         EMBED: lambda: _exported_embedding(Embedding(model, end_ids).eval()),
-        DECODER: lambda: _exported_decoder(model, Decoder(model, end_ids).eval()),
+        DECODER: lambda: _exported_decoder(model, Decoder(model, family.masks, end_ids).eval()),
     }
     with torch.no_grad():
         return {graph: exports[graph]() for graph in graphs}
@@ -259,9 +340,17 @@ def _exported_vision(vlm: Any, module: nn.Module) -> Any:
     from PIL import Image
 
     grey = Image.new("RGB", (64, 48), (127, 127, 127))
-    pixels = vlm.encode(["a", "b"], [grey, grey])["pixel_values"].float()
-    dims = ({0: torch.export.Dim("num_images")},)
-    return _exported(module, (pixels,), dims, ["pixel_values"], ["image_features"])
+    encoded = vlm.encode(["a", "b"], [grey, grey])
+    inputs = {name: encoded[name] for name in inspect.signature(module.forward).parameters}
+    if "pixel_attention_mask" in inputs:
+        inputs["pixel_attention_mask"] = inputs["pixel_attention_mask"].bool()  # as transformers.js makes it
+    if inputs["pixel_values"].ndim == 4:
+        dims: dict[int, Any] = {0: torch.export.Dim("num_images")}
+    else:
+        dims = {0: torch.export.Dim("batch_size"), 1: torch.export.Dim("num_images")}
+    exported = _exported(module, tuple(inputs.values()), tuple(dims for _ in inputs), list(inputs), ["image_features"])
+    _name_dimension(exported, "image_features", 0, "num_images" if len(inputs) == 1 else "num_tiles")
+    return exported
 
 
 def _exported_embedding(module: nn.Module) -> Any:
@@ -309,6 +398,9 @@ def _exported_decoder(model: Any, module: Decoder) -> Any:
         for hook in module.hooks:
             hook.remove()
     _make_optional(exported, defaults)
+    _name_dimension(exported, TARGET, 0, "shiftdc_rows")  # one row for all, or a row each
+    for name in present_names(layers):
+        _name_dimension(exported, name, 2, "total_sequence_length")
     return exported
 
 
@@ -322,15 +414,18 @@ def _exported(module: nn.Module, inputs: tuple, dims: tuple, names: list[str], o
 
 
 def _make_optional(exported: Any, defaults: dict[str, torch.Tensor]) -> None:
-    """Give graph inputs a default value, which a runtime may override, and the cache's outputs a name for their length."""
+    """Give graph inputs a default value, which a runtime may override."""
     import onnx_ir as ir
 
-    for value in exported.graph.outputs:
-        if value.name.startswith("present."):
-            value.shape = ir.Shape([value.shape[0], value.shape[1], "total_sequence_length", value.shape[3]])
     for value in exported.graph.inputs:
         if value.name in defaults:
-            if value.name == TARGET:  # one row for all, or a row each
-                value.shape = ir.Shape(["shiftdc_rows", value.shape[1]])
             value.const_value = ir.tensor(defaults[value.name].numpy(), name=value.name)
             exported.graph.register_initializer(value)
+
+
+def _name_dimension(exported: Any, name: str, dimension: int, symbol: str) -> None:
+    """Name a dimension of a graph's input or output."""
+    import onnx_ir as ir
+
+    value = next(v for v in [*exported.graph.inputs, *exported.graph.outputs] if v.name == name)
+    value.shape = ir.Shape([symbol if i == dimension else size for i, size in enumerate(value.shape)])

@@ -32,7 +32,7 @@ OPTIONAL = (MODE, TARGET, STRENGTH, ONE_SIDED)
 #: Outputs of the decoder: `x.d` of the last token at every calibrated layer, float32 [batch, layers]; the same as a message.
 COORDINATES, MESSAGE = "shiftdc_coordinates", "shiftdc_reference"
 
-#: The last channel of `inputs_embeds` says what a token is: part of an image, or one that ends a reply (EOS, PAD).
+#: The last channel of `inputs_embeds` says what a token is: part of an image, or one that ends a reply.
 IMAGE_FLAG, END_FLAG = 1.0, 2.0
 
 

@@ -16,19 +16,27 @@ from exporter.errors import InputError
 
 
 class PromptWriter:
-    """Chat template and tokenizer; one image token is written as many times as an image has features."""
+    """Chat template and tokenizer.
 
-    def __init__(self, folder: Path, image_token_id: int, features_per_image: int):
+    image: what the template writes for an image, and what a model reads in its place; None where that depends on the picture.
+    """
+
+    def __init__(self, folder: Path, image: Sequence[str] | None):
         config = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
-        self.image_token_id, self.features_per_image = image_token_id, features_per_image
+        self.image = image
         self.special = {k: _text(v) for k, v in config.items() if k.endswith("_token") and v is not None}
         self.template = _environment().from_string(config["chat_template"])
 
     def __call__(self, request: str, images: int) -> list[int]:
-        """Token ids of one user turn with the generation prompt behind it."""
+        """Token ids of one user turn with the generation prompt behind it. Raises InputError."""
+        if images and self.image is None:
+            raise InputError(
+                "This family's prompts depend on the size of the picture; make input_ids and pixels with its processor, and give "
+                "them to generate()."
+            )
         pictures = [{"type": "image"}] * images
         turns = [{"role": "user", "content": [*pictures, {"type": "text", "text": request}]}]
         try:
@@ -36,10 +44,12 @@ class PromptWriter:
         except TemplateError as error:
             raise InputError(f"The chat template does not take this prompt ({error}); ask another way.") from None
         starts = prompt.startswith(self.special.get("bos_token") or "\0")
-        ids = self.tokenizer.encode(prompt, add_special_tokens=not starts).ids
-        if ids.count(self.image_token_id) != images:
-            raise InputError("The request holds the text of an image token; leave it out.")
-        return [t for i in ids for t in [i] * (self.features_per_image if i == self.image_token_id else 1)]
+        if self.image is not None:
+            placeholder, written = self.image
+            if prompt.count(placeholder) != images:
+                raise InputError(f"The request holds {placeholder!r}, which stands for an image; leave it out.")
+            prompt = prompt.replace(placeholder, written)
+        return self.tokenizer.encode(prompt, add_special_tokens=not starts).ids
 
     def text(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(list(ids), skip_special_tokens=True).strip()

@@ -22,7 +22,7 @@ from PIL import Image
 
 from exporter.errors import InputError
 from exporter.modeling.modeling_shiftdc_prompts import PromptPieces
-from exporter.onnx_images import ImageProcessor, Pixels
+from exporter.onnx_images import ImageProcessor
 from exporter.onnx_interface import (
     AMOUNTS,
     COORDINATES,
@@ -88,8 +88,7 @@ class OnnxShiftDC:
         self.eos = [eos] if isinstance(eos, int) else list(eos)
         self.pad = ends.get("pad_token_id", self.eos[0])
         self.pieces = PromptPieces(settings["prompt"], self.image_token_id)
-        self.writer = PromptWriter(folder, self.image_token_id, settings["onnx"]["features_per_image"])
-        self.images = ImageProcessor(_read(folder, "preprocessor_config.json"))
+        self.writer = PromptWriter(folder, settings["onnx"]["image"])
         self.sessions = {graph: _session(folder, graph_file(graph, precision), threads) for graph in GRAPHS}
         self._empty = self._empty_cache()
 
@@ -100,7 +99,9 @@ class OnnxShiftDC:
         pictures = list(images) if images is not None else [None] * len(requests)
         ids = [self.writer(r, int(p is not None)) for r, p in zip(requests, pictures, strict=True)]
         shown = [p for p in pictures if p is not None]
-        return self.padded(ids, {"pixel_values": self.images(shown)} if shown else {})
+        if not shown:
+            return self.padded(ids)
+        return self.padded(ids, {"pixel_values": ImageProcessor(_read(self.folder, "preprocessor_config.json"))(shown)})
 
     def padded(self, prompts: Sequence[Sequence[int]], vision: dict[str, Any] | None = None) -> Prompts:
         width = max(map(len, prompts))

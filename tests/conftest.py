@@ -11,8 +11,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # two xdist workers share two cor
 import with_torchvision  # noqa: F401, I001 (before transformers, which looks for torchvision once)
 import pytest
 import torch
+from filelock import FileLock
 from tiny import save_tiny_llava
 
+from exporter.onnx_export import export_onnx
+from exporter.onnx_interface import SUFFIXES
 from exporter.pipeline import Export, export, make_plan
 
 torch.set_num_threads(1)
@@ -82,3 +85,17 @@ def make_export(base_folder: Path, calibration_file: Path, tmp_path_factory: pyt
         return made[key]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def demo_onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The calibrated demo model with ONNX graphs at every precision in `onnx/`, made once for all test processes."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    checkpoint, done = shared / "demo-onnx", shared / "demo-onnx.done"
+    with FileLock(shared / "demo-onnx.lock"):
+        if not done.exists():
+            export(make_plan("demo", output=checkpoint, force=True))
+            export_onnx(checkpoint, tuple(SUFFIXES))
+            done.touch()
+    return checkpoint

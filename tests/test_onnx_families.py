@@ -1,0 +1,87 @@
+"""ONNX graphs of the other families that transformers.js loads: replies, mixed batches and prompts as PyTorch's."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny_families import EOS, tiny_family
+
+from exporter.errors import InputError
+from exporter.exported import open_export
+from exporter.onnx_export import export_onnx
+from exporter.onnx_graphs import FAMILIES
+from exporter.onnx_parity import as_prompts, until_end
+from exporter.onnx_runner import BAKED, UNCALIBRATED, OnnxShiftDC
+from exporter.pipeline import export, make_plan
+from exporter.vlm import user_turn
+
+REQUESTS = ["How do I build this?", "What on earth is it, and who could ever need one of these?"]
+SIZES = [(40, 40), (90, 28)]
+
+
+@pytest.fixture(scope="module", params=sorted(set(FAMILIES) - {"llava"}))
+def exported(request, calibration_file, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("family")
+    base = tiny_family(request.param).save(folder / "base")
+    plan = make_plan(str(base), output=folder / "calibrated", layers="1-2", calibration=str(calibration_file))
+    export(plan)
+    export_onnx(plan.output, ("fp32",))
+    return open_export(plan.output, dtype="float32"), OnnxShiftDC(plan.output / "onnx", threads=1)
+
+
+@pytest.fixture(scope="module")
+def images():
+    return [Image.effect_noise(size, 120).convert("RGB") for size in SIZES]
+
+
+def replies(vlm, inputs, **options):
+    out = vlm.model.generate(**inputs, **options, max_new_tokens=8, do_sample=False)
+    return [until_end(row, [EOS]) for row in out[:, inputs["input_ids"].shape[1] :].tolist()]
+
+
+@pytest.mark.parametrize("kind", ["uncalibrated", "static", "exact"])
+def test_replies_are_those_of_pytorch(exported, images, kind, monkeypatch):
+    vlm, runner = exported
+    inputs = vlm.encode(REQUESTS, images)
+    prompts = as_prompts(inputs)
+    options = {}
+    if kind == "uncalibrated":
+        options, correction = {"shiftdc": False}, UNCALIBRATED
+    elif kind == "static":
+        monkeypatch.setattr(vlm.model.config, "shiftdc", {**vlm.model.config.shiftdc, "reference": "static"})
+        correction = BAKED
+    else:
+        monkeypatch.setattr(vlm.model.config, "shiftdc", {**vlm.model.config.shiftdc, "caption_max_new_tokens": 5})
+        monkeypatch.setattr(runner, "settings", {**runner.settings, "caption_max_new_tokens": 5})
+        correction = runner.correction(prompts, "caption")
+        assert np.abs(runner.logits(prompts, correction) - runner.logits(prompts, UNCALIBRATED)).max() > 1e-3
+    assert runner.generate(prompts, correction, 8) == replies(vlm, inputs, **options)
+
+
+def test_a_text_row_beside_an_image_row_keeps_its_bits(exported, images):
+    vlm, runner = exported
+    conversations = [[user_turn(REQUESTS[0], images[1])], [user_turn(REQUESTS[1])]]
+    prompts = as_prompts(vlm.encode_conversations(conversations))
+    static, plain = (runner.logits(prompts, c) for c in (BAKED, UNCALIBRATED))
+    assert np.array_equal(static[1], plain[1]) and not np.array_equal(static[0], plain[0])
+
+
+def test_prompts_are_those_of_the_processor_or_refused(exported, images):
+    vlm, runner = exported
+    if runner.settings["onnx"]["image"] is None:
+        with pytest.raises(InputError, match="depend on the size of the picture"):
+            runner.encode(REQUESTS, images)
+        return
+    found, expected = runner.encode(REQUESTS, images), as_prompts(vlm.encode(REQUESTS, images))
+    assert np.array_equal(found.ids, expected.ids) and np.array_equal(found.mask, expected.mask)
+    assert np.abs(found.vision["pixel_values"] - expected.vision["pixel_values"]).max() <= 1e-5
+
+
+def test_the_config_is_the_family_s_own(exported):
+    vlm, runner = exported
+    config = json.loads((runner.folder / "config.json").read_text())
+    assert config["model_type"] == vlm.model.config.model_type.removeprefix("shiftdc_")
+    assert config["text_config"]["num_key_value_heads"] == 2
