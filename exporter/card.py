@@ -86,6 +86,7 @@ def render_card(
         reference_text=REFERENCE_TEXT[recipe.reference],
         cost_text=COST_TEXT[recipe.reference].format(tokens=recipe.caption_max_new_tokens),
         inherited=inherited,
+        onnx=report.get("onnx"),
         version=report["versions"]["shiftdc-export"],
     )
 

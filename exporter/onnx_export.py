@@ -19,8 +19,9 @@ import torch
 from exporter.bake import REPORT, swap
 from exporter.errors import InputError, VerificationError
 from exporter.exported import open_export, read_report
-from exporter.onnx_graphs import GraphFamily, export_graphs, graph_family
+from exporter.onnx_graphs import GraphFamily, graph_family
 from exporter.onnx_interface import EMBED, GRAPHS, SUFFIXES, graph_file
+from exporter.onnx_trace import export_graphs
 
 FOLDER = "onnx"
 #: Packages of the extra `onnx`.
@@ -58,6 +59,8 @@ def export_onnx(checkpoint: Path, precisions: Sequence[str], progress: Progress 
 
     Raises InputError, and VerificationError where a precision does not give what PyTorch gives; then nothing is left of it.
     """
+    if not (checkpoint / REPORT).is_file():
+        raise InputError(f"CHECKPOINT: {checkpoint} has no {REPORT}; give a folder that shiftdc-export wrote.")
     report = read_report(checkpoint)
     family = check_family(report["recipe"]["family"])
     target = checkpoint / FOLDER
@@ -140,10 +143,14 @@ def _is_ours(folder: Path) -> bool:
 
 
 def _attach(checkpoint: Path, entry: dict[str, Any]) -> None:
+    """Put the entry into the report, and what the graphs are into the card."""
+    from exporter.evidence import card_of
+
     report = {**read_report(checkpoint), "onnx": entry}
     partial = checkpoint / f"{REPORT}.partial"
     partial.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", "utf-8")
     partial.replace(checkpoint / REPORT)
+    (checkpoint / "README.md").write_text(card_of(checkpoint, report), "utf-8")
 
 
 @contextmanager

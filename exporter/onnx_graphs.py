@@ -1,11 +1,10 @@
-"""The three graphs of an export as torch modules, and their export: vision encoder, token embedding, calibrated decoder.
+"""The three graphs of an export as torch modules: vision encoder, token embedding, calibrated decoder.
 
 Names and dimensions are those that transformers.js expects; onnx_interface.py says how a reference reaches the decoder.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,29 +14,9 @@ from torch import nn
 from transformers import DynamicCache
 
 from exporter.errors import InputError
-from exporter.onnx_interface import (
-    AMOUNTS,
-    COORDINATES,
-    DECODER,
-    EMBED,
-    END_FLAG,
-    EXACT,
-    GRAPHS,
-    IMAGE_FLAG,
-    MESSAGE,
-    MODE,
-    OFF,
-    ONE_SIDED,
-    SCALE,
-    STATIC,
-    STRENGTH,
-    TARGET,
-    VISION,
-    past_names,
-    present_names,
-)
+from exporter.onnx_attention import causal_mask, gemma3_masks, marked, seen
+from exporter.onnx_interface import AMOUNTS, END_FLAG, EXACT, IMAGE_FLAG, OFF, SCALE, STATIC
 
-OPSET = 18
 #: A position that no message has: what lies behind a message's last number.
 _NOTHING = torch.iinfo(torch.int64).min
 
@@ -220,63 +199,6 @@ class Decoder(nn.Module):
         return logits, coordinates, message(coordinates), *presents
 
 
-def seen(attention_mask: torch.Tensor, keys: torch.Tensor, time: int) -> torch.Tensor:
-    """int64 [batch, past + time]: 1 where a position is no padding.
-
-    While decoding transformers.js gives a mask of ones; the first layer's cached keys are zeros at padding.
-    """
-    cached = keys.abs().sum((1, 3)) > 0
-    new = torch.ones_like(attention_mask[:, -time:])
-    return (attention_mask > 0).long() * torch.cat([cached.long(), new], 1)
-
-
-def marked(keys: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
-    """`keys` [batch, heads, time, width] with zeros at padding only: the embedding of a PAD that was generated may be zero."""
-    zero = (keys.abs().sum((1, 3), keepdim=True) == 0).to(keys.dtype)
-    return (keys + torch.finfo(keys.dtype).tiny * zero) * attended[:, None, :, None].to(keys.dtype)
-
-
-def causal_mask(attended: torch.Tensor, image: torch.Tensor, dtype: torch.dtype, text: Any) -> torch.Tensor:
-    """[batch, 1, time, past + time] for a decoder whose tokens see all before them; 0 or the lowest number.
-
-    attended [batch, past + time]: no padding; image [batch, time]: tokens of an image; text: the decoder's config.
-    """
-    return additive(causal(attended, image), attended, dtype)
-
-
-def gemma3_masks(attended: torch.Tensor, image: torch.Tensor, dtype: torch.dtype, text: Any) -> dict[str, torch.Tensor]:
-    """Masks by kind of layer: tokens of one image see each other, and some layers look back a window only."""
-    query, key = _indices(attended, image)
-    first = image & ~torch.nn.functional.pad(image, (1, 0))[:, :-1]
-    block = torch.where(image, first.long().cumsum(1), 0)
-    past = torch.zeros_like(attended)[:, : attended.shape[1] - image.shape[1]]
-    same = (block[:, :, None] == torch.cat([past, block], 1)[:, None]) & (block > 0)[:, :, None]
-    near = (key > query - text.sliding_window)[None]
-    allowed = causal(attended, image)
-    return {
-        "full_attention": additive(allowed | same, attended, dtype),
-        "sliding_attention": additive((allowed & near) | same, attended, dtype),
-    }
-
-
-def causal(attended: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
-    """bool [batch, time, past + time]: keys at or before the query that are no padding."""
-    query, key = _indices(attended, image)
-    return (key <= query)[None] & (attended[:, None] > 0)
-
-
-def additive(allowed: torch.Tensor, attended: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """`allowed` as numbers to add to scores. Padding attends to itself: a row of nothing would be NaN."""
-    query, key = _indices(attended, allowed[:, :, 0])
-    return torch.where(allowed | (key == query)[None], 0.0, torch.finfo(dtype).min).to(dtype)[:, None]
-
-
-def _indices(attended: torch.Tensor, fed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Places of queries [time, 1] and keys [1, past + time] in the whole sequence."""
-    width, time = attended.shape[1], fed.shape[1]
-    return torch.arange(time)[:, None] + (width - time), torch.arange(width)[None]
-
-
 def read_message(position_ids: torch.Tensor, layers: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(kind [batch], target [batch, layers]) of what lies in `position_ids`; ordinary positions are STATIC.
 
@@ -322,110 +244,3 @@ def graph_family(name: str) -> GraphFamily:
     if name not in FAMILIES:
         raise InputError(f"ONNX: family {name!r} has no graphs yet, expected one of {', '.join(FAMILIES)}; leave --onnx out.")
     return FAMILIES[name]
-
-
-def export_graphs(vlm: Any, family: GraphFamily, end_ids: Sequence[int], graphs: Sequence[str] = GRAPHS) -> dict[str, Any]:
-    """onnx_ir models by graph name, of a calibrated model in its own dtype on the CPU."""
-    model = vlm.model
-    exports: dict[str, Callable[[], Any]] = {
-        VISION: lambda: _exported_vision(vlm, family.vision(model).eval()),
-        EMBED: lambda: _exported_embedding(Embedding(model, end_ids).eval()),
-        DECODER: lambda: _exported_decoder(model, Decoder(model, family.masks, end_ids).eval()),
-    }
-    with torch.no_grad():
-        return {graph: exports[graph]() for graph in graphs}
-
-
-def _exported_vision(vlm: Any, module: nn.Module) -> Any:
-    from PIL import Image
-
-    grey = Image.new("RGB", (64, 48), (127, 127, 127))
-    encoded = vlm.encode(["a", "b"], [grey, grey])
-    inputs = {name: encoded[name] for name in inspect.signature(module.forward).parameters}
-    if "pixel_attention_mask" in inputs:
-        inputs["pixel_attention_mask"] = inputs["pixel_attention_mask"].bool()  # as transformers.js makes it
-    if inputs["pixel_values"].ndim == 4:
-        dims: dict[int, Any] = {0: torch.export.Dim("num_images")}
-    else:
-        dims = {0: torch.export.Dim("batch_size"), 1: torch.export.Dim("num_images")}
-    exported = _exported(module, tuple(inputs.values()), tuple(dims for _ in inputs), list(inputs), ["image_features"])
-    _name_dimension(exported, "image_features", 0, "num_images" if len(inputs) == 1 else "num_tiles")
-    return exported
-
-
-def _exported_embedding(module: nn.Module) -> Any:
-    dims = ({0: torch.export.Dim("batch_size"), 1: torch.export.Dim("sequence_length")},)
-    return _exported(module, (torch.zeros(2, 5, dtype=torch.long),), dims, ["input_ids"], ["inputs_embeds"])
-
-
-def _exported_decoder(model: Any, module: Decoder) -> Any:
-    text = model.config.get_text_config()
-    layers, hidden = text.num_hidden_layers, text.hidden_size
-    heads = text.num_key_value_heads
-    width = getattr(text, "head_dim", None) or hidden // text.num_attention_heads
-    columns = len(module.shifts)
-    settings = model.config.shiftdc
-    batch, time, past = 3, 5, 7
-    rows, sequence, total, cached, told = (
-        torch.export.Dim(n)
-        for n in ("batch_size", "sequence_length", "total_sequence_length", "past_sequence_length", "position_length")
-    )
-    dtype = module.head.weight.dtype
-    defaults = {
-        MODE: torch.tensor([0]),
-        TARGET: torch.zeros(1, columns),
-        STRENGTH: torch.tensor([float(settings["strength"])]),
-        ONE_SIDED: torch.tensor([int(settings["gate"] == "one-sided")]),
-    }
-    inputs = (
-        torch.randn(batch, time, hidden + 1),
-        torch.ones(batch, past + time, dtype=torch.long),
-        torch.zeros(batch, time + 4, dtype=torch.long),
-        defaults[MODE],
-        torch.zeros(batch, columns),  # traced as a row each; one row for all is the default
-        defaults[STRENGTH],
-        defaults[ONE_SIDED],
-        *(torch.randn(batch, heads, past, width).to(dtype) for _ in range(2 * layers)),
-    )
-    shapes = (
-        {0: rows, 1: sequence}, {0: rows, 1: total}, {0: rows, 1: told}, None, {0: rows}, None, None,
-        tuple({0: rows, 2: cached} for _ in range(2 * layers)),
-    )  # fmt: skip
-    names = ["inputs_embeds", "attention_mask", "position_ids", MODE, TARGET, STRENGTH, ONE_SIDED, *past_names(layers)]
-    try:
-        exported = _exported(module, inputs, shapes, names, ["logits", COORDINATES, MESSAGE, *present_names(layers)])
-    finally:
-        for hook in module.hooks:
-            hook.remove()
-    _make_optional(exported, defaults)
-    _name_dimension(exported, TARGET, 0, "shiftdc_rows")  # one row for all, or a row each
-    for name in present_names(layers):
-        _name_dimension(exported, name, 2, "total_sequence_length")
-    return exported
-
-
-def _exported(module: nn.Module, inputs: tuple, dims: tuple, names: list[str], outputs: list[str]) -> Any:
-    program = torch.onnx.export(
-        module, inputs, input_names=names, output_names=outputs, dynamic_shapes=dims, opset_version=OPSET, dynamo=True,
-        verbose=False,
-    )  # fmt: skip
-    assert program is not None
-    return program.model
-
-
-def _make_optional(exported: Any, defaults: dict[str, torch.Tensor]) -> None:
-    """Give graph inputs a default value, which a runtime may override."""
-    import onnx_ir as ir
-
-    for value in exported.graph.inputs:
-        if value.name in defaults:
-            value.const_value = ir.tensor(defaults[value.name].numpy(), name=value.name)
-            exported.graph.register_initializer(value)
-
-
-def _name_dimension(exported: Any, name: str, dimension: int, symbol: str) -> None:
-    """Name a dimension of a graph's input or output."""
-    import onnx_ir as ir
-
-    value = next(v for v in [*exported.graph.inputs, *exported.graph.outputs] if v.name == name)
-    value.shape = ir.Shape([symbol if i == dimension else size for i, size in enumerate(value.shape)])

@@ -16,6 +16,7 @@ from exporter.onnx_graphs import FAMILIES
 from exporter.onnx_parity import as_prompts, until_end
 from exporter.onnx_runner import BAKED, UNCALIBRATED, OnnxShiftDC
 from exporter.pipeline import export, make_plan
+from exporter.recipes import load_recipe, recipe_names
 from exporter.vlm import user_turn
 
 REQUESTS = ["How do I build this?", "What on earth is it, and who could ever need one of these?"]
@@ -85,3 +86,7 @@ def test_the_config_is_the_family_s_own(exported):
     config = json.loads((runner.folder / "config.json").read_text())
     assert config["model_type"] == vlm.model.config.model_type.removeprefix("shiftdc_")
     assert config["text_config"]["num_key_value_heads"] == 2
+
+
+def test_recipes_say_which_families_have_graphs():
+    assert {r.family for r in map(load_recipe, recipe_names()) if r.onnx} == set(FAMILIES)
