@@ -163,7 +163,7 @@ def export_command(
         if with_onnx:
             from exporter.onnx_export import check_family
 
-            check_family(plan.recipe.family)
+            check_family(plan.recipe.family, plan.base.config)
         if pushed:  # whatever can stop a push stops it before hours of work
             from exporter.hub import check_base, preflight
 

@@ -9,7 +9,7 @@ import logging
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -48,10 +48,10 @@ def check_packages() -> None:
         raise InputError(f'ONNX: {missing[0]} is not installed; run: pip install "shiftdc-export[onnx]"')
 
 
-def check_family(name: str) -> GraphFamily:
-    """Raise InputError unless the extra is installed and there are graphs for a family."""
+def check_family(name: str, config: Mapping[str, Any]) -> GraphFamily:
+    """Raise InputError unless the extra is installed and there are graphs for a checkpoint of a family."""
     check_packages()
-    return graph_family(name)
+    return graph_family(name, config)
 
 
 def export_onnx(checkpoint: Path, precisions: Sequence[str], progress: Progress = _silent) -> dict[str, Any]:
@@ -62,7 +62,7 @@ def export_onnx(checkpoint: Path, precisions: Sequence[str], progress: Progress 
     if not (checkpoint / REPORT).is_file():
         raise InputError(f"CHECKPOINT: {checkpoint} has no {REPORT}; give a folder that shiftdc-export wrote.")
     report = read_report(checkpoint)
-    family = check_family(report["recipe"]["family"])
+    family = check_family(report["recipe"]["family"], json.loads((checkpoint / "config.json").read_text("utf-8")))
     target = checkpoint / FOLDER
     if target.exists() and not _is_ours(target):
         raise InputError(f"CHECKPOINT: {target} exists and is no export of this tool; move it away.")

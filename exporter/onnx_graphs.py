@@ -5,7 +5,7 @@ Names and dimensions are those that transformers.js expects; onnx_interface.py s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -239,8 +239,10 @@ FAMILIES = {
 }
 
 
-def graph_family(name: str) -> GraphFamily:
-    """Raises InputError."""
+def graph_family(name: str, config: Mapping[str, Any]) -> GraphFamily:
+    """The graphs of a family, for a checkpoint with this config.json. Raises InputError."""
     if name not in FAMILIES:
         raise InputError(f"ONNX: family {name!r} has no graphs yet, expected one of {', '.join(FAMILIES)}; leave --onnx out.")
+    if config.get("vision_config", {}).get("model_type") == "pixtral":
+        raise InputError("ONNX: Pixtral, whose pictures keep their own shape, has no graphs yet; leave --onnx out.")
     return FAMILIES[name]

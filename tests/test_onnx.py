@@ -361,7 +361,9 @@ def test_a_missing_extra_is_named(monkeypatch):
 
 def test_a_family_without_graphs_is_refused():
     with pytest.raises(InputError, match="family 'mllama' has no graphs"):
-        graph_family("mllama")
+        graph_family("mllama", {})
+    with pytest.raises(InputError, match="Pixtral"):
+        graph_family("llava", {"vision_config": {"model_type": "pixtral"}})
 
 
 def test_many_weights_lie_beside_the_graph(checkpoint, tmp_path):
