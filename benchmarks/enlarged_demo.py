@@ -2,7 +2,7 @@
 
     python benchmarks/enlarged_demo.py CHECKPOINT OUTPUT
 
-75 million parameters, 576 image tokens. Its replies mean nothing.
+72 million parameters, 576 image tokens. Its replies mean nothing.
 """
 
 from __future__ import annotations

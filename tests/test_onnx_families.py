@@ -78,7 +78,8 @@ def test_prompts_are_those_of_the_processor_or_refused(exported, images):
         return
     found, expected = runner.encode(REQUESTS, images), as_prompts(vlm.encode(REQUESTS, images))
     assert np.array_equal(found.ids, expected.ids) and np.array_equal(found.mask, expected.mask)
-    assert np.abs(found.vision["pixel_values"] - expected.vision["pixel_values"]).max() <= 1e-5
+    # torchvision, where the processor uses it, rounds a few resized pixels to the next of 256 levels
+    assert np.abs(found.vision["pixel_values"] - expected.vision["pixel_values"]).max() <= 1.01 / 127.5
 
 
 def test_the_config_is_the_family_s_own(exported):
