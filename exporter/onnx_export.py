@@ -6,8 +6,6 @@ import importlib.metadata
 import importlib.util
 import json
 import logging
-import shutil
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,12 +14,13 @@ from typing import Any
 
 import torch
 
-from exporter.bake import REPORT, swap
+from exporter.bake import REPORT
 from exporter.errors import InputError, VerificationError
 from exporter.exported import open_export, read_report
 from exporter.onnx_graphs import GraphFamily, graph_family
 from exporter.onnx_interface import EMBED, GRAPHS, SUFFIXES, graph_file
 from exporter.onnx_trace import export_graphs
+from exporter.staging import scratch, swap, write_together
 
 FOLDER = "onnx"
 #: Packages of the extra `onnx`.
@@ -66,10 +65,11 @@ def export_onnx(checkpoint: Path, precisions: Sequence[str], progress: Progress 
     target = checkpoint / FOLDER
     if target.exists() and not _is_ours(target):
         raise InputError(f"CHECKPOINT: {target} exists and is no export of this tool; move it away.")
-    with _staged(target) as folder:
+    with scratch(target, "partial") as folder:
         entry = _write(checkpoint, family, tuple(precisions), folder, progress)
         if broken := [sentence for found in entry["variants"].values() for sentence in found.pop("failures")]:
             raise VerificationError(f"The ONNX graphs are not kept, because they differ from PyTorch: {'; '.join(broken)}.")
+        swap(folder, target)
     _attach(checkpoint, entry)
     return entry
 
@@ -123,18 +123,6 @@ def _save(graphs: dict[str, Any], folder: Path, precision: str) -> None:
         save_graph(exported, folder / graph_file(graph, precision))
 
 
-@contextmanager
-def _staged(target: Path) -> Iterator[Path]:
-    """A hidden sibling of `target` that takes its place at the end; after an exception nothing is left of it."""
-    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
-    staging.chmod(0o755)
-    try:
-        yield staging
-        swap(staging, target)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
 def _is_ours(folder: Path) -> bool:
     try:
         return "shiftdc" in json.loads((folder / "config.json").read_text("utf-8"))
@@ -147,10 +135,8 @@ def _attach(checkpoint: Path, entry: dict[str, Any]) -> None:
     from exporter.evidence import card_of
 
     report = {**read_report(checkpoint), "onnx": entry}
-    partial = checkpoint / f"{REPORT}.partial"
-    partial.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", "utf-8")
-    partial.replace(checkpoint / REPORT)
-    (checkpoint / "README.md").write_text(card_of(checkpoint, report), "utf-8")
+    written = json.dumps(report, indent=2, allow_nan=False) + "\n"
+    write_together(checkpoint, {REPORT: written, "README.md": card_of(checkpoint, report)})
 
 
 @contextmanager

@@ -71,7 +71,7 @@ def staged(output: Path, force: bool) -> Iterator[Path]:
         staging = stack.enter_context(_sibling(place, force))
         yield staging
         check_output(output, force)
-        _swap(staging, place)
+        swap(staging, place)
 
 
 @contextmanager
@@ -148,13 +148,14 @@ def _clear_up(place: Path) -> None:
     for old in (f for f in beside if f.name.startswith(f".{place.name}.old-")):
         if place.exists():
             left.append(old)
-        else:  # killed between the two steps of _swap
+        else:  # killed between the two steps of swap
             old.rename(place)
     for folder in left:
         shutil.rmtree(folder)
 
 
-def _swap(staging: Path, place: Path) -> None:
+def swap(staging: Path, place: Path) -> None:
+    """Put `staging`, a sibling of purpose "partial", in the place of `place`, which may exist."""
     if not place.exists():
         staging.rename(place)
         return
