@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from hub_write import EXPIRED, FINE, READ, WRITE, Fault, Hub, serve
+from tiny import save_tiny_llava
 
 REPO = "alice/tiny-shiftdc"
 EFFECTIVE = {
@@ -97,7 +98,7 @@ def edit_report(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
     file = folder / "shiftdc_report.json"
     report = json.loads(file.read_text())
     edit(report)
-    file.write_text(json.dumps(report))
+    file.write_text(json.dumps(report, indent=2) + "\n")
 
 
 def environment(url: str, home: Path) -> dict[str, str]:
@@ -216,6 +217,16 @@ def test_base_shards_are_copied_on_the_server(hub, push, of_hub_base):
     assert done["sent_bytes"] == pytest.approx(small, abs=200)  # the card is another
     sent = {(f["path"], f["bytes"]) for f in plan["files"] if f["how"] == "sent"}
     assert {p for p, _ in sent} == set(done["sent"])
+
+
+def test_under_one_per_cent_goes_over_the_wire(hub, push, make_export, tmp_path):
+    base = save_tiny_llava(tmp_path / "base", intermediate=20_000)
+    folder = shutil.copytree(make_export(base).plan.output, tmp_path / "calibrated")
+    with_base(folder, "org/large", hub.add("org/large", base))
+    edit_report(folder, lambda report: report.update(evaluation=EFFECTIVE))
+    push(folder)
+    whole = sum(len(data) for data in hub.files(REPO).values())
+    assert 0 < sum(sent for _, _, sent in hub.received) < 0.01 * whole
 
 
 def test_a_second_push_sends_nothing(hub, push, of_hub_base):

@@ -69,10 +69,12 @@ def tiny_processor(chat_template: str | None = TEMPLATE, tokenizer: Tokenizer | 
     )  # fmt: skip
 
 
-def tiny_model(vocabulary: int, *, tied: bool = False, layers: int = 4, seed: int = 0) -> LlavaForConditionalGeneration:
+def tiny_model(
+    vocabulary: int, *, tied: bool = False, layers: int = 4, intermediate: int = 64, seed: int = 0
+) -> LlavaForConditionalGeneration:
     torch.manual_seed(seed)
     text = LlamaConfig(
-        vocab_size=vocabulary, hidden_size=32, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=4,
+        vocab_size=vocabulary, hidden_size=32, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.3, bos_token_id=1, eos_token_id=2,
         pad_token_id=3, tie_word_embeddings=tied,
     )  # fmt: skip
@@ -97,10 +99,11 @@ def save_tiny_llava(
     chat_template: str | None = TEMPLATE,
     image_token_index: bool = True,
     layers: int = 4,
+    intermediate: int = 64,
 ) -> Path:
     """Write a checkpoint as LLaVA's are published (old key layout) and return its folder."""
     processor = tiny_processor(chat_template)
-    model = tiny_model(len(processor.tokenizer), tied=tied, layers=layers).to(dtype)
+    model = tiny_model(len(processor.tokenizer), tied=tied, layers=layers, intermediate=intermediate).to(dtype)
     model.generation_config.pad_token_id = 3
     model.generation_config.eos_token_id = 2
     model.save_pretrained(folder, max_shard_size="60KB" if sharded else "5GB")
