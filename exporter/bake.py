@@ -25,9 +25,14 @@ from exporter.source import INDEX, SINGLE, BaseCheckpoint, read_header
 
 SHARD = "shiftdc.safetensors"
 REPORT = "shiftdc_report.json"
+#: Where an adapter that is not merged lies in an export. At the top transformers would take the whole for an adapter.
+ADAPTER = "adapter"
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
-def shiftdc_block(recipe: Recipe, layers: tuple[int, ...], pieces: dict[str, Any], base: BaseCheckpoint) -> dict[str, Any]:
+def shiftdc_block(
+    recipe: Recipe, layers: tuple[int, ...], pieces: dict[str, Any], base: BaseCheckpoint, adapter: Path | None = None
+) -> dict[str, Any]:
     """The `shiftdc` block of config.json."""
     return {
         "version": FORMAT_VERSION,
@@ -40,13 +45,23 @@ def shiftdc_block(recipe: Recipe, layers: tuple[int, ...], pieces: dict[str, Any
         "caption_max_new_tokens": recipe.caption_max_new_tokens,
         "prompt": pieces,
         "base_model": {"id": base.name, "revision": base.revision},
+        **({} if adapter is None else {"adapter": ADAPTER}),
     }
 
 
 def bake(
-    base: BaseCheckpoint, recipe: Recipe, directions: Directions, layers: tuple[int, ...], pieces: dict[str, Any], folder: Path
+    base: BaseCheckpoint,
+    recipe: Recipe,
+    directions: Directions,
+    layers: tuple[int, ...],
+    pieces: dict[str, Any],
+    folder: Path,
+    adapter: Path | None = None,
 ) -> dict[str, str]:
-    """Write the checkpoint into the empty `folder`; returns the SHA-256 of every base shard by its new name."""
+    """Write the checkpoint into the empty `folder`; returns the SHA-256 of every base shard by its new name.
+
+    adapter: folder of a PEFT adapter that goes along, unmerged.
+    """
     names = {shard: _shard_name(shard) for shard in base.shards}
     hashes = {}
     for shard, name in names.items():
@@ -66,7 +81,11 @@ def bake(
     classes = family(recipe.family)
     for file in classes.files:
         shutil.copyfile(file, folder / file.name)
-    config = calibrated_config(base, classes, shiftdc_block(recipe, layers, pieces, base))
+    if adapter is not None:
+        (folder / ADAPTER).mkdir()
+        for name in ADAPTER_FILES:
+            shutil.copyfile(adapter / name, folder / ADAPTER / name)
+    config = calibrated_config(base, classes, shiftdc_block(recipe, layers, pieces, base, adapter))
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
     for companion in base.companions:
         (folder / companion).parent.mkdir(parents=True, exist_ok=True)
@@ -135,7 +154,12 @@ def place(source: Path, target: Path) -> None:
     except OSError as error:
         if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP, errno.EACCES):
             raise
-    if not _reflink(source, target):
+    duplicate(source, target)
+
+
+def duplicate(source: Path, target: Path) -> None:
+    """Reflink, else copy: a file that can be changed and leaves the source alone."""
+    if not _reflink(source.resolve(), target):
         shutil.copyfile(source, target)
 
 

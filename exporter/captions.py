@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import torch
 
+from exporter.batches import Batches
 from exporter.calibration import CalibrationRow, CalibrationSet, row_image
 from exporter.recipes import Prompts
 from exporter.vlm import VLM
@@ -18,15 +19,26 @@ Progress = Callable[[str, int, int], None]
 
 @torch.no_grad()
 def captions(
-    vlm: VLM, rows: Sequence[CalibrationRow], prompts: Prompts, max_new_tokens: int, batch_size: int | None = None
+    vlm: VLM,
+    rows: Sequence[CalibrationRow],
+    prompts: Prompts,
+    max_new_tokens: int,
+    batch_size: int | None = None,
+    runner: Batches | None = None,
 ) -> Iterator[list[str]]:
     """Greedy captions in view of each row's request, in the order of `rows`, a batch at a time."""
     size = batch_size or BATCH
-    for start in range(0, len(rows), size):
-        batch = rows[start : start + size]
+    batches = [list(range(start, min(start + size, len(rows)))) for start in range(0, len(rows), size)]
+
+    def compute(indices: list[int]) -> torch.Tensor:
+        """Token ids [rows, max_new_tokens], -1 behind the last."""
+        batch = [rows[i] for i in indices]
         inputs = vlm.encode([prompts.caption_request(r.request) for r in batch], [row_image(r) for r in batch])
-        out = vlm.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-        yield [vlm.decode(row) for row in out[:, inputs["input_ids"].shape[1] :]]
+        out = vlm.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+        return torch.nn.functional.pad(out.cpu(), (0, max_new_tokens - out.shape[1]), value=-1)
+
+    for _, ids in (runner or Batches()).run("captions", batches, compute):
+        yield [vlm.decode(row[row >= 0]) for row in ids]
 
 
 def captioned(
@@ -36,11 +48,12 @@ def captioned(
     max_new_tokens: int,
     batch_size: int | None = None,
     progress: Progress = lambda stage, done, total: None,
+    runner: Batches | None = None,
 ) -> CalibrationSet:
     """The set with a caption in each row that has none."""
     missing = calibration.uncaptioned
     written: list[str] = []
-    for batch in captions(vlm, missing, prompts, max_new_tokens, batch_size):
+    for batch in captions(vlm, missing, prompts, max_new_tokens, batch_size, runner):
         written += batch
         progress("captions", len(written), len(missing))
     texts = iter(written)

@@ -87,6 +87,8 @@ def render_card(
         cost_text=COST_TEXT[recipe.reference].format(tokens=recipe.caption_max_new_tokens),
         inherited=inherited,
         onnx=report.get("onnx"),
+        adapter=report.get("adapter"),
+        quantised=report.get("measured_quantised"),
         version=report["versions"]["shiftdc-export"],
     )
 

@@ -22,6 +22,7 @@ from rich.table import Table
 from exporter import __version__
 from exporter.errors import InputError, ShiftDCError, printable
 from exporter.onnx_interface import SUFFIXES as PRECISIONS
+from exporter.ranks import first, joined, launched
 
 stderr = Console(stderr=True)
 
@@ -60,19 +61,23 @@ class DefaultToExport(click.Group):
 
 
 def _fail(ctx: click.Context, sentence: str, code: int) -> NoReturn:
-    click.echo(f"Error: {printable(sentence)}", err=True)
+    if first():  # the same error ends all processes of a run
+        click.echo(f"Error: {printable(sentence)}", err=True)
     ctx.exit(code)
 
 
 @click.group(cls=DefaultToExport, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="shiftdc-export")
-def main() -> None:
+@click.pass_context
+def main(context: click.Context) -> None:
     """Export vision-language models whose safety an image does not bend (ShiftDC, arXiv:2502.13095).
 
     \b
     shiftdc-export MODEL [OPTIONS]   calibrate a checkpoint; MODEL: Hub id, folder, or demo
     shiftdc-export COMMAND ...       one of the commands below
     """
+    if launched() > 1 and context.invoked_subcommand != "export":
+        raise InputError("torchrun splits the prompts of an export; run the other commands without it.")
 
 
 def _json_option(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -129,6 +134,10 @@ def _quiet_option(command: Callable[..., Any]) -> Callable[..., Any]:
     help="For measuring; the exported weights stay as they are.",
 )
 @click.option("--device-map", metavar="auto|DEVICE", help="accelerate's device_map.")
+@click.option("--load-in-4bit", is_flag=True, help="Measure directions on the model quantised by bitsandbytes.")
+@click.option("--load-in-8bit", is_flag=True, help="The same with 8 bits.")
+@click.option("--adapter", metavar="FOLDER|ID[@REVISION]", help="PEFT LoRA adapter to calibrate with, merged into the export.")
+@click.option("--keep-adapter", is_flag=True, help="Leave it unmerged in the export, which then needs PEFT to load.")
 @click.option("--batch-size", metavar="auto|N", default="auto", show_default=True, help="Prompts in one batch.")
 @click.option(
     "--evaluate", "evaluated", is_flag=True, help="Measure the effect on the recipe's benchmark and put it into the card."
@@ -156,26 +165,27 @@ def export_command(
     **options: Any,
 ) -> None:
     """Calibrate MODEL and write a self-contained checkpoint."""
-    with _libraries_quiet():
+    with _libraries_quiet(), joined() as ranks:
         from exporter.pipeline import export, make_plan
 
-        plan = make_plan(model, batch_size=_batch_size(batch_size), **options)
+        plan = ranks.gather(lambda: make_plan(model, batch_size=_batch_size(batch_size), **options))[ranks.rank]
         if with_onnx:
             from exporter.onnx_export import check_family
 
             check_family(plan.recipe.family, plan.base.config)
         if pushed:  # whatever can stop a push stops it before hours of work
-            from exporter.hub import check_base, preflight
-
-            if not (evaluated or allow_ineffective):
-                raise InputError("--push: the effect must be measured first; add --evaluate, or --allow-ineffective.")
-            repo_id = preflight(repo_id or plan.output.name, private=private, revision=None, create_pr=create_pr)
-            check_base(plan.base.folder, plan.base.name, plan.base.revision)
+            repo_id = ranks.share(
+                lambda: _preflight(plan, repo_id, private=private, create_pr=create_pr, measured=evaluated or allow_ineffective)
+            )
         if dry_run:
-            _print_plan(plan, as_json, repo_id if pushed else None)
+            if ranks.leads:
+                _print_plan(plan, as_json, repo_id if pushed else None)
             return
-        with _progress(quiet) as progress:
-            done = export(plan, progress)
+        with _progress(quiet or not ranks.leads) as progress:
+            done = export(plan, progress, ranks)
+    if done is None:  # the first process does the rest
+        return
+    with _libraries_quiet():
         if not as_json:
             _print_export(done)
         if evaluated:
@@ -197,6 +207,16 @@ def export_command(
             _push(plan.output, str(repo_id), quiet=quiet, as_json=False, silent=as_json, **options)
     if as_json:
         click.echo(json.dumps({"output": str(plan.output), **done.report}, indent=2))
+
+
+def _preflight(plan: Any, repo_id: str | None, *, private: bool, create_pr: bool, measured: bool) -> str:
+    from exporter.hub import check_base, preflight
+
+    if not measured:
+        raise InputError("--push: the effect must be measured first; add --evaluate, or --allow-ineffective.")
+    found = preflight(repo_id or plan.output.name, private=private, revision=None, create_pr=create_pr)
+    check_base(plan.base.folder, plan.base.name, plan.base.revision)
+    return found
 
 
 def _batch_size(text: str) -> int | None:
@@ -249,13 +269,14 @@ def _push(checkpoint: Path, repo_id: str, *, quiet: bool, as_json: bool, silent:
 
 @main.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option("--device-map", metavar="auto|DEVICE", help="accelerate's device_map, for the fresh process.")
 @_json_option
-def verify(checkpoint: Path, as_json: bool) -> None:
+def verify(checkpoint: Path, device_map: str | None, as_json: bool) -> None:
     """Check an export: files, index, buffers, and the recorded probe in a fresh process."""
     with _libraries_quiet():
         from exporter.verify import verify as run
 
-        found = run(checkpoint)
+        found = run(checkpoint, device_map)
     if as_json:
         click.echo(json.dumps({"checkpoint": str(checkpoint), **dataclasses.asdict(found)}, indent=2))
         return
@@ -435,6 +456,10 @@ def recipes(name: str | None, markdown: bool, as_json: bool) -> None:
 
 
 def _print_plan(plan: Any, as_json: bool, repo_id: str | None) -> None:
+    from exporter.pipeline import plan_needs
+
+    needed = plan_needs(plan)
+    adapter = None if plan.adapter is None else plan.adapter.report(plan.keep_adapter)
     facts = {
         "model": plan.base.name,
         "revision": plan.base.revision,
@@ -448,6 +473,11 @@ def _print_plan(plan: Any, as_json: bool, repo_id: str | None) -> None:
         "strength": plan.recipe.strength,
         "calibration": plan.calibration.summary(),
         "weights": f"{plan.base.size / 1e9:.2f} GB in {len(plan.base.shards)} safetensors files, hard-linked where possible",
+        "adapter": adapter
+        if as_json or adapter is None
+        else f"{adapter['id']}, {'merged' if adapter['merged'] else 'kept apart'}",
+        "peak memory": needed.report() if as_json else str(needed),
+        "disk": needed.disk if as_json else needed.disk_text(),
         "uploads": repo_id or "none",
     }
     if as_json:
@@ -465,7 +495,11 @@ def _print_export(done: Any) -> None:
     for warning in done.report["calibration"].get("warnings", ()):
         click.echo(f"Warning: {printable(warning)}", err=True)
     click.echo(f"  layers {_ranges(layers['chosen'])} of {layers['depth']} ({layers['criterion']})")
+    if (adapter := done.report.get("adapter")) is not None:
+        click.echo(f"  adapter {adapter['id']}: {'merged' if adapter['merged'] else 'kept apart, needs PEFT to load'}")
     click.echo(f"  verified in a fresh process: {checked.tensors} base tensors bitwise equal, probe reproduced")
+    if done.report["resumed_batches"]:
+        click.echo(f"  went on from an interrupted run: {done.report['resumed_batches']} batches were there already")
     click.echo("Next:")
     click.echo(f"  shiftdc-export generate {shlex.quote(output)} --image FILE --prompt TEXT")
     click.echo(f"  AutoModelForImageTextToText.from_pretrained({str(plan.output)!r}, trust_remote_code=True)")

@@ -17,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from exporter.activations import LastTokenStats, by_length, last_token_activations
+from exporter.batches import Batches
 from exporter.calibration import CalibrationRow, CalibrationSet, blank_image, row_image
 from exporter.errors import InputError
 from exporter.recipes import Prompts
@@ -106,6 +107,7 @@ def fit_directions(
     *,
     layers: Sequence[int] | None = None,
     batch_size: int | None = None,
+    runner: Batches | None = None,
     progress: Progress = lambda stage, done, total: None,
 ) -> Directions:
     """Measure directions at `layers` (default: all) from text alone, and how images shift along them.
@@ -114,7 +116,7 @@ def fit_directions(
     """
     modules = vlm.decoder_layers(decoder_layers)
     chosen = tuple(i for i in (range(len(modules)) if layers is None else layers) if i not in vlm.image_layers)
-    reader = _Reader(vlm, [modules[i] for i in chosen], prompts, batch_size, progress)
+    reader = _Reader(vlm, [modules[i] for i in chosen], prompts, batch_size, progress, runner or Batches())
     found = _difference(reader, calibration) if calibration.select("fit", "unsafe") else _gradient(reader, calibration)
     norm = found.vector.norm(dim=-1)
     _check_norms(norm, found.means["safe"].norm(dim=-1) if found.labelled else torch.zeros_like(norm), chosen)
@@ -130,7 +132,7 @@ def fit_directions(
         for label in ("safe", "unsafe")
         if (rows := calibration.select("held_out", label))
     }
-    image, text = reader.image_means(_image_rows(calibration))
+    image, text = reader.image_means(image_rows(calibration))
     blank, alone = reader.blank_means(_first_of_each(calibration, BLANK_IMAGES))
     shift = torch.stack([image[k] - text[k] for k in image]).mean(0)
     columns: dict[str, Sequence[Any]] = {
@@ -192,7 +194,7 @@ def _gradient(reader: _Reader, calibration: CalibrationSet) -> _Vectors:
     openers = find_openers(reader.vlm, [r.request for r in rows], prompts)
     halves, activations = (LastTokenStats(), LastTokenStats()), LastTokenStats()
     tokens = [o.token for o in openers]
-    batches = refusal_gradients(reader.vlm, reader.layers, prompts, tokens, reader.batch_size, reader.progress)
+    batches = refusal_gradients(reader.vlm, reader.layers, prompts, tokens, reader.batch_size, reader.runner, reader.progress)
     for indices, gradients, read in batches:
         activations.update(read)
         for half in (0, 1):
@@ -266,7 +268,8 @@ def _first_of_each(calibration: CalibrationSet, count: int) -> list[CalibrationR
     return chosen
 
 
-def _image_rows(calibration: CalibrationSet) -> list[CalibrationRow]:
+def image_rows(calibration: CalibrationSet) -> list[CalibrationRow]:
+    """The rows whose images are run."""
     return calibration.select("fit") if calibration.has_images else _first_of_each(calibration, RENDERED_IMAGES)
 
 
@@ -279,14 +282,18 @@ class _Reader:
     prompts: Prompts
     batch_size: int | None
     progress: Progress
+    runner: Batches
 
     def run(self, stage: str, prompts: list[list[int]]) -> Iterator[tuple[list[int], torch.Tensor]]:
         """(indices, activations [batch, layers, hidden]) of text prompts, in order of length."""
         done = 0
         batches = by_length(range(len(prompts)), [len(p) for p in prompts], self.batch_size, self.vlm.device)
-        for indices in batches:
-            inputs = self.vlm.pad([prompts[i] for i in indices])
-            yield indices, last_token_activations(self.vlm, self.layers, inputs)
+
+        def compute(indices: list[int]) -> torch.Tensor:
+            return last_token_activations(self.vlm, self.layers, self.vlm.pad([prompts[i] for i in indices]))
+
+        for indices, activations in self.runner.run(stage, batches, compute):
+            yield indices, activations
             done += len(indices)
             self.progress(stage, done, len(prompts))
 
@@ -312,9 +319,13 @@ class _Reader:
         width = len(self.vlm.token_ids(requests[0], pictures[0]()))
         batches = by_length(range(len(requests)), [width] * len(requests), self.batch_size, self.vlm.device)
         done = 0
-        for indices in batches:
+
+        def compute(indices: list[int]) -> torch.Tensor:
             inputs = self.vlm.encode([requests[i] for i in indices], [pictures[i]() for i in indices])
-            yield indices, last_token_activations(self.vlm, self.layers, inputs)
+            return last_token_activations(self.vlm, self.layers, inputs)
+
+        for indices, activations in self.runner.run(stage, batches, compute):
+            yield indices, activations
             done += len(indices)
             self.progress(stage, done, len(requests))
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,25 +14,31 @@ from typing import Any, TypeVar
 import torch
 
 from exporter import __version__
+from exporter.activations import AUTO_TOKENS
+from exporter.adapter import Adapter, changed_shards, merge, resolve_adapter
 from exporter.bake import REPORT, bake
+from exporter.batches import Batches, release
 from exporter.calibration import CalibrationSet, load_calibration
 from exporter.captions import captioned
 from exporter.card import render_card
-from exporter.directions import Directions, Progress, fit_directions, summary
+from exporter.directions import BLANK_IMAGES, Directions, Progress, fit_directions, image_rows, summary
 from exporter.errors import InputError, refusing
 from exporter.exported import load_calibrated
 from exporter.families import family
 from exporter.family_table import REFUSED
 from exporter.layer_choice import LayerChoice, choose_layers
 from exporter.manifest import CARD, hashes
+from exporter.needs import Needs, needs
 from exporter.probe import PROBE, Probe, record_probe
 from exporter.prompt_pieces import prompt_pieces
+from exporter.ranks import Ranks, launched
 from exporter.recipes import Recipe, load_recipe, parse_layers, recipe_for_family
+from exporter.resume import Store, base_identity, calibration_identity, code_identity
 from exporter.source import DEMO, BaseCheckpoint, resolve
 from exporter.staging import check_output, scratch, staged
 from exporter.sweep import Sweep, run_sweep
 from exporter.verify import Verification, verify
-from exporter.vlm import VLM, load_vlm
+from exporter.vlm import VLM, check_quantisation, load_vlm
 
 T = TypeVar("T")
 
@@ -48,6 +55,9 @@ class Plan:
     dtype: str
     device_map: str | None
     batch_size: int | None
+    adapter: Adapter | None = None
+    keep_adapter: bool = False
+    quantised: int | None = None
 
     @property
     def depth(self) -> int:
@@ -78,10 +88,22 @@ def make_plan(
     dtype: str = "auto",
     device_map: str | None = None,
     batch_size: int | None = None,
+    adapter: str | None = None,
+    keep_adapter: bool = False,
+    load_in_4bit: bool = False,
+    load_in_8bit: bool = False,
     **overrides: object,
 ) -> Plan:
     """Resolve and check all input. Raises InputError; loads and writes nothing."""
     base = resolve(model, revision)
+    quantised = _quantised(load_in_4bit, load_in_8bit)
+    check_quantisation(quantised, base)
+    if device_map is not None and launched() > 1:
+        raise InputError(
+            "--device-map: under torchrun every process loads the model on a device of its own; leave one of them out."
+        )
+    if keep_adapter and adapter is None:
+        raise InputError("--keep-adapter: there is no adapter to keep; give --adapter too.")
     default = load_recipe(recipe or recipe_name(base))
     chosen = default.with_overrides(**overrides)
     if chosen.family != base.model_type:
@@ -96,6 +118,9 @@ def make_plan(
         dtype=dtype,
         device_map=device_map,
         batch_size=batch_size,
+        adapter=None if adapter is None else resolve_adapter(adapter, base),
+        keep_adapter=keep_adapter,
+        quantised=quantised,
     )
     if plan.layers is not None and plan.layers[-1] >= plan.depth:
         raise InputError(
@@ -124,6 +149,25 @@ def check_supported(base: BaseCheckpoint, recipe: Recipe) -> None:
         raise InputError(f"MODEL: {base.name} cannot be calibrated: {reason}.")
 
 
+def _quantised(load_in_4bit: bool, load_in_8bit: bool) -> int | None:
+    if load_in_4bit and load_in_8bit:
+        raise InputError("--load-in-4bit and --load-in-8bit exclude each other; give one.")
+    return 4 if load_in_4bit else 8 if load_in_8bit else None
+
+
+def plan_needs(plan: Plan) -> Needs:
+    """Memory and disk that the plan takes, from headers alone."""
+    text = text_config(plan.base)
+    rows = {"held_out": len(plan.calibration.select("held_out"))}
+    rows["all"] = len(plan.calibration.rows) + 2 * len(image_rows(plan.calibration)) + 4 * BLANK_IMAGES
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    changed = set() if plan.adapter is None or plan.keep_adapter else changed_shards(plan.adapter, plan.base)
+    return needs(
+        plan.base, text, dtype=plan.dtype, quantised=plan.quantised, tokens=AUTO_TOKENS[device], rows=rows,
+        layers=len(plan.layers or range(plan.depth)), written=sum(shard.stat().st_size for shard in changed),
+    )  # fmt: skip
+
+
 def recipe_name(base: BaseCheckpoint) -> str:
     """The recipe that fits a checkpoint. Raises InputError."""
     if base.name == DEMO:
@@ -149,48 +193,105 @@ class Measurement:
     sweep: Sweep | None = None
 
 
-def export(plan: Plan, progress: Progress = lambda stage, done, total: None) -> Export:
-    """Measure, bake, verify. Writes `plan.output` at the very end, or nothing."""
+def export(plan: Plan, progress: Progress = lambda stage, done, total: None, ranks: Ranks | None = None) -> Export | None:
+    """Measure, bake, verify. Writes `plan.output` at the very end, or nothing; None on all ranks but the first."""
+    ranks = ranks or Ranks()
     clock = Clock(progress)
-    with staged(plan.output, plan.force) as folder:  # from the start, so that two runs never work for one output
+    base = plan.base
+    with ExitStack() as stack:
+        # from the start, so that two runs never work for one output
+        folder = ranks.share(lambda: stack.enter_context(staged(plan.output, plan.force)))
+        store = ranks.share(lambda: Store.open(fingerprint(plan)))
+        plan = stack.enter_context(adapted(plan, clock, ranks))
+        measured, probe = measure(plan, clock, Batches(ranks, store))
+        release()  # what follows loads the model again, or another process does
+        if not ranks.leads:
+            return None
         if plan.recipe.strength == "auto":
-            plan, measured = swept(plan, measure(plan, clock)[0], clock)
-            probe = clock.stage("probe", lambda: record_probe(load(plan), *probed(plan, measured)))
-        else:
-            measured, probe = measure(plan, clock)
+            plan, measured = swept(plan, measured, clock)
+        if probe is None:
+            probe = probe_unquantised(plan, measured, clock)
+            release()
         shards = clock.stage("bake", lambda: bake_measured(plan, measured, folder))
         probe.save(folder / PROBE)
-        report = make_report(plan, measured, shards)
+        report = make_report(plan, measured, shards) | {"resumed_batches": store.found}
         card = render_card(plan.base, plan.recipe, report, measured.directions.statistics, repo=plan.output.name)
         (folder / CARD).write_text(card, "utf-8")
         report["files"] = hashes(folder, known=shards)
         write_report(folder, report)  # verify reads it; the parity that it finds is added
-        verification = clock.stage("verify", lambda: verify(folder))
+        verification = clock.stage("verify", lambda: verify(folder, plan.device_map))
         report |= {"parity": verification.parity, "seconds": clock.seconds}
         write_report(folder, report)
-    return Export(plan, report, verification)
+    store.clear()
+    return Export(replace(plan, base=base), report, verification)
 
 
-def load(plan: Plan) -> VLM:
-    return load_vlm(plan.base, plan.recipe, dtype=plan.dtype, device_map=plan.device_map)
+def fingerprint(plan: Plan) -> dict[str, Any]:
+    """What the activations depend on, to the bit."""
+    return {
+        "base": base_identity(plan.base),
+        "adapter": None if plan.adapter is None else [plan.adapter.sha256, plan.keep_adapter],
+        "calibration": calibration_identity(plan.calibration),
+        "recipe": plan.recipe.model_dump(include={"family", "decoder_layers", "prompts", "layers", "caption_max_new_tokens"}),
+        "arithmetic": [plan.dtype, plan.device_map, plan.quantised, plan.batch_size],
+        "code": code_identity(),
+    }
 
 
-def measure(plan: Plan, clock: Clock) -> tuple[Measurement, Probe]:
-    """Everything that needs the base model in memory."""
+@contextmanager
+def adapted(plan: Plan, clock: Clock, ranks: Ranks) -> Iterator[Plan]:
+    """The plan on the base with its adapter merged, in a folder beside the output that is gone afterwards."""
+    adapter = plan.adapter
+    if adapter is None or plan.keep_adapter:
+        yield plan
+        return
+    with scratch(plan.output, "merged") if ranks.leads else nullcontext(Path()) as folder:
+        yield replace(plan, base=clock.stage("merge adapter", lambda: ranks.share(lambda: merge(plan.base, adapter, folder))))
+
+
+@contextmanager
+def loaded(plan: Plan, quantised: int | None = None) -> Iterator[VLM]:
+    """The base model, with what is offloaded to disk in a folder that is gone afterwards."""
+    adapter = plan.adapter.folder if plan.adapter is not None and plan.keep_adapter else None
+    options: dict[str, Any] = {"dtype": plan.dtype, "quantised": quantised, "adapter": adapter}
+    if plan.device_map is None:
+        yield load_vlm(plan.base, plan.recipe, **options)
+        return
+    with scratch(plan.output, "offload") as folder:
+        yield load_vlm(plan.base, plan.recipe, device_map=plan.device_map, offload=folder, **options)
+
+
+def measure(plan: Plan, clock: Clock, runner: Batches) -> tuple[Measurement, Probe | None]:
+    """Directions and layers; the probe too, unless it must be recorded of another model than the one loaded here."""
     recipe = plan.recipe
-    vlm = clock.stage("load", lambda: load(plan))
-    with refusing(f"MODEL: prompts of {plan.base.name} cannot be composed", "restore its chat template and tokenizer"):
-        pieces = clock.stage("prompt pieces", lambda: prompt_pieces(vlm, recipe.prompts))
-    calibration = plan.calibration
-    if calibration.uncaptioned:
-        write = (vlm, calibration, recipe.prompts, recipe.caption_max_new_tokens, plan.batch_size, clock.progress)
-        calibration = clock.stage("captions", lambda: captioned(*write))
-    options: dict[str, Any] = {"layers": plan.layers, "batch_size": plan.batch_size, "progress": clock.progress}
-    directions = clock.stage(
-        "directions", lambda: fit_directions(vlm, calibration, recipe.prompts, recipe.decoder_layers, **options)
-    )
-    measured = Measurement(directions, choose(plan, directions), pieces)
-    return measured, clock.stage("probe", lambda: record_probe(vlm, *probed(plan, measured)))
+    with ExitStack() as stack:
+        vlm = clock.stage("load", lambda: stack.enter_context(loaded(plan, plan.quantised)))
+        with refusing(f"MODEL: prompts of {plan.base.name} cannot be composed", "restore its chat template and tokenizer"):
+            pieces = clock.stage("prompt pieces", lambda: prompt_pieces(vlm, recipe.prompts))
+        calibration = plan.calibration
+        if calibration.uncaptioned:
+            write = (vlm, calibration, recipe.prompts, recipe.caption_max_new_tokens, plan.batch_size, clock.progress, runner)
+            calibration = clock.stage("captions", lambda: captioned(*write))
+        options: dict[str, Any] = {
+            "layers": plan.layers, "batch_size": plan.batch_size, "runner": runner, "progress": clock.progress,
+        }  # fmt: skip
+        directions = clock.stage(
+            "directions", lambda: fit_directions(vlm, calibration, recipe.prompts, recipe.decoder_layers, **options)
+        )
+        measured = Measurement(directions, choose(plan, directions), pieces)
+        if plan.quantised is not None or recipe.strength == "auto" or not runner.ranks.leads:
+            return measured, None
+        return measured, clock.stage("probe", lambda: record_probe(vlm, *probed(plan, measured)))
+
+
+def probe_unquantised(plan: Plan, measured: Measurement, clock: Clock) -> Probe:
+    """The probe of the weights that are exported, with the settings that a sweep may have changed."""
+
+    def record() -> Probe:
+        with loaded(plan) as vlm:
+            return record_probe(vlm, *probed(plan, measured))
+
+    return clock.stage("probe", record)
 
 
 def probed(plan: Plan, measured: Measurement) -> tuple[Directions, tuple[int, ...], Recipe, dict[str, Any]]:
@@ -215,7 +316,8 @@ def swept(plan: Plan, measured: Measurement, clock: Clock) -> tuple[Plan, Measur
 
 
 def bake_measured(plan: Plan, measured: Measurement, folder: Path) -> dict[str, str]:
-    return bake(plan.base, plan.recipe, measured.directions, measured.choice.layers, measured.pieces, folder)
+    adapter = plan.adapter.folder if plan.adapter is not None and plan.keep_adapter else None
+    return bake(plan.base, plan.recipe, measured.directions, measured.choice.layers, measured.pieces, folder, adapter)
 
 
 def choose(plan: Plan, directions: Directions) -> LayerChoice:
@@ -236,6 +338,7 @@ def make_report(plan: Plan, measured: Measurement, shards: dict[str, str]) -> di
             "architecture": family(plan.recipe.family).stock_class,
             "shards": shards,
         },
+        **({} if plan.adapter is None else {"adapter": plan.adapter.report(plan.keep_adapter)}),
         "recipe": plan.recipe.model_dump(),
         "calibration": plan.calibration.record(),
         "directions": measured.directions.origin,
@@ -253,6 +356,7 @@ def make_report(plan: Plan, measured: Measurement, shards: dict[str, str]) -> di
         },
         "device": str(torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"),
         "dtype": plan.dtype,
+        "measured_quantised": plan.quantised,  # bits; the exported weights are never quantised
     }
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from exporter.activations import by_length, last_token
+from exporter.batches import Batches
 from exporter.errors import InputError
 from exporter.frozen_norms import frozen_norms
 from exporter.judges import begins_as_refusal
@@ -117,6 +118,7 @@ def refusal_gradients(
     prompts: Sequence[list[int]],
     openers: Sequence[int],
     batch_size: int | None = None,
+    runner: Batches | None = None,
     progress: Progress = lambda stage, done, total: None,
 ) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:
     """(indices, gradients, activations) in order of length; both float32 [batch, layers, hidden], on the CPU.
@@ -125,11 +127,20 @@ def refusal_gradients(
     Prompts that the model would answer with an opener are left out.
     """
     done = 0
+    batches = by_length(range(len(prompts)), [len(p) for p in prompts], batch_size, vlm.device)
+
+    def compute(indices: list[int]) -> torch.Tensor:
+        """[rows, 2 * layers * hidden + 1]: gradients, activations, and whether the model would answer with an opener."""
+        gradients, activations, own = _gradients(vlm, layers, [prompts[i] for i in indices], openers)
+        refused = torch.tensor([[float(token in openers)] for token in own])
+        return torch.cat([gradients.flatten(1), activations.flatten(1), refused], dim=1)
+
     with frozen_norms(vlm.model), _without_weights(vlm.model):
-        for indices in by_length(range(len(prompts)), [len(p) for p in prompts], batch_size, vlm.device):
-            gradients, activations, own = _gradients(vlm, layers, [prompts[i] for i in indices], openers)
-            kept = [n for n, token in enumerate(own) if token not in openers]
-            yield [indices[n] for n in kept], gradients[kept], activations[kept]
+        for indices, values in (runner or Batches()).run("gradients", batches, compute):
+            kept = [n for n, refused in enumerate(values[:, -1].tolist()) if not refused]
+            hidden = values.shape[1] // (2 * len(layers))
+            gradients, activations = values[kept, :-1].view(len(kept), 2, len(layers), hidden).unbind(1)
+            yield [indices[n] for n in kept], gradients, activations
             done += len(indices)
             progress("gradients", done, len(prompts))
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -32,11 +32,16 @@ DOWNLOADED = ("config.json", "*.safetensors", "model.safetensors.index.json", "R
 
 @dataclass(frozen=True)
 class TensorHeader:
-    """One tensor of a safetensors file: `dtype` as safetensors names it ("F32", "BF16"), `shape`, size in `bytes`."""
+    """One tensor of a safetensors file: `dtype` as safetensors names it ("F32", "BF16"), `shape`, `bytes`, where it starts."""
 
     dtype: str
     shape: tuple[int, ...]
     bytes: int
+    start: int
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -93,7 +98,7 @@ def resolve(model: str, revision: str | None = None) -> BaseCheckpoint:
     elif (os.sep in model and model.count("/") != 1) or model.startswith((".", "~")):
         raise InputError(f"MODEL: there is no folder {model}; give a Hub id (owner/name), an existing folder, or 'demo'.")
     else:
-        folder, revision = _download(model, revision)
+        folder, revision = download(model, revision, DOWNLOADED, "MODEL")
     name = folder.name if model != DEMO and revision is None else model
     return _checked(name, revision, folder)
 
@@ -105,7 +110,8 @@ def _is_folder(path: str) -> bool:
         return False
 
 
-def _download(model: str, revision: str | None) -> tuple[Path, str]:
+def download(model: str, revision: str | None, patterns: Sequence[str], option: str) -> tuple[Path, str]:
+    """The files of a Hub model that match `patterns`, and their commit. Raises InputError, which names `option`."""
     from httpx2 import HTTPError  # what huggingface_hub speaks HTTP with
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
@@ -117,26 +123,28 @@ def _download(model: str, revision: str | None) -> tuple[Path, str]:
     )
 
     try:
-        folder = Path(snapshot_download(model, revision=revision, allow_patterns=list(DOWNLOADED)))
+        folder = Path(snapshot_download(model, revision=revision, allow_patterns=list(patterns)))
     except GatedRepoError:
-        raise InputError(f"MODEL: {model} is gated; accept its terms on its page and log in with 'hf auth login'.") from None
+        raise InputError(f"{option}: {model} is gated; accept its terms on its page and log in with 'hf auth login'.") from None
     except RevisionNotFoundError:
-        raise InputError(f"MODEL: {model} has no revision {revision!r}; give an existing branch, tag or commit.") from None
+        raise InputError(f"{option}: {model} has no revision {revision!r}; give an existing branch, tag or commit.") from None
     except RepositoryNotFoundError:
         raise InputError(
-            f"MODEL: {model} is neither an existing folder nor a model on the Hub that you can see; "
+            f"{option}: {model} is neither an existing folder nor a model on the Hub that you can see; "
             "check the spelling, or log in with 'hf auth login' if it is private."
         ) from None
     except HFValidationError:
-        raise InputError(f"MODEL: {model!r} is neither an existing folder nor a Hub id of the form owner/name.") from None
+        raise InputError(f"{option}: {model!r} is neither an existing folder nor a Hub id of the form owner/name.") from None
     except LocalEntryNotFoundError:
         raise InputError(
-            f"MODEL: {model} is not in the local cache and the Hub cannot be reached; check the connection."
+            f"{option}: {model} is not in the local cache and the Hub cannot be reached; check the connection."
         ) from None
     except OSError as error:
-        raise InputError(f"MODEL: {model} cannot be stored in the local cache ({error.strerror or error}); see to it.") from None
+        raise InputError(
+            f"{option}: {model} cannot be stored in the local cache ({error.strerror or error}); see to it."
+        ) from None
     except (HTTPError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:  # answers that are none
-        raise InputError(f"MODEL: {model} cannot be fetched from the Hub ({type(error).__name__}); try again.") from None
+        raise InputError(f"{option}: {model} cannot be fetched from the Hub ({type(error).__name__}); try again.") from None
     return folder, folder.name  # a snapshot folder is named after its commit
 
 
@@ -241,7 +249,7 @@ ITEM_BYTES = {
 }  # fmt: skip
 
 
-def read_header(file: Path) -> dict[str, TensorHeader]:
+def read_header(file: Path, option: str = "MODEL") -> dict[str, TensorHeader]:
     """Names, dtypes and shapes of a safetensors file, without its data, all checked. Raises InputError."""
     try:
         if not file.is_file():
@@ -253,15 +261,15 @@ def read_header(file: Path) -> dict[str, TensorHeader]:
                 raise UnreadableError("the header is longer than the file")
             if length > HEADER_BYTES:
                 raise UnreadableError(f"the header has more than {HEADER_BYTES:,} bytes")
-            return _tensors(parse_json(stream.read(length), unique=True), size - 8 - length)
+            return _tensors(parse_json(stream.read(length), unique=True), 8 + length, size - 8 - length)
     except struct.error:
-        raise InputError(f"MODEL: {file} is not a whole safetensors file (it has no header); fetch it again.") from None
+        raise InputError(f"{option}: {file} is not a whole safetensors file (it has no header); fetch it again.") from None
     except (OSError, UnreadableError) as error:
-        raise InputError(f"MODEL: {file} is not a whole safetensors file ({error}); fetch it again.") from None
+        raise InputError(f"{option}: {file} is not a whole safetensors file ({error}); fetch it again.") from None
 
 
-def _tensors(header: object, data_bytes: int) -> dict[str, TensorHeader]:
-    """The header's tensors, which must fill the data without gaps and overlaps."""
+def _tensors(header: object, origin: int, data_bytes: int) -> dict[str, TensorHeader]:
+    """The header's tensors, which must fill the data, from byte `origin` of the file on, without gaps and overlaps."""
     if not isinstance(header, dict):
         raise UnreadableError("the header is no JSON object")
     spans: list[tuple[int, int]] = []
@@ -273,7 +281,7 @@ def _tensors(header: object, data_bytes: int) -> dict[str, TensorHeader]:
         dtype, shape = _type(entry, name)
         if math.prod(shape) * ITEM_BYTES[dtype] != end - start:
             raise UnreadableError(f"{name[:200]} of shape {list(shape)} and dtype {dtype} cannot have {end - start} bytes")
-        found[name] = TensorHeader(dtype, shape, end - start)
+        found[name] = TensorHeader(dtype, shape, end - start, origin + start)
         spans.append((start, end))
     filled = 0
     for start, end in sorted(spans):

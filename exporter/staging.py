@@ -23,6 +23,8 @@ except ImportError:  # not on Windows: no locks, and leftovers stay
 from exporter.bake import REPORT
 from exporter.errors import InputError, WriteError
 
+#: What temporary siblings are for.
+PURPOSES = ("partial", "sweep", "merged", "offload")
 #: Bytes of a file name, less what staging adds to it.
 NAME_BYTES = 255 - len(".") - len(".partial-12345678")
 
@@ -142,7 +144,7 @@ def _sibling(place: Path, force: bool) -> Iterator[Path]:
 def _clear_up(place: Path) -> None:
     """Remove what killed runs left. Raises InputError where a run is alive."""
     beside = [f for f in place.parent.iterdir() if f.name.startswith(f".{place.name}.") and f.is_dir() and not f.is_symlink()]
-    left = [f for f in beside if f.name.startswith((f".{place.name}.partial-", f".{place.name}.sweep-"))]
+    left = [f for f in beside if f.name.startswith(tuple(f".{place.name}.{p}-" for p in PURPOSES))]
     if any(_in_use(folder) for folder in (*left, place)):  # a run that has swapped holds the lock of its output
         raise InputError(f"--output: another run is writing to {place} now; wait for its end, or give another folder.")
     for old in (f for f in beside if f.name.startswith(f".{place.name}.old-")):

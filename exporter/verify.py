@@ -37,14 +37,17 @@ class Verification:
     edited: tuple[str, ...] = ()
 
 
-def verify(folder: Path) -> Verification:
-    """Raises InputError where `folder` is no export, VerificationError where a check fails."""
+def verify(folder: Path, device_map: str | None = None) -> Verification:
+    """Raises InputError where `folder` is no export, VerificationError where a check fails.
+
+    device_map: accelerate's, for a checkpoint that one device does not hold.
+    """
     report = read_report(folder)
     changed, edited = differences(folder, report)
     problems = [*changed, *_code(folder, report), *_weights(folder, report), *_buffers(folder)]
     if problems:  # never run code that is not ours, nor load half a model
         raise VerificationError(f"{folder} failed its checks: {'; '.join(problems)}.")
-    result = _fresh_process(folder)
+    result = _fresh_process(folder, device_map)
     if result["failures"]:
         raise VerificationError(f"{folder} failed its checks: {'; '.join(result['failures'])}.")
     shards = report["base_model"]["shards"]
@@ -131,12 +134,15 @@ def _names_code(file: Path) -> bool:
     return values != without_code(values)
 
 
-def _fresh_process(folder: Path) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory(prefix="shiftdc-verify-") as modules:
-        inherited = {k: v for k, v in os.environ.items() if "TOKEN" not in k}  # it needs no access to anything
+def _fresh_process(folder: Path, device_map: str | None) -> dict[str, Any]:
+    # what is offloaded to disk may be large, and /tmp may be memory
+    beside = None if device_map is None else folder.resolve().parent
+    with tempfile.TemporaryDirectory(prefix=".shiftdc-verify-", dir=beside) as modules:
+        # it needs no access to anything, and is no part of a torchrun
+        inherited = {k: v for k, v in os.environ.items() if "TOKEN" not in k and not k.endswith(("RANK", "WORLD_SIZE"))}
         environment = {**inherited, "HF_MODULES_CACHE": modules, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
         done = subprocess.run(
-            [sys.executable, "-I", verify_worker.__file__, str(folder)],
+            [sys.executable, "-I", verify_worker.__file__, str(folder), *(() if device_map is None else (device_map, modules))],
             env=environment, capture_output=True, text=True, check=False,
         )  # fmt: skip
     if done.returncode:

@@ -1,6 +1,6 @@
 """Checks an exported checkpoint with torch, transformers and safetensors alone; run in a fresh process by verify.py.
 
-    python verify_worker.py FOLDER
+    python verify_worker.py FOLDER [DEVICE_MAP OFFLOAD_FOLDER]
 
 Prints one JSON object: {"failures": [sentence, ...], "parity": {...}}. It runs the checkpoint's modeling code: verify.py makes
 sure beforehand that this is the code of this package.
@@ -43,15 +43,23 @@ def _difference(found: torch.Tensor, expected: torch.Tensor) -> float:
     return ((found - expected).abs().max() / expected.abs().max().clamp_min(1e-6)).item()
 
 
+def _device(model: Any) -> torch.device:
+    """Where inputs go: of an offloaded model, the device on which its embeddings run."""
+    embeddings = model.get_input_embeddings()
+    place = getattr(getattr(embeddings, "_hf_hook", None), "execution_device", None)
+    return embeddings.weight.device if place is None else torch.device(place)
+
+
 @torch.no_grad()
 def reproduces_probe(folder: Path, model: Any, probe: dict[str, torch.Tensor], dtype: str) -> tuple[list[str], dict[str, Any]]:
     failures: list[str] = []
-    inputs = {k.removeprefix("input."): v.to(model.device) for k, v in probe.items() if k.startswith("input.")}
+    device = _device(model)
+    inputs = {k.removeprefix("input."): v.to(device) for k, v in probe.items() if k.startswith("input.")}
 
     def logits(**options: Any) -> torch.Tensor:
         return model(**inputs, logits_to_keep=1, **options).logits[0, -1].float().cpu()
 
-    reference = probe["reference"].to(model.device)
+    reference = probe["reference"].to(device)
     off, calibrated = logits(shiftdc=False), logits(shiftdc_reference=reference)
     strengths = [c.strength for c in model.shiftdc_corrections]
     for correction in model.shiftdc_corrections:
@@ -85,17 +93,20 @@ def reproduces_probe(folder: Path, model: Any, probe: dict[str, torch.Tensor], d
     return failures, {**parity, "uncalibrated_exact": torch.equal(off, probe["logits"])}
 
 
-def main(folder: Path) -> dict[str, Any]:
+def main(folder: Path, device_map: str | None = None, offload: str | None = None) -> dict[str, Any]:
     config = json.loads((folder / "config.json").read_text("utf-8"))
     report = json.loads((folder / "shiftdc_report.json").read_text("utf-8"))
     failures = refuses_uncalibrated_loading(folder, report["base_model"]["architecture"])
     with safe_open(folder / "assets" / "shiftdc_probe.safetensors", "pt") as stored:
         dtype = stored.metadata()["dtype"]
         probe = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (no mapping)
+    placement = {} if device_map is None else {"device_map": device_map, "offload_folder": offload}
     model, loading = AutoModelForImageTextToText.from_pretrained(
-        folder, trust_remote_code=True, dtype=getattr(torch, dtype), output_loading_info=True
+        folder, trust_remote_code=True, dtype=getattr(torch, dtype), output_loading_info=True, **placement
     )
-    model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    if device_map is None:
+        model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model = model.eval()
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if loading[kind]:
             failures.append(f"loading reports {len(loading[kind])} {kind.replace('_', ' ')} ({min(map(str, loading[kind]))})")
@@ -108,4 +119,4 @@ def main(folder: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(Path(sys.argv[1]))))
+    print(json.dumps(main(Path(sys.argv[1]), *sys.argv[2:])))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +17,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from exporter.calibration import blank_image
 from exporter.errors import InputError, refusing
 from exporter.families import Family, family
+from exporter.needs import BLOCK, is_quantised
 from exporter.recipes import Recipe
 from exporter.source import BaseCheckpoint
 
@@ -53,7 +55,11 @@ class VLM:
 
     @property
     def device(self) -> torch.device:
-        return self.model.get_input_embeddings().weight.device
+        """Where inputs go: of an offloaded model, the device on which its embeddings run."""
+        embeddings = self.model.get_input_embeddings()
+        hook = getattr(embeddings, "_hf_hook", None)
+        place = getattr(hook, "execution_device", None)
+        return embeddings.weight.device if place is None else torch.device(place)
 
     def decoder_layers(self, path: str) -> nn.ModuleList:
         """The decoder layers at `path`, checked against the config. Raises InputError."""
@@ -150,21 +156,38 @@ def _remedy(error: ImportError) -> str | None:
     return "it needs num2words; run 'pip install num2words'." if "num2words" in str(error) else None
 
 
-def load_vlm(base: BaseCheckpoint, recipe: Recipe, *, dtype: str = "auto", device_map: str | None = None) -> VLM:
-    """Load the base with transformers' own class; its repository's code is never run. Raises InputError."""
+def load_vlm(
+    base: BaseCheckpoint,
+    recipe: Recipe,
+    *,
+    dtype: str = "auto",
+    device_map: str | dict[str, str] | None = None,
+    offload: Path | None = None,
+    quantised: int | None = None,
+    adapter: Path | None = None,
+) -> VLM:
+    """Load the base with transformers' own class; its repository's code is never run. Raises InputError.
+
+    offload: folder for weights that `device_map` leaves on disk. quantised: 4 or 8 bits, by bitsandbytes. adapter: a PEFT
+    adapter's folder, added and not merged.
+    """
     processor = load_processor(base.folder, recipe)
-    options = {} if device_map is None else {"device_map": device_map}
+    options: dict[str, Any] = {} if device_map is None else {"device_map": device_map, "offload_folder": offload}
+    if quantised is not None:
+        options["quantization_config"] = _quantisation(quantised, dtype, base)
     with refusing(f"MODEL: {base.name} cannot be loaded as {recipe.family}", "fetch it again, or give another model"):
         model, report = AutoModelForImageTextToText.from_pretrained(
             base.folder, dtype=DTYPES[dtype], trust_remote_code=False, use_safetensors=True, output_loading_info=True, **options
         )
+        if adapter is not None:
+            model.load_adapter(str(adapter))
     for kind in ("missing_keys", "mismatched_keys"):
         if report[kind]:
             raise InputError(
                 f"MODEL: {base.name} does not fill the model: {len(report[kind])} {kind.replace('_', ' ')}, "
                 f"{min(map(str, report[kind]))} among them; the checkpoint is incomplete or of another architecture."
             )
-    if device_map is None and torch.cuda.is_available():
+    if device_map is None and quantised is None and torch.cuda.is_available():
         model = model.to("cuda")
     vlm = VLM(model.eval(), processor, composed_text=recipe.chat_template is not None)
     _check_answers(vlm, base.name)
@@ -182,3 +205,31 @@ def _check_answers(vlm: VLM, name: str) -> None:
             f"MODEL: {name} answers with numbers that are not finite: its weights are damaged, or too large for the dtype; "
             "fetch it again, or give --dtype float32."
         )
+
+
+def check_quantisation(quantised: int | None, base: BaseCheckpoint) -> None:
+    """Raise InputError where a quantised base cannot be had."""
+    if quantised is None:
+        return
+    option = f"--load-in-{quantised}bit"
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise InputError(f"{option}: it needs bitsandbytes, which is not installed; pip install 'shiftdc-export[quantized]'.")
+    if "quantization_config" in base.config:
+        raise InputError(f"{option}: {base.name} is stored quantised already; leave the option out.")
+    linear = [(name, t) for header in base.headers.values() for name, t in header.items() if is_quantised(name, t)]
+    odd = [f"{name} {list(t.shape)}" for name, t in linear if t.shape[1] % BLOCK]
+    if quantised == 4 and odd and not torch.cuda.is_available():
+        raise InputError(
+            f"{option}: on a CPU bitsandbytes takes widths that are multiples of {BLOCK}, found {odd[0]}; leave it out."
+        )
+
+
+def _quantisation(bits: int, dtype: str, base: BaseCheckpoint) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    if bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    stored = base.config.get("dtype") or base.config.get("torch_dtype") or "float32"
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=stored if dtype == "auto" else dtype
+    )

@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two xdist workers share two cores
+os.environ["SHIFTDC_CACHE"] = tempfile.mkdtemp(prefix="shiftdc-cache-")
 
 import with_torchvision  # noqa: F401, I001 (before transformers, which looks for torchvision once)
 import pytest

@@ -93,7 +93,7 @@ def test_links_of_a_hub_cache_are_followed(base_folder, tmp_path):
 
 
 def test_a_failed_export_leaves_nothing(base_folder, tmp_path, calibration_file, monkeypatch):
-    def fail(folder):
+    def fail(folder, device_map):
         assert (folder / "config.json").exists()
         raise VerificationError("on purpose")
 
@@ -112,7 +112,7 @@ def test_an_earlier_export_is_replaced_only_by_a_good_one(make_export, base_fold
         make_plan(str(base_folder), **settings)
     plan = make_plan(str(base_folder), force=True, **settings)
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "verify", lambda folder: (_ for _ in ()).throw(VerificationError("on purpose")))
+        patch.setattr(pipeline, "verify", lambda *_: (_ for _ in ()).throw(VerificationError("on purpose")))
         with pytest.raises(VerificationError):
             export(plan)
     assert contents(output) == before

@@ -371,6 +371,28 @@ def test_save_pretrained_round_trip(model, processor, tmp_path):
     assert torch.equal(again.eval().generate(**inputs, **GREEDY), model.generate(**inputs, **GREEDY))
 
 
+def test_a_new_lora_trains_on_top(folder, processor, tiny):
+    from peft import LoraConfig, get_peft_model
+
+    fresh = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
+    directions = [c.direction.clone() for c in fresh.shiftdc_corrections]
+    parts = rf".*{tiny.layers.split('.')[-2]}.*(q|v)_proj"
+    tuned = get_peft_model(fresh, LoraConfig(r=2, target_modules=parts, init_lora_weights=False))
+    inputs = encode(processor, ROWS)
+    labels = inputs["input_ids"].clone()
+    labels[:, :-3] = -100
+    factors = [p for p in tuned.parameters() if p.requires_grad]
+    before = tuned(**inputs, labels=labels).loss
+    before.backward()
+    assert factors and all(p.grad is not None for p in factors) and any(p.grad.abs().sum() > 0 for p in factors)
+    norm = sum(p.grad.square().sum() for p in factors)
+    torch.optim.SGD(factors, lr=(1e-3 / norm).item()).step()
+    with torch.no_grad():
+        assert tuned(**inputs, labels=labels).loss < before
+        assert not torch.equal(tuned(**inputs).logits, tuned(**inputs, shiftdc=False).logits)
+    assert all(torch.equal(c.direction, d) for c, d in zip(fresh.shiftdc_corrections, directions, strict=True))
+
+
 def edited(folder, file, **changes):
     values = json.loads((folder / file).read_text())
     (folder / file).write_text(json.dumps({**values, **changes}))

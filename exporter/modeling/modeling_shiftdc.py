@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
-from transformers.utils import logging
+from transformers.utils import is_peft_available, logging
 
 from .modeling_shiftdc_correction import ShiftDCCorrection, ShiftDCReadout, calibrate
 from .modeling_shiftdc_prompts import PromptPieces
@@ -43,6 +43,10 @@ STOCK_CLASS_GUARD = (
     "This checkpoint is calibrated by ShiftDC and would be uncalibrated in a stock class: "
     "load it with AutoModelForImageTextToText.from_pretrained(..., trust_remote_code=True)."
 )
+
+
+#: Arguments of from_pretrained() that say how to fetch, for the adapter as for the model.
+_FETCHING = ("revision", "cache_dir", "token", "local_files_only", "force_download", "proxies")
 
 
 class ShiftDCConfigMixin(_Config):
@@ -174,9 +178,31 @@ class ShiftDCMixin(_Model):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        where = {k: kwargs[k] for k in _FETCHING if kwargs.get(k) is not None}  # super() takes them out
         loaded = super().from_pretrained(*args, **kwargs)
-        (loaded[0] if isinstance(loaded, tuple) else loaded).shiftdc_check()
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model._shiftdc_load_adapter(where)
+        model.shiftdc_check()
         return loaded
+
+    def _shiftdc_load_adapter(self, where: dict[str, Any]) -> None:
+        """Load the PEFT adapter of an export with `--keep-adapter`, from a folder of its own. Raises ImportError, ValueError.
+
+        At the top transformers would take a Hub checkpoint for an adapter alone, and load the uncalibrated base model.
+        """
+        folder = self.config.shiftdc.get("adapter")
+        if folder is None:
+            return
+        if not is_peft_available():
+            raise ImportError("This checkpoint was calibrated together with its PEFT adapter and needs it: pip install peft.")
+        loading = self.load_adapter(self.name_or_path, adapter_kwargs={"subfolder": folder, **where}, use_safetensors=True)
+        if loading is None or loading.missing_keys or loading.mismatched_keys:
+            raise ValueError(f"The adapter in {folder}/ is incomplete; fetch the checkpoint again, or export it again.")
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        if self.config.shiftdc.get("adapter") is not None:
+            raise ValueError("save_pretrained() would write the adapter without the model; export again with the adapter merged.")
+        super().save_pretrained(*args, **kwargs)
 
     @property
     def shiftdc_corrections(self) -> list[ShiftDCCorrection]:
@@ -185,7 +211,9 @@ class ShiftDCMixin(_Model):
         return [layers[i].shiftdc for i in self.config.shiftdc["layers"]]
 
     def shiftdc_check(self) -> None:
-        """Raise ValueError unless every buffer is there, finite, and every direction of unit norm."""
+        """Raise ValueError unless every buffer is there, finite, and every direction of unit norm, and the adapter is there."""
+        if self.config.shiftdc.get("adapter") is not None and not getattr(self, "_hf_peft_config_loaded", False):
+            raise ValueError("This checkpoint was calibrated together with its PEFT adapter: load it with from_pretrained().")
         for layer, correction in zip(self.config.shiftdc["layers"], self.shiftdc_corrections, strict=True):
             direction, shift = correction.direction, correction.shift
             if direction.is_meta:

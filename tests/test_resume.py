@@ -1,0 +1,249 @@
+"""A run that is killed goes on where it stopped, to the bit; memory that runs out halves the batch."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from exporter.batches import Batches, out_of_memory
+from exporter.calibration import load_calibration
+from exporter.directions import fit_directions
+from exporter.errors import InputError
+from exporter.pipeline import export, fingerprint, make_plan
+from exporter.recipes import load_recipe
+from exporter.resume import CACHE, Store
+from exporter.source import resolve
+from exporter.vlm import load_vlm
+
+RECIPE = load_recipe("llava")
+
+
+@pytest.fixture(scope="module")
+def vlm(base_folder):
+    return load_vlm(resolve(str(base_folder)), RECIPE)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv(CACHE, str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def fit(vlm, calibration_file, store=None, **options):
+    calibration = load_calibration(str(calibration_file))
+    runner = Batches(store=store)
+    return fit_directions(vlm, calibration, RECIPE.prompts, RECIPE.decoder_layers, runner=runner, **options)
+
+
+class TestStore:
+    @pytest.fixture
+    def store(self, cache):
+        return Store.open({"a": 1})
+
+    def test_what_is_kept_is_found(self, store):
+        value = torch.randn(3, 2)
+        store.put("held-out text-1", value)
+        assert torch.equal(Store.open({"a": 1}).get("held-out text-1"), value)
+        assert Store.open({"a": 2}).get("held-out text-1") is None
+        assert store.get("other") is None
+
+    def test_only_the_owner_may_read(self, store):
+        store.put("x", torch.ones(2))
+        assert {f.stat().st_mode & 0o777 for f in store.folder.glob("*.safetensors")} == {0o600}
+        assert store.folder.stat().st_mode & 0o777 == 0o700
+
+    @pytest.mark.parametrize("place", [3, 20, -1])
+    def test_damage_is_found(self, store, place):
+        store.put("x", torch.ones(8))
+        file = store.folder / "x.safetensors"
+        data = bytearray(file.read_bytes())
+        data[place] ^= 1
+        file.write_bytes(data)
+        assert store.get("x") is None
+        file.write_bytes(data[:20])
+        assert store.get("x") is None
+
+    def test_another_value_under_the_old_checksum(self, store):
+        store.put("x", torch.ones(8))
+        save_file({"value": torch.zeros(8)}, store.folder / "x.safetensors", metadata={"sha256": "0" * 64})
+        assert store.get("x") is None
+
+    def test_cleared(self, store):
+        store.put("x", torch.ones(2))
+        store.clear()
+        assert not store.folder.exists()
+        store.put("x", torch.ones(2))  # another run of the same kind may still be at work
+        assert store.get("x") is not None
+
+    def test_a_cache_that_cannot_be_written(self, tmp_path, monkeypatch):
+        (tmp_path / "file").write_text("")
+        monkeypatch.setenv(CACHE, str(tmp_path / "file"))
+        with pytest.raises(InputError, match="cannot be written"):
+            Store.open({})
+        monkeypatch.delenv(CACHE)
+        monkeypatch.setenv("HOME", str(tmp_path / "file"))
+        assert Store.open({}).folder is None  # nobody asked for it: the run goes on without
+
+    def test_a_full_disk_ends_the_keeping_only(self, store, monkeypatch):
+        def full(*_, **__):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr("exporter.resume.save_file", full)
+        store.put("x", torch.ones(2))
+        assert store.folder is None
+        assert store.get("x") is None
+
+
+def test_interrupted_directions_go_on_to_the_same_bits(vlm, calibration_file, cache, monkeypatch):
+    whole = fit(vlm, calibration_file, batch_size=3)
+    calls = []
+    forward = type(vlm.model.model).forward
+
+    def counted(self, *args, **kwargs):
+        calls.append(1)
+        if stop_at == len(calls):
+            raise KeyboardInterrupt
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(vlm.model.model), "forward", counted)
+    stop_at = 0
+    fit(vlm, calibration_file, batch_size=3)
+    total = len(calls)
+    done = 0
+    for stop_at in (5, 1, 9, 0):
+        calls.clear()
+        store = Store.open({"run": 1})
+        if stop_at:
+            with pytest.raises(KeyboardInterrupt):
+                fit(vlm, calibration_file, store, batch_size=3)
+            done += stop_at - 1
+        else:
+            resumed = fit(vlm, calibration_file, store, batch_size=3)
+    assert len(calls) == total - done  # nothing was computed twice
+    assert store.found == done
+    assert torch.equal(resumed.direction, whole.direction)
+    assert torch.equal(resumed.shift, whole.shift)
+    assert resumed.statistics == whole.statistics
+
+
+def test_no_text_is_kept(vlm, calibration_file, cache):
+    store = Store.open({"run": 1})
+    fit(vlm, calibration_file, store)
+    kept = b"".join(f.read_bytes() for f in store.folder.iterdir())
+    assert len(kept) > 10_000
+    for word in (b"poison", b"grenade", b"How do I"):
+        assert word not in kept
+
+
+def test_the_fingerprint_tells_runs_apart(base_folder, calibration_file, tmp_path):
+    def of(base=base_folder, calibration=calibration_file, **options):
+        return fingerprint(make_plan(str(base), output=tmp_path / "out", layers="1", calibration=str(calibration), **options))
+
+    assert of() == of()
+    assert of(strength=0.5) == of()  # activations do not depend on it
+    more = tmp_path / "more.jsonl"
+    more.write_text(calibration_file.read_text().replace("cake", "pie"))
+    assert of() != of(calibration=more)
+    assert of() != of(dtype="bfloat16")
+    assert of() != of(batch_size=2)
+    assert of() != of(load_in_8bit=True)
+    before = of()
+    os.utime(base_folder / "model.safetensors", ns=(1, 1))
+    assert of() != before
+
+
+def test_killed_at_random_points(base_folder, calibration_file, tmp_path, cache, vlm):
+    """A real process, killed while it writes; then the run that goes on is that of an undisturbed one."""
+    arguments = [
+        "--layers",
+        "1-2",
+        "--batch-size",
+        "1",
+        "--calibration",
+        calibration_file,
+        "--output",
+        tmp_path / "out",
+        "--quiet",
+    ]
+    command = [sys.executable, "-m", "exporter", base_folder, *arguments]
+    kept = 0
+    for _ in range(2):
+        process = subprocess.Popen([str(c) for c in command], start_new_session=True)
+        wanted, deadline = kept + random.randint(1, 12), time.monotonic() + 120
+        while process.poll() is None and len(kept_files(cache)) < wanted and time.monotonic() < deadline:
+            time.sleep(0.01)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        assert kept < len(kept_files(cache))
+        kept = len(kept_files(cache))
+        assert not (tmp_path / "out").exists()
+    options = {"layers": "1-2", "calibration": str(calibration_file), "batch_size": 1}
+    done = export(make_plan(str(base_folder), output=tmp_path / "out", **options))
+    assert done.report["resumed_batches"] == kept
+    assert not any(cache.iterdir())  # nothing is kept once the export is there
+    undisturbed = fit(vlm, calibration_file, layers=[1, 2], batch_size=1)
+    found = load_file(tmp_path / "out" / "shiftdc.safetensors")
+    for layer in (1, 2):
+        expected = dict(zip(("direction", "shift"), undisturbed.of(layer), strict=True))
+        assert all(torch.equal(found[f"{RECIPE.decoder_layers}.{layer}.shiftdc.{k}"], v) for k, v in expected.items())
+
+
+def kept_files(cache: Path) -> list[Path]:
+    return list(cache.glob("*/*.safetensors"))
+
+
+class TestOutOfMemory:
+    @pytest.fixture
+    def error(self):
+        """What PyTorch raises on this machine."""
+        with pytest.raises(RuntimeError) as caught:
+            torch.empty(1 << 60)
+        return caught.value
+
+    @pytest.fixture
+    def limited(self, vlm, error):
+        """Memory for this many prompts at a time; the sizes of batches that were tried."""
+        tried = []
+
+        def limit(size):
+            def check(module, args, kwargs):
+                tried.append(len(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]))
+                if tried[-1] > size:
+                    raise error
+
+            handle = vlm.decoder_layers(RECIPE.decoder_layers)[2].register_forward_pre_hook(check, with_kwargs=True)
+            handles.append(handle)
+            return tried
+
+        handles = []
+        yield limit
+        for handle in handles:
+            handle.remove()
+
+    def test_batches_are_halved_and_stay_so(self, vlm, calibration_file, limited):
+        expected = fit(vlm, calibration_file, batch_size=8)
+        tried = limited(2)
+        found = fit(vlm, calibration_file, batch_size=8)
+        assert torch.allclose(found.direction, expected.direction, atol=1e-5)
+        assert torch.allclose(found.shift, expected.shift, atol=1e-4)
+        assert tried[:4] == [8, 4, 2, 2]
+        assert tried[3:11] == [2] * 8  # 16 prompts of the first stage, and none was tried in a larger batch again
+
+    def test_one_prompt_that_does_not_fit(self, vlm, calibration_file, limited):
+        limited(0)
+        with pytest.raises(InputError, match="one prompt does not fit into memory"):
+            fit(vlm, calibration_file, batch_size=4)
+
+    def test_other_errors_are_not_taken_for_it(self, error):
+        assert out_of_memory(error)
+        assert out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."))
+        assert not out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
