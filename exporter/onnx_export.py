@@ -66,7 +66,7 @@ def export_onnx(checkpoint: Path, precisions: Sequence[str], progress: Progress 
     if target.exists() and not _is_ours(target):
         raise InputError(f"CHECKPOINT: {target} exists and is no export of this tool; move it away.")
     with scratch(target, "partial") as folder:
-        entry = _write(checkpoint, family, tuple(precisions), folder, progress)
+        entry = _write(checkpoint, family, tuple(precisions), folder, report["recipe"]["prompts"], progress)
         if broken := [sentence for found in entry["variants"].values() for sentence in found.pop("failures")]:
             raise VerificationError(f"The ONNX graphs are not kept, because they differ from PyTorch: {'; '.join(broken)}.")
         swap(folder, target)
@@ -75,7 +75,12 @@ def export_onnx(checkpoint: Path, precisions: Sequence[str], progress: Progress 
 
 
 def _write(
-    checkpoint: Path, family: GraphFamily, precisions: tuple[str, ...], folder: Path, progress: Progress
+    checkpoint: Path,
+    family: GraphFamily,
+    precisions: tuple[str, ...],
+    folder: Path,
+    wording: dict[str, str],
+    progress: Progress,
 ) -> dict[str, Any]:
     from exporter import onnx_files, onnx_parity, onnx_variants
 
@@ -99,7 +104,7 @@ def _write(
         onnx_variants.write_int8(folder)
     if "q4" in precisions:
         onnx_variants.write_q4(folder)
-    onnx_files.write_configs(vlm, family, folder, precisions)
+    onnx_files.write_configs(vlm, family, folder, precisions, wording)
     variants = {}
     for done, precision in enumerate(precisions):
         parity = onnx_parity.compare(folder, precision, wanted)

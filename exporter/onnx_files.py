@@ -40,9 +40,13 @@ def sizes(folder: Path, precision: str) -> dict[str, int]:
     return {graph: sum(f.stat().st_size for f in folder.glob(f"{graph_file(graph, precision)}*")) for graph in GRAPHS}
 
 
-def write_configs(vlm: Any, family: GraphFamily, folder: Path, precisions: tuple[str, ...]) -> None:
-    """Everything beside the graphs."""
-    write_json(folder / "config.json", model_config(vlm, family, external_data(folder, precisions)))
+def write_configs(
+    vlm: Any, family: GraphFamily, folder: Path, precisions: tuple[str, ...], wording: dict[str, str]
+) -> None:
+    """Everything beside the graphs. `wording`: the recipe's prompts, for clients that compose texts and not token ids."""
+    config = model_config(vlm, family, external_data(folder, precisions))
+    config["shiftdc"]["onnx"]["prompts"] = wording
+    write_json(folder / "config.json", config)
     write_json(folder / "generation_config.json", generation_config(vlm.model))
     with tempfile.TemporaryDirectory() as saved:
         vlm.processor.save_pretrained(saved)
