@@ -23,8 +23,8 @@ const replies = document.querySelector(".replies");
 
 env.allowLocalModels = true;
 env.allowRemoteModels = false;
-env.useBrowserCache = false; // exports are made anew under the same address
-env.backends.onnx.wasm.wasmPaths = new URL(".", import.meta.resolve("onnxruntime-web/webgpu")).href;
+env.useBrowserCache = env.useWasmCache = false; // files are made anew under the same address
+env.backends.onnx.wasm.wasmPaths = runtime(option("device", "wasm"));
 
 form.image.addEventListener("change", showPicture);
 form.addEventListener("submit", (event) => {
@@ -36,6 +36,13 @@ for (const kind of ["dragleave", "drop"]) picture.addEventListener(kind, () => p
 
 const shiftdc = await busy(load);
 button.disabled = false;
+
+/** Files of ONNX Runtime beside its module; the build for WebGPU is twice as large. */
+function runtime(device) {
+  const name = device === "webgpu" ? "ort-wasm-simd-threaded.asyncify" : "ort-wasm-simd-threaded";
+  const address = (end) => new URL(`${name}.${end}`, import.meta.resolve("onnxruntime-web/webgpu")).href;
+  return { mjs: address("mjs"), wasm: address("wasm") };
+}
 
 async function load() {
   const loaded = {};
