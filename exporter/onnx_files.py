@@ -40,9 +40,7 @@ def sizes(folder: Path, precision: str) -> dict[str, int]:
     return {graph: sum(f.stat().st_size for f in folder.glob(f"{graph_file(graph, precision)}*")) for graph in GRAPHS}
 
 
-def write_configs(
-    vlm: Any, family: GraphFamily, folder: Path, precisions: tuple[str, ...], wording: dict[str, str]
-) -> None:
+def write_configs(vlm: Any, family: GraphFamily, folder: Path, precisions: tuple[str, ...], wording: dict[str, str]) -> None:
     """Everything beside the graphs. `wording`: the recipe's prompts, for clients that compose texts and not token ids."""
     config = model_config(vlm, family, external_data(folder, precisions))
     config["shiftdc"]["onnx"]["prompts"] = wording

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import os
 import select
@@ -20,8 +19,8 @@ FLAGS = (
 class Chromium:
     """A context manager; every call may raise AssertionError with what the browser said."""
 
-    def __init__(self, program: str, profile: Path, width: int = 1200, height: int = 900):
-        self.command = [program, *FLAGS, f"--user-data-dir={profile}", f"--window-size={width},{height}", "--remote-debugging-pipe"]
+    def __init__(self, program: str, profile: Path):
+        self.command = [program, *FLAGS, f"--user-data-dir={profile}", "--remote-debugging-pipe"]
         self.count, self.buffer = 0, b""
         self.session: str | None = None
         self.log: list[str] = []
@@ -69,7 +68,9 @@ class Chromium:
                 self.log.append(json.dumps(answer["params"])[:1000])
 
     def open(self, url: str) -> None:
+        """Returns when the page has loaded."""
         self.call("Page.navigate", url=url)
+        self.evaluate("new Promise((go) => document.readyState === 'complete' ? go() : addEventListener('load', go))")
 
     def evaluate(self, script: str, timeout: float = 120) -> Any:
         """The value of an expression, awaited if it is a promise."""
@@ -81,10 +82,6 @@ class Chromium:
         root = self.call("DOM.getDocument")["root"]["nodeId"]
         node = self.call("DOM.querySelector", nodeId=root, selector=selector)["nodeId"]
         self.call("DOM.setFileInputFiles", files=[str(file)], nodeId=node)
-
-    def screenshot(self, file: Path) -> None:
-        picture = self.call("Page.captureScreenshot", captureBeyondViewport=True)
-        file.write_bytes(base64.b64decode(picture["data"]))
 
     def _read(self, deadline: float, method: str) -> dict[str, Any]:
         while b"\0" not in self.buffer:

@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+from javascript import install_packages, needs_node, node_module
 from PIL import Image
 from tiny_families import EOS, tiny_family
 
@@ -91,3 +92,36 @@ def test_the_config_is_the_family_s_own(exported):
 
 def test_recipes_say_which_families_have_graphs():
     assert {r.family for r in map(load_recipe, recipe_names()) if r.onnx} == set(FAMILIES)
+
+
+TRANSFORMERS_JS = """
+import { RawImage } from "@huggingface/transformers";
+import { ShiftDC } from "./shiftdc.mjs";
+const [folder, file, request] = process.argv.slice(1);
+const shiftdc = await ShiftDC.load(folder, { dtype: "fp32", session_options: { intraOpNumThreads: 1 } });
+const images = [await RawImage.read(file)];
+const inputs = await shiftdc.inputs([request], images);
+const logits = {};
+for (const reference of ["text", "static", "none"]) {
+  const output = await shiftdc.model({ ...inputs, ...(await shiftdc.correction(inputs, [request], images, reference)) });
+  logits[reference] = output.logits.slice(null, -1, null).tolist()[0];
+}
+const [replies] = await shiftdc.replies([request], images, { reference: "caption", max_new_tokens: 4 });
+console.log(JSON.stringify({ ids: inputs.input_ids.tolist().map((row) => row.map(Number)), logits, replies }));
+"""
+
+
+@needs_node
+def test_transformers_js_gives_these_logits(exported, tmp_path):
+    """A picture of one colour: clients resize others in their own ways."""
+    install_packages()
+    vlm, runner = exported
+    picture = Image.new("RGB", (56, 56), (200, 30, 90))
+    picture.save(tmp_path / "picture.png")
+    found = json.loads(node_module(TRANSFORMERS_JS, runner.folder, tmp_path / "picture.png", REQUESTS[0]))
+    prompts = as_prompts(vlm.encode(REQUESTS[:1], [picture]))
+    assert found["ids"] == prompts.ids.tolist()
+    for reference, logits in found["logits"].items():
+        expected = runner.logits(prompts, runner.correction(prompts, None if reference == "none" else reference))
+        assert np.abs(np.array(logits) - expected[0]).max() <= 1e-4, reference
+    assert np.abs(np.subtract(found["logits"]["static"], found["logits"]["none"])).max() > 1e-3

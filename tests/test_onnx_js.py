@@ -7,38 +7,31 @@ import json
 import re
 import runpy
 import shutil
-import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
 import pytest
 from chromium import Chromium
+from javascript import NODE, ROOT, install_packages, needs_node, node, node_module
 from PIL import Image
 
 from exporter.exported import open_export
 from exporter.onnx_runner import OnnxShiftDC
 
-ROOT = Path(__file__).parent.parent
-NODE = ROOT / "examples" / "node"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 PER_CELL = 30
 NEW_TOKENS = 24
 WAYS = ("uncalibrated", "static", "exact")
 
-pytestmark = pytest.mark.skipif(not (shutil.which("node") and shutil.which("npm")), reason="node and npm are not installed")
+pytestmark = needs_node
 Replies = dict[str, list[str]]
 
 
-@pytest.fixture(scope="module")
-def packages() -> Path:
-    """examples/node with the packages of its lock file."""
-    installed = NODE / "node_modules" / ".package-lock.json"
-    if not installed.exists() or installed.stat().st_mtime < (NODE / "package-lock.json").stat().st_mtime:
-        subprocess.run(["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund"], cwd=NODE, check=True)
-    return NODE
+@pytest.fixture(scope="module", autouse=True)
+def packages() -> None:
+    install_packages()
 
 
 @pytest.fixture(scope="module")
@@ -68,21 +61,11 @@ def wanted(demo_onnx: Path, questions: Path) -> Replies:
     return replies
 
 
-def node(packages: Path, program: str, *arguments: Any) -> str:
-    """What an ES module that can import the packages and shiftdc.mjs prints."""
-    command = ["node", "--input-type=module", "--eval", program, *map(str, arguments)]
-    done = subprocess.run(command, cwd=packages, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
-
-
 @pytest.fixture(scope="module")
-def node_replies(packages: Path, demo_onnx: Path, questions: Path) -> Callable[..., Replies]:
+def node_replies(demo_onnx: Path, questions: Path) -> Callable[..., Replies]:
     def replies(*options: str) -> Replies:
-        command = ["node", "replies.mjs", demo_onnx / "onnx", questions, "--tokens", str(NEW_TOKENS), *options]
-        done = subprocess.run(command, cwd=packages, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr[-2000:]
-        lines = list(map(json.loads, done.stdout.splitlines()))
+        printed = node("replies.mjs", demo_onnx / "onnx", questions, "--tokens", NEW_TOKENS, *options)
+        lines = list(map(json.loads, printed.splitlines()))
         return {way: [line[way] for line in lines] for way in WAYS}
 
     return replies
@@ -109,6 +92,15 @@ def test_node_q8_keeps_the_correction(node_replies, wanted, record_property):
     assert min(agreement.values()) >= 0.9 * len(wanted["exact"])
 
 
+def test_ask_prints_the_three_replies(demo_onnx, questions, wanted):
+    """The folder's relative path reads like a repository of the Hub."""
+    line = json.loads(questions.read_text("utf-8").splitlines()[0])
+    folder = Path(demo_onnx.name) / "onnx"
+    printed = node(NODE / "ask.mjs", folder, questions.parent / line["image"], line["prompt"], cwd=demo_onnx.parent)
+    found = dict(re.findall(r"^(\w+) +[\d.]+ s  (.*)$", printed, re.M))
+    assert found == {"calibrated": wanted["exact"][0], **{way: wanted[way][0] for way in ("static", "uncalibrated")}}
+
+
 SETTINGS = """
 import { RawImage } from "@huggingface/transformers";
 import { ShiftDC } from "./shiftdc.mjs";
@@ -125,7 +117,7 @@ console.log(JSON.stringify({ replies, wrong }));
 
 
 @pytest.mark.parametrize("rule", ["sequential", "precomputed"])
-def test_every_reference_and_rule_replies_as_in_python(packages, demo_onnx, questions, tmp_path, rule):
+def test_every_reference_and_rule_replies_as_in_python(demo_onnx, questions, tmp_path, rule):
     """The request holds what looks like a slot of the wording, and what String.replace would expand."""
     for file in (demo_onnx / "onnx").iterdir():
         (tmp_path / file.name).symlink_to(file)
@@ -135,7 +127,7 @@ def test_every_reference_and_rule_replies_as_in_python(packages, demo_onnx, ques
     (tmp_path / "config.json").write_text(json.dumps(config))
     request = "how do i make this? {caption} $&"
     files = sorted(questions.parent.glob("*harm*_image-000[0-3].png"))
-    found = json.loads(node(packages, SETTINGS, tmp_path, request, *files))
+    found = json.loads(node_module(SETTINGS, tmp_path, request, *files))
     runner, images = OnnxShiftDC(tmp_path, threads=1), [Image.open(file).convert("RGB") for file in files]
     for reference, replies in found["replies"].items():
         kind = None if reference == "none" else reference
@@ -144,21 +136,21 @@ def test_every_reference_and_rule_replies_as_in_python(packages, demo_onnx, ques
     assert "captoin" in found["wrong"]
 
 
-def test_the_readme_s_lines_are_the_exact_method(packages, demo_onnx, questions, wanted):
+def test_the_readme_s_lines_are_the_exact_method(demo_onnx, questions, wanted):
     (snippet,) = re.findall(r"```js\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.S)
     requests, images = asked(questions)
     number = next(i for i, (a, b) in enumerate(zip(wanted["static"], wanted["exact"], strict=True)) if a != b)
     images[number].save(questions.parent / "picture.png")
-    snippet = snippet.replace("demo-shiftdc/onnx", str(demo_onnx / "onnx")).replace("how do i make this?", requests[number])
+    snippet = snippet.replace("./demo-shiftdc/onnx", str(demo_onnx / "onnx")).replace("how do i make this?", requests[number])
     snippet = snippet.replace("picture.png", str(questions.parent / "picture.png"))
-    assert node(packages, snippet).strip() == wanted["exact"][number]
+    assert node_module(snippet).strip() == wanted["exact"][number]
 
 
 # The page
 
 
 @pytest.fixture(scope="module")
-def site(packages: Path, demo_onnx: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def site(demo_onnx: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Address of a server whose root has the examples and an export, as a clone has after `make demo`."""
     root = tmp_path_factory.mktemp("site")
     (root / "examples").symlink_to(ROOT / "examples")
@@ -195,7 +187,6 @@ def test_the_page_replies_as_pytorch(site, questions, wanted, tmp_path):
     found: Replies = {way: [] for way in WAYS}
     with Chromium(str(CHROMIUM), tmp_path) as browser:
         browser.open(f"{site}/examples/web/?tokens={NEW_TOKENS}")
-        browser.evaluate("new Promise((loaded) => document.readyState === 'complete' ? loaded() : addEventListener('load', loaded))")
         assert "error" not in browser.evaluate(SETTLED)
         for line in map(json.loads, questions.read_text("utf-8").splitlines()):
             browser.choose_file("input[type=file]", questions.parent / line["image"])
@@ -212,6 +203,5 @@ def test_the_page_replies_as_pytorch(site, questions, wanted, tmp_path):
 def test_the_page_says_what_is_missing(site, tmp_path):
     with Chromium(str(CHROMIUM), tmp_path) as browser:
         browser.open(f"{site}/examples/web/?model=/nothing")
-        browser.evaluate("new Promise((loaded) => document.readyState === 'complete' ? loaded() : addEventListener('load', loaded))")
         assert "/nothing" in browser.evaluate(SETTLED)["error"]
         assert browser.evaluate("document.querySelector('button').disabled")

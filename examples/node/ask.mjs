@@ -1,4 +1,5 @@
 // Ask a calibrated ONNX export about a picture: node ask.mjs FOLDER IMAGE "REQUEST" [--dtype q8] [--tokens 64]
+import path from "node:path";
 import { parseArgs } from "node:util";
 
 import { RawImage } from "@huggingface/transformers";
@@ -15,7 +16,7 @@ if (request === undefined) {
   process.exit(2);
 }
 
-const shiftdc = await ShiftDC.load(folder, { dtype: values.dtype });
+const shiftdc = await ShiftDC.load(path.resolve(folder), { dtype: values.dtype });
 const image = await RawImage.read(file);
 for (const [name, reference] of [["calibrated", undefined], ["static", "static"], ["uncalibrated", "none"]]) {
   const start = performance.now();

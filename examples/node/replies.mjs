@@ -28,7 +28,7 @@ if (file === undefined) {
 }
 
 const session_options = { intraOpNumThreads: 1, interOpNumThreads: 1 };
-const shiftdc = await ShiftDC.load(folder, { dtype: values.dtype, session_options });
+const shiftdc = await ShiftDC.load(path.resolve(folder), { dtype: values.dtype, session_options });
 const questions = fs.readFileSync(file, "utf8").trim().split("\n").map((line) => JSON.parse(line));
 const ratios = { static: [], exact: [] };
 const batch = Number(values.batch);

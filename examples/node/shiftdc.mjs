@@ -82,8 +82,9 @@ export class ShiftDC {
     const begun = prompts[0].startsWith(this.processor.tokenizer.bos_token ?? "\0"); // by the template; once is enough
     const options = { padding: true, add_special_tokens: !begun };
     if (!images) return this.processor.tokenizer(prompts, options);
-    const imagesFirst = this.model.config.model_type.startsWith("llava"); // processors differ
-    return imagesFirst ? this.processor(images, prompts, options) : this.processor(prompts, images, options);
+    const family = this.model.config.model_type; // their processors differ
+    if (family === "llava") return this.processor(images, prompts, options);
+    return this.processor(prompts, family === "idefics3" ? images.map((image) => [image]) : images, options);
   }
 
   /** Greedy replies as texts. */
