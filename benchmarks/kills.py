@@ -178,7 +178,10 @@ def main(kills: int, seed: int, only: str | None) -> None:
         kinds = [only] if only else list(KINDS)
         chosen = draw.choices(kinds, [KINDS[k] for k in kinds], k=kills)
         seconds = {kind: whole_run(stage, kind) for kind in dict.fromkeys(chosen)}
-        trials = [trial(stage, kind, draw.uniform(0, 1.05 * seconds[kind])) for kind in chosen]
+        trials = []
+        for kind in chosen:
+            trials.append(trial(stage, kind, draw.uniform(0, 1.05 * seconds[kind])))
+            print(len(trials), json.dumps(trials[-1]), file=sys.stderr, flush=True)
     half = [t for t in trials if t["killed"] or t["again"]]
     print(
         json.dumps(
