@@ -300,6 +300,7 @@ def test_what_passes_is_tried_again(hub, push, of_hub_base, fault):
     [
         (Fault("POST", "/commit/", 401), "InputError: --push: the Hub does not accept the token"),
         (Fault("POST", "/commit/", 403), "InputError: --push: the token may not do this"),
+        (Fault("POST", "/commit/", 409), "PushError: --push: alice/tiny-shiftdc was changed by someone else"),
         (Fault("POST", "/commit/", 412), "PushError: --push: alice/tiny-shiftdc was changed by someone else"),
         (Fault("POST", "/commit/", 507), "PushError: --push: the Hub has no room"),
         (Fault("POST", "/commit/", 500, times=9), "PushError: --push: alice/tiny-shiftdc could not be reached or served"),
