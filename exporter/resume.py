@@ -118,6 +118,7 @@ def calibration_identity(calibration: CalibrationSet) -> dict[str, Any]:
 def code_identity() -> dict[str, str]:
     """This package's version and the hash of its code, and the versions of what computes."""
     import transformers
+    from transformers.utils import is_torchvision_available
 
     package = Path(__file__).parent
     return {
@@ -125,6 +126,7 @@ def code_identity() -> dict[str, str]:
         "code": hashlib.sha256("".join(_hashes(sorted(package.rglob("*.py")))).encode()).hexdigest(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
+        "torchvision": str(is_torchvision_available()),  # image processors with and without it differ in the last bits
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
     }
 

@@ -22,14 +22,15 @@ from exporter.resume import Store
 
 
 def torchrun(*arguments: object, cache: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "exporter"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "SHIFTDC_CACHE": str(cache)}
     return subprocess.run([*command, *map(str, arguments)], env=environment, capture_output=True, text=True, check=False)
 
 
 def test_two_ranks_export_what_one_does(make_export, base_folder, calibration_file, tmp_path):
     arguments = ("--layers", "1-2", "--calibration", calibration_file, "--output", tmp_path / "out", "--batch-size", "3")
-    done = torchrun(base_folder, *arguments, "--json", "--quiet", cache=tmp_path / "cache")
+    cli = Path(__file__).parent / "run_cli.py"
+    done = torchrun(cli, base_folder, *arguments, "--json", "--quiet", cache=tmp_path / "cache")
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)  # one process prints
     alone = make_export(batch_size=3)
@@ -50,7 +51,7 @@ def test_an_error_of_one_rank_is_one_sentence(base_folder, calibration_file, tmp
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps({**row, "image": f"{i}.png"}) + "\n" for i, row in enumerate(rows)))
     arguments = ("--layers", "1", "--calibration", file, "--output", tmp_path / "out", "--batch-size", "1", "--quiet")
-    done = torchrun(base_folder, *arguments, cache=tmp_path / "cache")
+    done = torchrun("-m", "exporter", base_folder, *arguments, cache=tmp_path / "cache")
     assert done.returncode != 0
     assert done.stderr.count("Error: --calibration: the image") == 1
     assert done.stdout == ""

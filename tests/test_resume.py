@@ -174,7 +174,7 @@ def test_killed_at_random_points(base_folder, calibration_file, tmp_path, cache,
         tmp_path / "out",
         "--quiet",
     ]
-    command = [sys.executable, "-m", "exporter", base_folder, *arguments]
+    command = [sys.executable, Path(__file__).parent / "run_cli.py", base_folder, *arguments]
     kept = 0
     for _ in range(2):
         process = subprocess.Popen([str(c) for c in command], start_new_session=True)
