@@ -93,7 +93,10 @@ class Stage:
                 return f"left behind: {left}"
             if not self.output.exists():
                 return "there is no output" if ended else None
-            verify(self.output)
+            if not ended:
+                verify(self.output)
+            elif wrong := differences(self.output, json.loads((self.output / REPORT).read_text()))[0]:  # it verified itself
+                return "; ".join(wrong)
         except ShiftDCError as error:
             return str(error)
         return None
