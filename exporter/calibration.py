@@ -127,6 +127,8 @@ def load_calibration(name_or_file: str, own: str = BUILTIN) -> CalibrationSet:
     if Path(name_or_file).is_file() or "+" not in name_or_file:
         return _checked(_one_set(name_or_file), name_or_file)
     unsafe, _, safe = name_or_file.partition("+")
+    if not (unsafe and safe):
+        raise InputError(f"--calibration: {name_or_file} names one set, expected two, as UNSAFE+SAFE; name both.")
     return _checked(_joined(_one_side(unsafe, "unsafe"), _one_side(safe, "safe")), name_or_file)
 
 

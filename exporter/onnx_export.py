@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import importlib.util
 import json
@@ -17,6 +18,7 @@ import torch
 from exporter.bake import REPORT
 from exporter.errors import InputError, VerificationError
 from exporter.exported import open_export, read_report
+from exporter.manifest import CARD, hashes
 from exporter.onnx_graphs import GraphFamily, graph_family
 from exporter.onnx_interface import EMBED, GRAPHS, SUFFIXES, graph_file
 from exporter.onnx_trace import export_graphs
@@ -140,8 +142,11 @@ def _attach(checkpoint: Path, entry: dict[str, Any]) -> None:
     from exporter.evidence import card_of
 
     report = {**read_report(checkpoint), "onnx": entry}
+    card = card_of(checkpoint, report)
+    others = {path: sha for path, sha in report["files"].items() if not path.startswith(f"{FOLDER}/")}
+    report["files"] = hashes(checkpoint, known={**others, CARD: hashlib.sha256(card.encode()).hexdigest()})
     written = json.dumps(report, indent=2, allow_nan=False) + "\n"
-    write_together(checkpoint, {REPORT: written, "README.md": card_of(checkpoint, report)})
+    write_together(checkpoint, {CARD: card, REPORT: written})
 
 
 @contextmanager

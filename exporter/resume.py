@@ -7,6 +7,7 @@ be turned back into text, so only their owner may read them, and they are delete
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -27,6 +28,8 @@ from exporter.source import BaseCheckpoint
 
 CACHE = "SHIFTDC_CACHE"
 FINGERPRINT = "fingerprint.json"
+#: A full disk ends the keeping, not the run.
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class Store:
@@ -48,7 +51,7 @@ class Store:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             (folder / FINGERPRINT).write_text(text, "utf-8")
         except OSError as error:
-            if given:
+            if given and error.errno not in FULL:
                 raise InputError(f"{CACHE}: {root} cannot be written ({error.strerror}); give another folder.") from None
             return cls()  # a machine without a home: there is nothing to go on from, and no reason to stop
         return cls(folder)
@@ -68,7 +71,7 @@ class Store:
         return value
 
     def put(self, name: str, value: torch.Tensor) -> None:
-        """Keep `value`. A full disk ends the keeping, not the run."""
+        """Keep `value`, unless the disk is full."""
         if self.folder is None:
             return
         value = value.contiguous()

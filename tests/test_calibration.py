@@ -131,7 +131,7 @@ def test_two_sets_give_a_label_each(tmp_path):
         ("llava-instruct+mm-safetybench", "llava-instruct has safe rows only; the form is UNSAFE+SAFE"),
         ("mm-safetybench", "there is no file mm-safetybench"),
         ("absent+builtin", "there is no file absent"),
-        ("builtin+", "there is no file"),
+        ("builtin+", "builtin+ names one set, expected two"),
     ],
 )
 def test_a_wrong_name_is_one_sentence(name, message):

@@ -165,7 +165,8 @@ def test_evaluate_asks_at_that_commit_and_leaves_out_what_was_seen(tmp_path, mon
     benchmark, asked = questions(), []
     seen = [question_hash("mm-safetybench", benchmark.questions[0])]
     sources = [{"dataset": "PKU-Alignment/MM-SafetyBench", "revision": COMMIT, "licence": "CC-BY-NC-4.0"}]
-    (tmp_path / "shiftdc_report.json").write_text(json.dumps({"calibration": {"seen_questions": seen, "sources": sources}}))
+    report = {"calibration": {"seen_questions": seen, "sources": sources}}
+    monkeypatch.setattr(evidence, "read_report", lambda folder: report)
 
     def stop(found, categories):
         asked.append(len(found.questions))
