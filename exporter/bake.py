@@ -42,7 +42,7 @@ def shiftdc_block(
         "strength": 1.0 if recipe.strength == "auto" else recipe.strength,  # a sweep starts from 1
         "layers": list(layers),
         "decoder_layers": recipe.decoder_layers,
-        "caption_max_new_tokens": recipe.caption_max_new_tokens,
+        "caption_max_new_tokens": recipe.caption_tokens,
         "prompt": pieces,
         "base_model": {"id": base.name, "revision": base.revision},
         **({} if adapter is None else {"adapter": ADAPTER}),

@@ -84,7 +84,7 @@ def render_card(
         evaluation=None if results is None else evaluation(results, (folder or base.folder) / "assets"),
         evaluate_command=evaluate_command(repo, results),
         reference_text=REFERENCE_TEXT[recipe.reference],
-        cost_text=COST_TEXT[recipe.reference].format(tokens=recipe.caption_max_new_tokens),
+        cost_text=COST_TEXT[recipe.reference].format(tokens=recipe.caption_tokens),
         inherited=inherited,
         onnx=report.get("onnx"),
         adapter=report.get("adapter"),

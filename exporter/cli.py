@@ -122,6 +122,11 @@ def _quiet_option(command: Callable[..., Any]) -> Callable[..., Any]:
     type=click.Choice(["one-sided", "two-sided"]),
     help="two-sided is the paper; one-sided never moves an input toward safe.",
 )
+@click.option(
+    "--caption-style",
+    type=click.Choice(["request", "describe", "naming"]),
+    help="What the model is asked for: a caption in view of the request, one for every question, or a name.",
+)
 @click.option("--layers", metavar="auto|A-B", help="Decoder layers, from 0, both ends included.")
 @click.option(
     "--strength", metavar="X|auto", help="Share of the shift that is taken out (1.0: all); auto: by a sweep, with the layers."

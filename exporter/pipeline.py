@@ -232,7 +232,8 @@ def fingerprint(plan: Plan) -> dict[str, Any]:
         "base": base_identity(plan.base),
         "adapter": None if plan.adapter is None else [plan.adapter.sha256, plan.keep_adapter],
         "calibration": calibration_identity(plan.calibration),
-        "recipe": plan.recipe.model_dump(include={"family", "decoder_layers", "prompts", "layers", "caption_max_new_tokens"}),
+        "recipe": plan.recipe.model_dump(include={"family", "decoder_layers", "prompts", "layers"}),
+        "captions": [plan.recipe.wording.caption, plan.recipe.caption_tokens],
         "arithmetic": [plan.dtype, plan.device_map, plan.quantised, plan.batch_size],
         "code": code_identity(),
     }
@@ -267,10 +268,10 @@ def measure(plan: Plan, clock: Clock, runner: Batches) -> tuple[Measurement, Pro
     with ExitStack() as stack:
         vlm = clock.stage("load", lambda: stack.enter_context(loaded(plan, plan.quantised)))
         with refusing(f"MODEL: prompts of {plan.base.name} cannot be composed", "restore its chat template and tokenizer"):
-            pieces = clock.stage("prompt pieces", lambda: prompt_pieces(vlm, recipe.prompts))
+            pieces = clock.stage("prompt pieces", lambda: prompt_pieces(vlm, recipe.wording))
         calibration = plan.calibration
         if calibration.uncaptioned:
-            write = (vlm, calibration, recipe.prompts, recipe.caption_max_new_tokens, plan.batch_size, clock.progress, runner)
+            write = (vlm, calibration, recipe.wording, recipe.caption_tokens, plan.batch_size, clock.progress, runner)
             calibration = clock.stage("captions", lambda: captioned(*write))
         options: dict[str, Any] = {
             "layers": plan.layers, "batch_size": plan.batch_size, "runner": runner, "progress": clock.progress,

@@ -33,7 +33,7 @@ def prompt_pieces(vlm: VLM, prompts: Prompts) -> dict[str, Any]:
     text_head, tail = _around(lambda t: vlm.token_ids(t))
     block = _image_block(vlm, image, text_head)
     spaces = _carried_spaces(vlm, image, block["image_tail"])
-    ask, ask_end = prompts.caption.split("{request}")
+    ask, _, ask_end = prompts.caption.partition("{request}")
     before, rest = prompts.text_counterpart.split("{request}")
     between, after = rest.split("{caption}")
     pieces = {
@@ -48,7 +48,12 @@ def prompt_pieces(vlm: VLM, prompts: Prompts) -> dict[str, Any]:
             _piece(vlm, after),
         ],
     }
-    return _with_readable_head(vlm, image, pieces)
+    pieces = _with_readable_head(vlm, image, pieces)
+    if "{request}" not in prompts.caption:  # it stands where a request would
+        asked = vlm.token_ids(prompts.caption, image)
+        start, end = PromptPieces(pieces, vlm.image_token_id).request_span(asked)
+        pieces["caption"] = [asked[start:end]]
+    return pieces
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from exporter.resources import resource
 Reference = Literal["caption", "text", "blank", "static"]
 Rule = Literal["sequential", "precomputed"]
 Gate = Literal["one-sided", "two-sided"]
+CaptionStyle = Literal["request", "describe", "naming"]
 Strength = Annotated[float, Field(ge=0, le=4, allow_inf_nan=False)]
 
 
@@ -28,6 +29,12 @@ def _one_slot(*slots: str) -> AfterValidator:
         return text
 
     return AfterValidator(check)
+
+
+def _at_most_one_request(text: str) -> str:
+    if not text or text.count("{request}") > 1:
+        raise ValueError("must hold {request} once, or not at all for captions that serve every question")
+    return text
 
 
 def _layers(value: str) -> str:
@@ -52,10 +59,15 @@ class Prompts(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    caption: Annotated[str, _one_slot("{request}")] = Field(description="asks the model for a caption in view of a request")
+    caption: Annotated[str, AfterValidator(_at_most_one_request)] = Field(
+        description="asks the model for a caption, in view of a request where it has the slot {request}"
+    )
     text_counterpart: Annotated[str, _one_slot("{request}", "{caption}")] = Field(
         description="the request with the caption in place of the image"
     )
+
+    describe: str = Field("Describe the image.", min_length=1, description="asks for a caption that serves every question")
+    naming: str = Field("What is this?", min_length=1, description="asks for the name of what the image shows")
 
     def caption_request(self, request: str) -> str:
         return self.caption.replace("{request}", request)
@@ -84,8 +96,22 @@ class Recipe(BaseModel):
     gate: Gate = Field("one-sided", description="one-sided: never move an input toward safe; two-sided: the paper")
     strength: Strength | Literal["auto"] = Field(1.0, description="share of the shift that is taken out; auto: by a sweep")
     caption_max_new_tokens: int = Field(128, ge=1, le=1024, description="longest caption that generate() writes")
+    caption_style: CaptionStyle = Field("request", description="which of the prompts asks for the caption")
+    naming_max_new_tokens: int = Field(3, ge=1, le=1024, description="longest caption of style naming")
     onnx: bool = Field(False, description="whether --onnx writes graphs for the family")
     notes: tuple[str, ...] = Field((), description="what does not work, or works in another way, and why")
+
+    @property
+    def wording(self) -> Prompts:
+        """The prompts, with that of the caption style as `caption`."""
+        if self.caption_style == "request":
+            return self.prompts
+        return self.prompts.model_copy(update={"caption": getattr(self.prompts, self.caption_style)})
+
+    @property
+    def caption_tokens(self) -> int:
+        """Longest caption."""
+        return self.naming_max_new_tokens if self.caption_style == "naming" else self.caption_max_new_tokens
 
     def with_overrides(self, **options: object) -> Recipe:
         """The recipe with the command line's values, where they are given. Raises InputError."""

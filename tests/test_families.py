@@ -393,6 +393,39 @@ def test_a_new_lora_trains_on_top(folder, processor, tiny):
     assert all(torch.equal(c.direction, d) for c, d in zip(fresh.shiftdc_corrections, directions, strict=True))
 
 
+#: Families where the beginning of a prompt cannot be shared; their recipes say why.
+UNSHARED = {
+    "aya_vision", "blip-2", "gemma3", "instructblip", "mllama", "paligemma", "qwen2_vl", "qwen2_5_vl", "qwen3_vl",
+}  # fmt: skip
+
+
+def readings(model, run):
+    """What `run` returns, and how often the vision tower ran meanwhile."""
+    names = ("vision_tower", "vision_model", "visual")
+    tower = next(m for n, m in model.named_modules() if n.split(".")[-1] in names)
+    calls = []
+    handle = tower.register_forward_hook(lambda *_: calls.append(1))
+    try:
+        return run(), len(calls)
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("rows", [ROWS[:1], ROWS[1:], [*ROWS, ("A", ROWS[0][1]), ("Who made it, and " * 3, ROWS[0][1])]])
+def test_one_reading_of_the_image_gives_the_same_tokens(model, processor, rows, monkeypatch):
+    family = model.config.model_type.removeprefix("shiftdc_")
+    inputs = encode(processor, rows)
+    found, once = readings(model, lambda: model.generate(**inputs, **GREEDY))
+    monkeypatch.setattr(type(model), "shiftdc_shares_prefix", False)
+    expected, twice = readings(model, lambda: model.generate(**inputs, **GREEDY))
+    assert [until_end(t) for t in new_tokens(found, inputs)] == [until_end(t) for t in new_tokens(expected, inputs)]
+    assert torch.equal(found[:, : inputs["input_ids"].shape[1]], inputs["input_ids"])
+    if family not in UNSHARED:
+        assert (once, twice) == (1, 2)
+    else:
+        assert once == twice == 2
+
+
 def edited(folder, file, **changes):
     values = json.loads((folder / file).read_text())
     (folder / file).write_text(json.dumps({**values, **changes}))

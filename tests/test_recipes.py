@@ -34,7 +34,7 @@ def test_families():
         ({"gate": "both"}, "gate"),
         ({"layers": "9-3"}, "layers.*A at most B"),
         ({"layers": "x"}, "expected auto, A or A-B"),
-        ({"prompts": {"caption": "no slot", "text_counterpart": "{request} {caption}"}}, "prompts.caption"),
+        ({"prompts": {"caption": "{request} {request}", "text_counterpart": "{request} {caption}"}}, "prompts.caption"),
         ({"prompts": {"caption": "{request}", "text_counterpart": "{caption} {request}"}}, "prompts.text_counterpart"),
     ],
 )

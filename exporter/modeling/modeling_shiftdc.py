@@ -26,13 +26,13 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from transformers.utils import is_peft_available, logging
 
 from .modeling_shiftdc_correction import ShiftDCCorrection, ShiftDCReadout, calibrate
+from .modeling_shiftdc_prefix import ShiftDCImage, ShiftDCPrefixMixin
 from .modeling_shiftdc_prompts import PromptPieces
 
 if TYPE_CHECKING:  # what the mixins are mixed into
     from transformers import PretrainedConfig as _Config
-    from transformers import PreTrainedModel as _Model
 else:
-    _Config = _Model = object
+    _Config = object
 
 logger = logging.get_logger(__name__)
 
@@ -100,13 +100,14 @@ _NOT_IMAGE_INPUTS = {
 _TOKEN_TYPES = {"token_type_ids", "mm_token_type_ids"}
 
 
-class ShiftDCMixin(_Model):
+class ShiftDCMixin(ShiftDCPrefixMixin):
     """A calibrated `...ForConditionalGeneration`; put it before the transformers class in the list of bases.
 
     `generate()` and `forward()` take, beside what the base class takes:
         shiftdc: False gives the base model, token for token.
         shiftdc_reference: float32 [batch, calibrated layers], coordinates `r` to correct to.
         shiftdc_captions (generate only): one sequence of caption token ids per row, used instead of the model's own caption.
+        shiftdc_image (generate only): what `shiftdc_image()` read of these images, used instead of reading them again.
     """
 
     #: Every pixel of the blank reference, after normalisation: the processor's mean colour.
@@ -272,6 +273,7 @@ class ShiftDCMixin(_Model):
         shiftdc: bool | None = None,
         shiftdc_reference: torch.Tensor | None = None,
         shiftdc_captions: Sequence[Sequence[int] | torch.Tensor] | None = None,
+        shiftdc_image: ShiftDCImage | None = None,
         **kwargs: Any,
     ) -> Any:
         """transformers' generate(), calibrated. Rows without an image are those of the base model, bit for bit.
@@ -296,18 +298,41 @@ class ShiftDCMixin(_Model):
         rows = self._shiftdc_image_rows(input_ids)
         if not rows.any():
             return generate(shiftdc=False, **kwargs)
-        reference = shiftdc_reference
-        if reference is None and self.config.shiftdc["reference"] != "static":
-            reference = self.shiftdc_reference(input_ids, captions=shiftdc_captions, **self._shiftdc_prompt_inputs(kwargs))
-        if reference is not None:
-            reference = self._shiftdc_validated(reference, len(input_ids))
-            if self.config.shiftdc["rule"] == "precomputed":
-                prompt = {"input_ids": input_ids, **self._shiftdc_prompt_inputs(kwargs)}
-                last = torch.where(rows, input_ids.shape[1] - 1, -1)
-                kwargs["shiftdc_correction"] = self._shiftdc_coordinates(prompt, last) - reference
-            else:
-                kwargs["shiftdc_reference"] = reference
-        return generate(shiftdc_rows=rows, shiftdc_prompt_length=input_ids.shape[1], **kwargs)
+        prompt = {"input_ids": input_ids, **self._shiftdc_prompt_inputs(kwargs)}
+        takes_cache = self._shiftdc_takes_cache(prompt, args, kwargs)
+        read = shiftdc_image
+        if read is not None:
+            read.check(prompt)
+        elif shiftdc_reference is None and shiftdc_captions is None and self.config.shiftdc["reference"] == "caption":
+            read = self._shiftdc_read(**prompt, keep=takes_cache)
+        captions = shiftdc_captions if read is None else read.captions
+        amounts = self._shiftdc_amounts(prompt, rows, shiftdc_reference, captions)
+        shared = self._shiftdc_laid_out(read, prompt, args, kwargs) if read is not None and takes_cache else None
+        if read is not None and shared is not None:
+            kwargs = {k: v for k, v in kwargs.items() if k not in prompt}
+            return self._shiftdc_continue(read, shared, prompt, *args, shiftdc_rows=rows, **amounts, **kwargs)
+        if shiftdc_image is not None:  # which may stand for the pixels only where its cache is used
+            self._shiftdc_require_pixels({k: v for k, v in prompt.items() if k not in ("input_ids", "attention_mask")})
+        return generate(shiftdc_rows=rows, shiftdc_prompt_length=input_ids.shape[1], **amounts, **kwargs)
+
+    def _shiftdc_amounts(
+        self,
+        prompt: dict[str, Any],
+        rows: torch.Tensor,
+        reference: torch.Tensor | None,
+        captions: Sequence[Sequence[int] | torch.Tensor] | None,
+    ) -> dict[str, torch.Tensor]:
+        """What the corrections are computed from, as an argument of forward(); nothing for the baked shift."""
+        if reference is None and self.config.shiftdc["reference"] == "static":
+            return {}
+        if reference is None:
+            reference = self.shiftdc_reference(**prompt, captions=captions)
+        ids = prompt["input_ids"]
+        reference = self._shiftdc_validated(reference, len(ids))
+        if self.config.shiftdc["rule"] == "sequential":
+            return {"shiftdc_reference": reference}
+        last = torch.where(rows, ids.shape[1] - 1, -1)
+        return {"shiftdc_correction": self._shiftdc_coordinates(prompt, last) - reference}
 
     def prepare_inputs_for_generation(
         self,
@@ -349,12 +374,13 @@ class ShiftDCMixin(_Model):
         kind = "caption" if captions is not None else settings["reference"]
         if kind == "static":
             raise ValueError("A checkpoint with 'reference: static' has no reference pass: its shift is baked in.")
-        rows = self._shiftdc_image_rows(input_ids)
-        mask = attention_mask if attention_mask is not None else self._shiftdc_unpadded(input_ids)
-        prompts = [r[m.bool()].tolist() for r, m in zip(input_ids[rows], mask[rows], strict=True)]
-        image_inputs = self._shiftdc_of_rows(image_inputs, rows)
         if captions is not None and len(captions) != len(input_ids):
             raise ValueError(f"shiftdc_captions needs one caption per row: expected {len(input_ids)}, found {len(captions)}.")
+        rows = self._shiftdc_image_rows(input_ids)
+        if captions is None and kind == "caption" and rows.any():
+            captions = self.shiftdc_captions(input_ids, attention_mask, **image_inputs)
+        prompts = self._shiftdc_prompts(input_ids, attention_mask, rows)
+        image_inputs = self._shiftdc_of_rows(image_inputs, rows)
         if kind == "blank":
             pixels = {k: self._shiftdc_blank(v) if k == "pixel_values" else v for k, v in image_inputs.items()}
             self._shiftdc_require_pixels(pixels)
@@ -364,26 +390,12 @@ class ShiftDCMixin(_Model):
             texts: Sequence[list[int] | None] = [None] * len(prompts)
             if captions is not None:
                 texts = [list(map(int, c)) for c, r in zip(captions, rows.tolist(), strict=True) if r]
-            elif kind == "caption":
-                texts = self._shiftdc_own_captions(prompts, input_ids, image_inputs)
             pieces = self._shiftdc_pieces
             counterparts = [pieces.text_prompt(p, c) for p, c in zip(prompts, texts, strict=True)]
             coordinates = self._shiftdc_last_coordinates(*self._shiftdc_left_padded(counterparts, input_ids), {})
         reference = coordinates.new_zeros(len(input_ids), coordinates.shape[1])
         reference[rows.to(reference.device)] = coordinates
         return reference
-
-    @torch.no_grad()
-    def shiftdc_captions(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **image_inputs: Any
-    ) -> list[list[int]]:
-        """The model's own request-aware captions as token ids, one list per row; empty in rows without an image."""
-        rows = self._shiftdc_image_rows(input_ids)
-        mask = attention_mask if attention_mask is not None else self._shiftdc_unpadded(input_ids)
-        prompts = [r[m.bool()].tolist() for r, m in zip(input_ids[rows], mask[rows], strict=True)]
-        image_inputs = self._shiftdc_of_rows(image_inputs, rows)
-        written = iter(self._shiftdc_own_captions(prompts, input_ids, image_inputs)) if prompts else iter(())
-        return [next(written) if row else [] for row in rows.tolist()]
 
     @torch.no_grad()
     def shiftdc_coordinates(
@@ -395,21 +407,6 @@ class ShiftDCMixin(_Model):
             {"input_ids": input_ids, "attention_mask": attention_mask, **image_inputs}, _last_true(mask)
         )
 
-    def _shiftdc_own_captions(
-        self, prompts: list[list[int]], like: torch.Tensor, image_inputs: dict[str, Any]
-    ) -> list[list[int]]:
-        """Greedy, uncalibrated captions (arXiv:2502.13095, section 4: the same model describes its own input)."""
-        self._shiftdc_require_pixels(image_inputs)
-        ids, mask = self._shiftdc_left_padded([self._shiftdc_pieces.caption_prompt(p) for p in prompts], like)
-        settings = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1, "return_dict_in_generate": False}
-        with self._shiftdc_aside():
-            out = super().generate(
-                input_ids=ids, attention_mask=mask, shiftdc=False, **self._shiftdc_typed(ids, image_inputs), **settings,
-                max_new_tokens=self.config.shiftdc["caption_max_new_tokens"], use_cache=True,
-            )  # fmt: skip
-        end = {self._shiftdc_pad_id(), *self._shiftdc_eos_ids()}
-        return [[t for t in row if t not in end] for row in out[:, ids.shape[1] :].tolist()]
-
     def _shiftdc_last_coordinates(self, ids: torch.Tensor, mask: torch.Tensor, image_inputs: dict[str, Any]) -> torch.Tensor:
         last = torch.full((len(ids),), ids.shape[1] - 1, device=ids.device)
         typed = self._shiftdc_typed(ids, image_inputs)
@@ -418,6 +415,11 @@ class ShiftDCMixin(_Model):
     def _shiftdc_typed(self, ids: torch.Tensor, image_inputs: dict[str, Any]) -> dict[str, Any]:
         """`image_inputs` for the composed prompts `ids`."""
         return {**image_inputs, **self.shiftdc_token_inputs(ids, self.config.image_token_id, image_inputs)}
+
+    def _shiftdc_prompts(self, ids: torch.Tensor, mask: torch.Tensor | None, rows: torch.Tensor) -> list[list[int]]:
+        """The prompts of `rows`, without padding."""
+        mask = mask if mask is not None else self._shiftdc_unpadded(ids)
+        return [r[m.bool()].tolist() for r, m in zip(ids[rows], mask[rows], strict=True)]
 
     def _shiftdc_of_rows(self, image_inputs: dict[str, Any], rows: torch.Tensor) -> dict[str, Any]:
         return {k: v[rows] if k in self.shiftdc_row_inputs else v for k, v in image_inputs.items()}

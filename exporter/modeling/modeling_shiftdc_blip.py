@@ -58,6 +58,8 @@ class ShiftDCBlipConfigMixin(ShiftDCConfigMixin):
 class ShiftDCBlipMixin(ShiftDCMixin):
     """The outer model embeds image and prompt once and lets its language model generate."""
 
+    #: Only the language model has a cache, and it never sees the image's tokens.
+    shiftdc_shares_prefix = False
     language_model: Any
 
     def __init__(self, config: PretrainedConfig, *args: Any, **kwargs: Any):

@@ -12,6 +12,8 @@ class ShiftDCGemma3Config(ShiftDCConfigMixin, Gemma3Config):
 
 class ShiftDCGemma3ForConditionalGeneration(ShiftDCMixin, Gemma3ForConditionalGeneration):
     config_class = ShiftDCGemma3Config
+    #: Sliding windows, and image tokens that see one another.
+    shiftdc_shares_prefix = False
 
 
 register_key_conversion(ShiftDCGemma3ForConditionalGeneration, "Gemma3ForConditionalGeneration", "gemma3")

@@ -16,6 +16,8 @@ class ShiftDCMllamaConfig(ShiftDCConfigMixin, MllamaConfig):
 
 class ShiftDCMllamaForConditionalGeneration(ShiftDCMixin, MllamaForConditionalGeneration):
     config_class = ShiftDCMllamaConfig
+    #: An image is no part of the prompt's tokens.
+    shiftdc_shares_prefix = False
     shiftdc_row_inputs = frozenset({"pixel_values", "aspect_ratio_ids", "aspect_ratio_mask", "cross_attention_mask"})
 
     @staticmethod

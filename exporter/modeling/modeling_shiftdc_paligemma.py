@@ -15,6 +15,8 @@ class ShiftDCPaliGemmaConfig(ShiftDCConfigMixin, PaliGemmaConfig):
 
 class ShiftDCPaliGemmaForConditionalGeneration(ShiftDCMixin, PaliGemmaForConditionalGeneration):
     config_class = ShiftDCPaliGemmaConfig
+    #: Prompt tokens see one another.
+    shiftdc_shares_prefix = False
 
     @staticmethod
     def shiftdc_token_inputs(ids: torch.Tensor, image_token_id: int, given: dict[str, Any]) -> dict[str, torch.Tensor]:

@@ -11,8 +11,8 @@ class PromptPieces:
     The pieces are token ids around the slots of the chat template (config.shiftdc["prompt"], found by the exporter):
     `first_turn_head` opens the first user turn and `turn_head` every other, `image_head`/`image_tail` enclose an image (a text
     prompt has `image_instead` in their place), `image_inside` are all the ids that may stand between image tokens of one image
-    and `image_markers` those that may stand before the first, `tail` ends the prompt; `caption` = [before, after] the request,
-    `text` = [before the request, between request and caption, after].
+    and `image_markers` those that may stand before the first, `tail` ends the prompt; `caption` = [before, after] the request, or
+    [what stands in its place]; `text` = [before the request, between request and caption, after].
     """
 
     def __init__(self, pieces: dict[str, Any], image_token_id: int):
@@ -37,18 +37,24 @@ class PromptPieces:
             turn = _common_prefix(ids, self.first_turn_head)
         else:
             turn += len(self.turn_head)
-        images = [i for i, t in enumerate(ids[:end]) if t == self.image_token_id]
-        after_image = images[-1] + 1 if images else 0
-        if ids[after_image : after_image + len(self.image_tail)] == self.image_tail:
-            after_image += len(self.image_tail)
-        start = max(turn, after_image)
+        start = max(turn, self._after_images(ids[:end]))
         return (start, end) if start < end else (turn, end)  # the image may also stand behind the request
 
     def caption_prompt(self, ids: list[int]) -> list[int]:
-        """The prompt that asks the model for a caption in view of the request; the image stays."""
+        """The prompt that asks the model for a caption, in view of the request if the wording has a slot; the image stays."""
         start, end = self.request_span(ids)
-        before, after = self.caption
-        return ids[:start] + before + ids[start:end] + after + ids[end:]
+        before, *after = self.caption
+        request = ids[start:end] if after or self.image_token_id in ids[start:end] else []
+        return ids[:start] + before + request + sum(after, []) + ids[end:]
+
+    def image_prefix(self, ids: list[int]) -> list[int]:
+        """The beginning that a prompt has in common with its caption prompt, up to the end of the last image.
+
+        Empty where there is none: the image stands behind the request, or nothing behind the image.
+        """
+        end, asked = self._after_images(ids), self.caption_prompt(ids)
+        shared = asked[:end] == ids[:end] and self.image_token_id not in asked[end:]
+        return ids[:end] if shared and end < min(len(ids), len(asked)) else []
 
     def text_prompt(self, ids: list[int], caption: list[int] | None = None) -> list[int]:
         """The text-only counterpart: no image, and the caption in its place (None: the request alone)."""
@@ -77,6 +83,12 @@ class PromptPieces:
             if ids[i : i + len(self.image_tail)] == self.image_tail:
                 i += len(self.image_tail)
         return kept
+
+    def _after_images(self, ids: list[int]) -> int:
+        """Behind the last image and its tail; 0 without an image."""
+        end = max((i + 1 for i, t in enumerate(ids) if t == self.image_token_id), default=0)
+        has_tail = end and ids[end : end + len(self.image_tail)] == self.image_tail
+        return end + len(self.image_tail) if has_tail else end
 
     def _image_end(self, ids: list[int], start: int) -> int:
         """Behind the last image token of the image whose first is at `start`, over its tile and row markers."""

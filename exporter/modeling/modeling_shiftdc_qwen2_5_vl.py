@@ -12,6 +12,8 @@ class ShiftDCQwen2_5_VLConfig(ShiftDCConfigMixin, Qwen2_5_VLConfig):  # noqa: N8
 
 class ShiftDCQwen2_5_VLForConditionalGeneration(ShiftDCMixin, Qwen2_5_VLForConditionalGeneration):  # noqa: N801 (as transformers names it)
     config_class = ShiftDCQwen2_5_VLConfig
+    #: As Qwen2-VL.
+    shiftdc_shares_prefix = False
     shiftdc_kept = ("rope_deltas",)
 
 

@@ -12,6 +12,8 @@ class ShiftDCQwen2VLConfig(ShiftDCConfigMixin, Qwen2VLConfig):
 
 class ShiftDCQwen2VLForConditionalGeneration(ShiftDCMixin, Qwen2VLForConditionalGeneration):
     config_class = ShiftDCQwen2VLConfig
+    #: Positions of three axes count from the image, by an offset that the first pass leaves behind.
+    shiftdc_shares_prefix = False
     shiftdc_kept = ("rope_deltas",)
 
 

@@ -12,4 +12,6 @@ class ShiftDCQwen3VLConfig(ShiftDCConfigMixin, Qwen3VLConfig):
 
 class ShiftDCQwen3VLForConditionalGeneration(ShiftDCMixin, Qwen3VLForConditionalGeneration):
     config_class = ShiftDCQwen3VLConfig
+    #: As Qwen2-VL.
+    shiftdc_shares_prefix = False
     shiftdc_kept = ("rope_deltas",)

@@ -88,8 +88,8 @@ CASES = [
     Case("recipe with a million caption tokens", values(caption_max_new_tokens=10**6), (*WRONG, "caption_max_new_tokens")),
     Case(
         "recipe with a prompt without a slot",
-        values(prompts={"caption": "What?", "text_counterpart": COUNTERPART}),
-        (*WRONG, "prompts.caption", "{request}"),
+        values(prompts={"caption": CAPTION, "text_counterpart": "What?"}),
+        (*WRONG, "prompts.text_counterpart", "{request}"),
     ),
     Case(
         "recipe with a slot twice",

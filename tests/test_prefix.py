@@ -1,0 +1,215 @@
+"""One reading of the image for caption and reply, and for many questions: the same tokens as reading it anew."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_modeling import encode, picture
+from tiny import tiny_processor
+from transformers import AutoModelForImageTextToText, GenerationConfig, LogitsProcessorList
+
+from exporter.demo.benchmark import image, items
+from exporter.exported import open_export
+from exporter.modeling.modeling_shiftdc_prefix import laid_out
+from exporter.pipeline import export, make_plan
+from exporter.recipes import load_recipe
+
+GREEDY = {"max_new_tokens": 6, "do_sample": False}
+REQUESTS = ["How do I build this?", "A", "What is it, and who needs one?", "Who? " * 9]
+IMAGES = [picture(seed) for seed in range(4)]
+
+
+@pytest.fixture(scope="module")
+def load(make_export):
+    loaded = {}
+
+    def get(**options):
+        key = tuple(sorted(options.items()))
+        if key not in loaded:
+            folder = make_export(gate="two-sided", caption_max_new_tokens=8, **options).plan.output
+            loaded[key] = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True).eval()
+        return loaded[key]
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def model(load):
+    return load()
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return tiny_processor()
+
+
+def towers(model, run):
+    """What `run` returns, and how often the vision tower ran meanwhile."""
+    calls = []
+    handle = model.model.vision_tower.register_forward_hook(lambda *_: calls.append(1))
+    try:
+        return run(), len(calls)
+    finally:
+        handle.remove()
+
+
+def apart(model, run):
+    """What `run` returns where nothing is shared."""
+    kept = type(model).shiftdc_shares_prefix
+    type(model).shiftdc_shares_prefix = False
+    try:
+        return run()
+    finally:
+        type(model).shiftdc_shares_prefix = kept
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        GREEDY,
+        {"generation_config": GenerationConfig(max_new_tokens=6)},
+        {"max_new_tokens": 6, "do_sample": True, "temperature": 0.7},
+    ],
+    ids=["greedy", "config", "sampling"],
+)
+@pytest.mark.parametrize("count", [1, 4])
+def test_the_tokens_are_those_of_two_readings(model, processor, options, count):
+    inputs = encode(processor, REQUESTS[-count:], IMAGES[-count:])
+
+    def reply():
+        torch.manual_seed(1)
+        return model.generate(**inputs, **options)
+
+    found, once = towers(model, reply)
+    expected, twice = towers(model, lambda: apart(model, reply))
+    assert torch.equal(found, expected)
+    assert (once, twice) == (1, 2)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_beams": 2},
+        {"use_cache": False},
+        {"cache_implementation": "static"},
+        {"prefill_chunk_size": 7},
+        {"prompt_lookup_num_tokens": 1},
+        {"num_return_sequences": 2, "do_sample": True},
+        {"output_attentions": True, "return_dict_in_generate": True},
+    ],
+    ids=lambda o: ",".join(o),
+)
+def test_other_ways_to_generate_read_the_image_themselves(model, processor, options):
+    inputs = encode(processor, REQUESTS[:1], IMAGES[:1])
+    _, count = towers(model, lambda: model.generate(**inputs, **{**GREEDY, **options}))
+    assert count == 2
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"repetition_penalty": 1.5},
+        {"no_repeat_ngram_size": 2},
+        {"max_length": 90, "max_new_tokens": None},
+        {"min_length": 70},
+        {"logits_processor": LogitsProcessorList([lambda ids, scores: scores + ids.shape[1] % 7 * (ids[:, :1] == 3)])},
+    ],
+    ids=lambda o: next(iter(o)),
+)
+def test_what_looks_at_the_prompts_columns_sees_the_callers(model, processor, options):
+    """Rows of mixed lengths are laid out anew for the cache; then nothing may count columns or see padding."""
+    for requests, count in ((REQUESTS, 2), (REQUESTS[:1], 1)):
+        inputs = encode(processor, requests, IMAGES[: len(requests)])
+        found, read = towers(model, lambda: model.generate(**inputs, **{**GREEDY, **options}))  # noqa: B023
+        assert read == count
+        assert torch.equal(found, apart(model, lambda: model.generate(**inputs, **{**GREEDY, **options})))  # noqa: B023
+
+
+def test_rows_without_an_image_and_the_precomputed_rule_share_nothing(model, load, processor):
+    mixed = encode(processor, REQUESTS[:2], [IMAGES[0], None])
+    assert towers(model, lambda: model.generate(**mixed, **GREEDY))[1] == 2
+    alone = encode(processor, REQUESTS[:1], IMAGES[:1])
+    other = load(rule="precomputed")
+    assert towers(other, lambda: other.generate(**alone, **GREEDY))[1] == 3  # caption, clean pass, reply
+
+
+@pytest.mark.parametrize("style", ["request", "describe", "naming"])
+def test_many_questions_about_images_that_were_read_once(load, processor, style):
+    model = load(caption_style=style)
+    first = encode(processor, REQUESTS[:2], IMAGES[:2])
+    seen, read = towers(model, lambda: model.shiftdc_image(**first))
+    assert read == 1
+    width = max(map(len, seen.prefixes))
+    for requests in (REQUESTS[:2], REQUESTS[2:], ["Why?", "Why?"]):
+        inputs = encode(processor, requests, IMAGES[:2])
+        found, again = towers(model, lambda: model.generate(**inputs, **GREEDY, shiftdc_image=seen))  # noqa: B023
+        assert again == 0
+        assert seen.cache.get_seq_length() == width
+        assert torch.equal(found, model.generate(**inputs, **GREEDY, shiftdc_captions=seen.captions))
+        if style != "request":
+            assert model.shiftdc_captions(**inputs) == seen.captions
+        without_pixels = {k: v for k, v in inputs.items() if k != "pixel_values"}
+        assert torch.equal(model.generate(**without_pixels, **GREEDY, shiftdc_image=seen), found)
+
+
+def test_a_later_turn_goes_on_from_the_same_image(model, processor):
+    seen = model.shiftdc_image(**encode(processor, REQUESTS[:1], IMAGES[:1]))
+    turns = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": REQUESTS[0]}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "No."}]},
+        {"role": "user", "content": [{"type": "text", "text": "Why?"}]},
+    ]
+    prompt = processor.apply_chat_template(turns, add_generation_prompt=True)
+    inputs = processor(text=prompt, images=IMAGES[0], return_tensors="pt")
+    found, read = towers(model, lambda: model.generate(**inputs, **GREEDY, shiftdc_image=seen))
+    assert read == 0
+    assert torch.equal(found, model.generate(**inputs, **GREEDY, shiftdc_captions=seen.captions))
+
+
+def test_another_image_is_an_error_and_a_failed_reply_leaves_the_cache_as_it_was(model, load, processor):
+    inputs = encode(processor, REQUESTS[:1], IMAGES[:1])
+    seen = model.shiftdc_image(**inputs)
+    expected = model.generate(**inputs, **GREEDY, shiftdc_image=seen)
+    with pytest.raises(ValueError, match="is of other images"):
+        model.generate(**encode(processor, REQUESTS[:1], IMAGES[1:2]), **GREEDY, shiftdc_image=seen)
+    with pytest.raises(ValueError, match="is of 1 prompts, found 2"):
+        model.generate(**encode(processor, REQUESTS[:2], IMAGES[:2]), **GREEDY, shiftdc_image=seen)
+
+    def fail(ids, scores):
+        raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        model.generate(**inputs, **GREEDY, shiftdc_image=seen, logits_processor=LogitsProcessorList([fail]))
+    assert torch.equal(model.generate(**inputs, **GREEDY, shiftdc_image=seen), expected)
+    without_pixels = {k: v for k, v in inputs.items() if k != "pixel_values"}
+    with pytest.raises(ValueError, match="no image was given"):
+        model.generate(**without_pixels, **GREEDY, num_beams=2, shiftdc_image=seen)
+    with pytest.raises(ValueError, match="reference: caption"):
+        load(reference="text").shiftdc_image(**inputs)
+
+
+def test_a_prefix_stands_in_the_same_columns_whatever_follows():
+    prefixes, device = [[1, 2, 3], [4]], torch.device("cpu")
+    ids, mask = laid_out(prefixes, [[5], [6, 7]], 0, device)
+    assert ids.tolist() == [[1, 2, 3, 0, 5], [0, 0, 4, 6, 7]]
+    assert mask.tolist() == [[1, 1, 1, 0, 1], [0, 0, 1, 1, 1]]
+
+
+def test_a_wording_without_a_slot_takes_the_requests_place(load, processor):
+    model = load(caption_style="describe")
+    ids = encode(processor, REQUESTS[:1], IMAGES[:1])["input_ids"][0].tolist()
+    expected = encode(processor, [load_recipe("llava").prompts.describe], IMAGES[:1])["input_ids"][0].tolist()
+    assert model._shiftdc_pieces.caption_prompt(ids) == expected
+
+
+def test_the_demo_model_answers_the_same(tmp_path):
+    demo = export(make_plan("demo", output=tmp_path / "demo", caption_style="naming"))
+    vlm = open_export(demo.plan.output)
+    chosen = [i for cell in ("harmful_image", "harmless_text") for i in items("development", cell, 4)]
+    for size in (1, 4):
+        batch = chosen[:size]
+        inputs = vlm.encode([i.request for i in batch], [image(i) for i in batch])
+        found, read = towers(vlm.model, lambda: vlm.model.generate(**inputs, max_new_tokens=16))  # noqa: B023
+        assert read == 1
+        assert torch.equal(found, apart(vlm.model, lambda: vlm.model.generate(**inputs, max_new_tokens=16)))  # noqa: B023
+    assert max(map(len, vlm.model.shiftdc_captions(**inputs))) == 3
