@@ -20,18 +20,18 @@ def compare(vlm: VLM, image: Image.Image, prompt: str, max_new_tokens: int = 128
     start = time.perf_counter()
     plain = _reply(vlm, inputs, max_new_tokens, shiftdc=False)
     middle = time.perf_counter()
-    caption = reference = None
+    read = reference = None
     if model.config.shiftdc["reference"] == "caption":
-        caption = model.shiftdc_captions(**inputs)[0]
-        reference = model.shiftdc_reference(**inputs, captions=[caption])
+        read = model.shiftdc_image(**inputs)
+        reference = model.shiftdc_reference(**inputs, captions=read.captions)
     elif model.config.shiftdc["reference"] != "static":
         reference = model.shiftdc_reference(**inputs)
-    calibrated = _reply(vlm, inputs, max_new_tokens, shiftdc_reference=reference)
+    calibrated = _reply(vlm, inputs, max_new_tokens, shiftdc_reference=reference, shiftdc_image=read)
     end = time.perf_counter()
     return Comparison(
         uncalibrated=plain,
         calibrated=calibrated,
-        caption=None if caption is None else vlm.decode(caption),
+        caption=None if read is None else vlm.decode(read.captions[0]),
         layers=_layer_shifts(vlm, inputs, reference),
         uncalibrated_seconds=middle - start,
         calibrated_seconds=end - middle,

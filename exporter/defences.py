@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import LogitsProcessor, LogitsProcessorList
 
 from exporter.modeling.modeling_shiftdc_prompts import PromptPieces
 from exporter.vlm import VLM, Inputs
@@ -80,36 +79,34 @@ class Run:
 
     def generate(self, inputs: Inputs, **options: Any) -> Answers:
         """Replies with the time to the first token (prefill) apart from the rest (decode)."""
-        first = _FirstToken()
         start = time.perf_counter()
-        out = self.vlm.model.generate(
-            **inputs,
-            **options,
-            max_new_tokens=self.max_new_tokens,
-            do_sample=False,
-            logits_processor=LogitsProcessorList([first]),
-        )
+        with _first_pass(self.vlm) as passed:
+            out = self.vlm.model.generate(**inputs, **options, max_new_tokens=self.max_new_tokens, do_sample=False)
         end = time.perf_counter()
         texts = [self.vlm.decode(row) for row in out[:, inputs["input_ids"].shape[1] :]]
-        return Answers(texts, {"prefill": first.time - start, "decode": end - first.time})
+        return Answers(texts, {"prefill": passed[0] - start, "decode": end - passed[0]})
 
     def ask(self, requests: Sequence[str], images: Images = None) -> Answers:
         """The base model's replies."""
         return self.generate(self.vlm.encode(requests, images), shiftdc=False)
 
 
-class _FirstToken(LogitsProcessor):
-    """Notes when the first logits are there, and changes nothing."""
+@contextmanager
+def _first_pass(vlm: VLM) -> Iterator[list[float]]:
+    """Holds when the last decoder layer first ended, once it has."""
+    passed: list[float] = []
 
-    def __init__(self) -> None:
-        self.time = float("nan")
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        if self.time != self.time:
-            if scores.is_cuda:
+    def note(*_: Any) -> None:
+        if not passed:
+            if vlm.device.type == "cuda":
                 torch.cuda.synchronize()
-            self.time = time.perf_counter()
-        return scores
+            passed.append(time.perf_counter())
+
+    handle = vlm.decoder_layers(vlm.model.config.shiftdc["decoder_layers"])[-1].register_forward_hook(note)
+    try:
+        yield passed
+    finally:
+        handle.remove()
 
 
 def direct(run: Run, requests: Sequence[str], images: Images) -> Answers:
@@ -137,10 +134,12 @@ def shiftdc(run: Run, requests: Sequence[str], images: Images) -> Answers:
     if images is None or kind == "static":
         return run.generate(inputs)
     options, spent = {}, {}
+    read = None
     if kind == "caption":
-        options["captions"], spent["caption"] = _timed(lambda: model.shiftdc_captions(**inputs))
+        read, spent["caption"] = _timed(lambda: model.shiftdc_image(**inputs))
+        options["captions"] = read.captions
     reference, spent["reference"] = _timed(lambda: model.shiftdc_reference(**inputs, **options))
-    answers = run.generate(inputs, shiftdc_reference=reference)
+    answers = run.generate(inputs, shiftdc_reference=reference, shiftdc_image=read)
     return Answers(answers.texts, {**spent, **answers.seconds})
 
 

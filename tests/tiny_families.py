@@ -159,7 +159,8 @@ def llava_next(template: str = MISTRAL) -> TinyFamily:
         chat_template=template,
     )  # fmt: skip
     config = LlavaNextConfig(
-        text_config=MistralConfig(**text_sizes(len(words))), vision_config=CLIPVisionConfig(**vision_sizes(28, 14)),
+        text_config=MistralConfig(**text_sizes(len(words)), sliding_window=None),
+        vision_config=CLIPVisionConfig(**vision_sizes(28, 14)),
         image_token_index=IMAGE, image_grid_pinpoints=grid, vision_feature_layer=-2, image_seq_length=4,
     )  # fmt: skip
     return TinyFamily(processor, LlavaNextForConditionalGeneration(config), "model.language_model.layers")

@@ -201,7 +201,7 @@ def pixtral_parts(template: str, merge: int) -> tuple[PixtralProcessor, dict[str
     images = PixtralImageProcessor(size={"longest_edge": 56}, patch_size=14 // merge)
     processor = PixtralProcessor(images, words, patch_size=14 // merge, spatial_merge_size=merge, chat_template=template)
     shared = {
-        "text_config": MistralConfig(**text_sizes(len(words)), head_dim=8),
+        "text_config": MistralConfig(**text_sizes(len(words)), head_dim=8, sliding_window=None),
         "vision_config": PixtralVisionConfig(**vision_sizes(56, 14 // merge)),
         "image_token_index": words.convert_tokens_to_ids("[IMG]"), "vision_feature_layer": -1, "tie_word_embeddings": False,
     }  # fmt: skip

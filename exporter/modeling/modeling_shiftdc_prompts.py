@@ -43,9 +43,10 @@ class PromptPieces:
     def caption_prompt(self, ids: list[int]) -> list[int]:
         """The prompt that asks the model for a caption, in view of the request if the wording has a slot; the image stays."""
         start, end = self.request_span(ids)
-        before, *after = self.caption
-        request = ids[start:end] if after or self.image_token_id in ids[start:end] else []
-        return ids[:start] + before + request + sum(after, []) + ids[end:]
+        before, after = self.caption if self.caption[1:] else (*self.caption, None)
+        if after is None and self.image_token_id not in ids[start:end]:
+            return ids[:start] + before + ids[end:]
+        return ids[:start] + before + ids[start:end] + (after or []) + ids[end:]
 
     def image_prefix(self, ids: list[int]) -> list[int]:
         """The beginning that a prompt has in common with its caption prompt, up to the end of the last image.

@@ -1,0 +1,87 @@
+"""Reading last-token activations: against a bare forward of the same batches, and against the reference procedure.
+
+    python benchmarks/directions.py [--rounds 3] [--prompts 64]
+
+The reference procedure (arXiv:2502.13095, authors' code), written anew: batches of 32 in the order given, lm_head on, every
+hidden state of every token returned and stacked, the last token taken afterwards.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from collections.abc import Callable
+
+import torch
+from models import SMALL, model
+from side_by_side import memory, one_thread, ratio, row, seconds, write
+
+from exporter.activations import LastTokenStats, by_length, last_token_activations
+from exporter.vlm import VLM, Inputs
+
+LENGTHS, FIXED_BATCH = (20, 200), 32
+
+
+def padded(prompts: list[list[int]]) -> Inputs:
+    width = max(map(len, prompts))
+    ids = torch.tensor([[3] * (width - len(p)) + p for p in prompts])
+    return {"input_ids": ids, "attention_mask": torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])}
+
+
+def batches(prompts: list[list[int]]) -> list[Inputs]:
+    """As the package makes them."""
+    return [padded(batch) for batch in by_length(prompts, [len(p) for p in prompts], None, torch.device("cpu"))]
+
+
+def ways(vlm: VLM, prompts: list[list[int]]) -> dict[str, Callable[[], object]]:
+    layers = list(vlm.decoder_layers("model.language_model.layers"))
+
+    def ours() -> LastTokenStats:
+        stats = LastTokenStats()
+        for inputs in batches(prompts):
+            stats.update(last_token_activations(vlm, layers, inputs))
+        return stats
+
+    @torch.no_grad()
+    def bare() -> None:
+        for inputs in batches(prompts):
+            vlm.backbone(inputs)
+
+    @torch.no_grad()
+    def reference() -> torch.Tensor:
+        kept = []
+        for start in range(0, len(prompts), FIXED_BATCH):
+            inputs = padded(prompts[start : start + FIXED_BATCH])
+            states = vlm.model(**inputs, output_hidden_states=True, use_cache=False).hidden_states
+            kept.append(torch.stack(states)[:, :, -1])  # [layers + 1, batch, hidden]
+        return torch.cat(kept, 1).mean(1)
+
+    return {"ours": ours, "bare": bare, "reference": reference}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--prompts", type=int, default=64)
+    arguments = parser.parse_args()
+    one_thread()
+    rng = random.Random(0)
+    prompts = [[1, *(rng.randrange(5, 8000) for _ in range(rng.randint(*LENGTHS)))] for _ in range(arguments.prompts)]
+    compared = ways(VLM(model(SMALL), None), prompts)
+    # one after the other in forks, before this process has grown
+    bytes_ = {name: memory(way) for name, way in compared.items()}
+    found = seconds(compared, arguments.rounds)
+    work = f"directions, {len(prompts)} prompts of {LENGTHS[0]}-{LENGTHS[1]} tokens"
+    reference = "reference procedure (all hidden states, batches of 32, lm_head)"
+    rows = [
+        row(f"{work}: time", "bare backbone, same batches", ratio(found["ours"], found["bare"]), 1.05),
+        row(f"{work}: peak memory above the weights", "bare backbone, same batches", bytes_["ours"] / bytes_["bare"], 1.05),
+        row(f"{work}: speed", reference, ratio(found["reference"], found["ours"]), 2.5, least=True),
+        row(f"{work}: memory above the weights", reference, bytes_["reference"] / bytes_["ours"], 10, least=True,
+            note=f"{bytes_['reference'] >> 20} against {bytes_['ours'] >> 20} MiB"),
+    ]  # fmt: skip
+    write("directions", rows, seconds=found, bytes=bytes_)
+
+
+if __name__ == "__main__":
+    main()

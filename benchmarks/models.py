@@ -1,0 +1,112 @@
+"""Random-weight LLaVA checkpoints of any size, with a real tokenizer and processor: what speed depends on, without a download."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+SPECIAL = ["<unk>", "<s>", "</s>", "<pad>", "<image>"]
+EOS, PAD, IMAGE = 2, 3, 4
+TEMPLATE = (
+    "{% for message in messages %}{{ message['role'].upper() + ': ' }}"
+    "{% for part in message['content'] if part['type'] == 'image' %}{{ '<image>\n' }}{% endfor %}"
+    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] + ' ' }}{% endfor %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a LLaVA's cost depends on."""
+
+    hidden: int = 768
+    layers: int = 8
+    heads: int = 12
+    intermediate: int = 2048
+    vocabulary: int = 8192
+    image: int = 336  # pixels; with patches of 14, 576 image tokens
+    vision_hidden: int = 256
+    vision_layers: int = 4
+
+
+#: About 75 million parameters.
+SMALL = Size()
+#: More than a gigabyte in float32.
+GIGABYTE = Size(hidden=1536, layers=8, heads=12, intermediate=4096, vocabulary=16384)
+#: LLaVA-1.5-7B.
+FULL = Size(4096, 32, 32, 11008, 32064, 336, 1024, 24)
+_PATCH = 14
+
+
+def config(size: Size) -> LlavaConfig:
+    text = LlamaConfig(
+        vocab_size=size.vocabulary, hidden_size=size.hidden, intermediate_size=size.intermediate,
+        num_hidden_layers=size.layers, num_attention_heads=size.heads, num_key_value_heads=size.heads,
+        max_position_embeddings=4096, bos_token_id=1, eos_token_id=EOS, pad_token_id=PAD, tie_word_embeddings=False,
+    )  # fmt: skip
+    vision = CLIPVisionConfig(
+        hidden_size=size.vision_hidden, intermediate_size=4 * size.vision_hidden, num_hidden_layers=size.vision_layers,
+        num_attention_heads=size.vision_hidden // 64, image_size=size.image, patch_size=_PATCH,
+    )  # fmt: skip
+    return LlavaConfig(
+        text_config=text, vision_config=vision, image_token_id=IMAGE, image_seq_length=(size.image // _PATCH) ** 2,
+        vision_feature_layer=-2, vision_feature_select_strategy="default", tie_word_embeddings=False,
+    )  # fmt: skip
+
+
+def model(size: Size, **options: Any) -> LlavaForConditionalGeneration:
+    """Random weights; `options`: device and dtype."""
+    torch.manual_seed(0)
+    kept = torch.get_default_dtype()
+    torch.set_default_dtype(options.get("dtype", torch.float32))
+    try:
+        with torch.device(options.get("device", "cpu")):
+            made = LlavaForConditionalGeneration(config(size))
+    finally:
+        torch.set_default_dtype(kept)
+    made.generation_config.eos_token_id, made.generation_config.pad_token_id = EOS, PAD
+    return made.eval()
+
+
+def processor(image_size: int = 336) -> LlavaProcessor:
+    """One token a byte."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate([*SPECIAL, *alphabet])}, merges=[], unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words.decoder = decoders.ByteLevel()
+    words.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=words, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>",
+        additional_special_tokens=["<image>"], padding_side="left",
+    )  # fmt: skip
+    images = CLIPImageProcessorPil(size={"shortest_edge": image_size}, crop_size={"height": image_size, "width": image_size})
+    return LlavaProcessor(
+        images, fast, patch_size=_PATCH, vision_feature_select_strategy="default", image_token="<image>",
+        num_additional_image_tokens=1, chat_template=TEMPLATE,
+    )  # fmt: skip
+
+
+def save(size: Size, folder: Path) -> Path:
+    """A checkpoint as they are published."""
+    model(size).save_pretrained(folder)
+    processor(size.image).save_pretrained(folder)
+    return folder
+
+
+def picture(seed: int = 0, size: int = 336) -> Image.Image:
+    pixels = torch.randint(0, 255, (size, size, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    return Image.fromarray(pixels.numpy())

@@ -1,0 +1,167 @@
+"""What a calibrated reply costs, in parts of a plain one: one image of 576 tokens, a caption and an answer of fixed lengths.
+
+    python benchmarks/replies.py [--rounds 5] [--tokens 64] [--batch-rounds 2]
+
+Plain: the stock class. Ideal: plain, plus decoding a caption, plus reading the text-only prompt; all three measured here. The
+reference procedure: caption, text pass, image pass, calibrated reply, each by itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from models import SMALL, picture, save
+from side_by_side import one_thread, ratio, row, seconds, write
+from transformers import LlavaForConditionalGeneration
+
+from exporter.bake import bake
+from exporter.directions import Directions
+from exporter.exported import load_calibrated
+from exporter.modeling.modeling_shiftdc_prompts import PromptPieces
+from exporter.prompt_pieces import prompt_pieces
+from exporter.recipes import load_recipe
+from exporter.source import resolve
+from exporter.vlm import VLM, load_vlm
+
+QUESTION, OTHERS = "What is it?", ["What is it?", "Who needs it, and what for?", "Why?", "How is it made at home?"]
+LAYERS = (3, 4, 5)
+
+
+def calibrated(base_folder: Path, folder: Path) -> VLM:
+    """A checkpoint with random directions, loaded."""
+    base, recipe = resolve(str(base_folder)), load_recipe("llava").with_overrides(layers="3-5")
+    unit = torch.nn.functional.normalize(
+        torch.randn(len(LAYERS), SMALL.hidden, generator=torch.Generator().manual_seed(0)), dim=-1
+    )
+    folder.mkdir()
+    bake(base, recipe, Directions(LAYERS, unit, torch.ones(len(LAYERS)), ()), LAYERS,
+         prompt_pieces(load_vlm(base, recipe), recipe.wording), folder)  # fmt: skip
+    return load_calibrated(folder, recipe)
+
+
+class Replies:
+    """Ways to answer the same questions about the same images."""
+
+    def __init__(self, vlm: VLM, stock: Any, tokens: int, questions: list[str]):
+        self.vlm, self.stock, self.tokens = vlm, stock, tokens
+        self.model, self.settings = vlm.model, dict(vlm.model.config.shiftdc) | {"caption_max_new_tokens": tokens}
+        for model in (self.model, stock):  # captions and replies of exactly so many tokens
+            model.generation_config.min_new_tokens = tokens
+        self.inputs = vlm.encode(questions, [picture(seed) for seed in range(len(questions))])
+        self.use("caption")
+        self.seen = self.model.shiftdc_image(**self.inputs)
+        pieces = PromptPieces(self.settings["prompt"], vlm.image_token_id)
+        prompts = [
+            ids[mask.bool()].tolist() for ids, mask in zip(self.inputs["input_ids"], self.inputs["attention_mask"], strict=True)
+        ]
+        self.counterparts = vlm.pad([pieces.text_prompt(p, c) for p, c in zip(prompts, self.seen.captions, strict=True)])
+        self.length = {"max_new_tokens": tokens, "do_sample": False}
+        self.one = {"max_new_tokens": 1, "min_new_tokens": 1, "do_sample": False}
+
+    def use(self, reference: str) -> None:
+        self.model.config.shiftdc = {**self.settings, "reference": reference}
+
+    def plain(self) -> Any:
+        return self.stock.generate(**self.inputs, **self.length)
+
+    def plain_prefill(self) -> Any:
+        return self.stock.generate(**self.inputs, **self.one)
+
+    @torch.no_grad()
+    def text_pass(self) -> None:
+        self.stock.model(**self.counterparts, use_cache=False)
+
+    def exact(self) -> Any:
+        self.use("caption")
+        return self.model.generate(**self.inputs, **self.length)
+
+    def reference_procedure(self) -> Any:
+        self.use("caption")
+        captions = self.model.shiftdc_captions(**self.inputs)
+        reference = self.model.shiftdc_reference(**self.inputs, captions=captions)
+        self.model.shiftdc_coordinates(**self.inputs)
+        return self.model.generate(**self.inputs, **self.length, shiftdc_reference=reference)
+
+    def caption_kept(self) -> Any:
+        self.use("caption")
+        return self.model.generate(**self.inputs, **self.length, shiftdc_captions=self.seen.captions)
+
+    def cache_kept(self) -> Any:
+        self.use("caption")
+        return self.model.generate(**self.inputs, **self.length, shiftdc_image=self.seen)
+
+    def text(self) -> Any:
+        self.use("text")
+        return self.model.generate(**self.inputs, **self.length)
+
+    def static(self) -> Any:
+        self.use("static")
+        return self.model.generate(**self.inputs, **self.length)
+
+    def static_prefill(self) -> Any:
+        self.use("static")
+        return self.model.generate(**self.inputs, **self.one)
+
+
+def added(*parts: list[float]) -> list[float]:
+    return [sum(values) for values in zip(*parts, strict=True)]
+
+
+def less(one: list[float], other: list[float]) -> list[float]:
+    return [a - b for a, b in zip(one, other, strict=True)]
+
+
+def single(replies: Replies, rounds: int) -> tuple[list[dict[str, Any]], dict[str, list[float]]]:
+    names = (
+        "plain", "plain_prefill", "text_pass", "exact", "reference_procedure", "caption_kept", "cache_kept", "text", "static",
+        "static_prefill",
+    )  # fmt: skip
+    found = seconds({name: getattr(replies, name) for name in names}, rounds)
+    plain, prefill = found["plain"], found["plain_prefill"]
+    ideal = added(plain, less(plain, prefill), found["text_pass"])
+    exact = f"exact method, one image, caption {replies.tokens}, answer {replies.tokens}"
+    steps, calibrated_steps = less(plain, prefill), less(found["static"], found["static_prefill"])
+    times_plain = f"{ratio(found['exact'], plain):.2f} x a plain reply, ideal {ratio(ideal, plain):.2f} x"
+    return [
+        row(exact, "ideal", ratio(found["exact"], ideal), 1.05, note=times_plain),
+        row(f"{exact}: speed", "reference procedure", ratio(found["reference_procedure"], found["exact"]), 1.3, least=True),
+        row("exact method, caption kept per image", "plain reply", ratio(found["caption_kept"], plain), 1.05),
+        row("exact method, the image's KV cache kept", "plain reply", ratio(found["cache_kept"], plain), 0.8),
+        row("`text` reference", "plain reply", ratio(found["text"], plain), 1.08),
+        row("static: reply", "plain reply", ratio(found["static"], plain), 1.01),
+        row("static: prefill", "plain prefill", ratio(found["static_prefill"], prefill), 1.02),
+        row(
+            "static: decode steps", "plain decode steps", ratio(calibrated_steps, steps), 1.02, note="1.00 within noise is asked"
+        ),
+    ], found
+
+
+def batch(replies: Replies, rounds: int) -> tuple[list[dict[str, Any]], dict[str, list[float]]]:
+    found = seconds({"plain": replies.plain, "exact": replies.exact}, rounds, warm=False)
+    work = f"exact method, batch of {len(OTHERS)}, caption {replies.tokens}"
+    return [row(work, "plain batch", ratio(found["exact"], found["plain"]), 1.5)], found
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--batch-rounds", type=int, default=3)
+    parser.add_argument("--tokens", type=int, default=64)
+    arguments = parser.parse_args()
+    one_thread()
+    with tempfile.TemporaryDirectory() as folder:
+        base = save(SMALL, Path(folder) / "base")
+        vlm = calibrated(base, Path(folder) / "calibrated")
+        stock = LlavaForConditionalGeneration.from_pretrained(base).eval()
+    rows, found = single(Replies(vlm, stock, arguments.tokens, [QUESTION]), arguments.rounds)
+    more, batches = batch(Replies(vlm, stock, arguments.tokens, OTHERS), arguments.batch_rounds)
+    write("replies", [*rows, *more], seconds=found, batch_seconds=batches)
+
+
+if __name__ == "__main__":
+    main()

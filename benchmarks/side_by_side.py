@@ -1,0 +1,92 @@
+"""Ways of doing the same thing, timed in turns in one process, so that a machine's other load meets them all alike."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def one_thread() -> None:
+    """Ratios on one thread do not depend on what else a machine with few cores does."""
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+
+
+def seconds(ways: Mapping[str, Callable[[], Any]], rounds: int, warm: bool = True) -> dict[str, list[float]]:
+    """Seconds of every way in every round; the order turns, so that none always follows the same one.
+
+    On one CPU thread these are seconds of CPU time: waiting while other processes run does not count.
+    """
+    clock = time.perf_counter if torch.cuda.is_available() or torch.get_num_threads() > 1 else time.process_time
+    found: dict[str, list[float]] = {name: [] for name in ways}
+    names = list(ways)
+    for round_ in range(rounds + warm):
+        turn = round_ % len(names)
+        for name in [*names[turn:], *names[:turn]]:
+            start = clock()
+            ways[name]()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if round_ or not warm:
+                found[name].append(clock() - start)
+    return found
+
+
+def ratio(one: list[float], other: list[float]) -> float:
+    """Median over rounds of one's time over the other's."""
+    return statistics.median(a / b for a, b in zip(one, other, strict=True))
+
+
+def memory(way: Callable[[], Any]) -> int:
+    """Bytes of peak resident memory that `way` adds, in a fork of this process (weights are there already). Linux."""
+    reader, writer = multiprocessing.get_context("fork").Pipe(duplex=False)
+
+    def measure() -> None:
+        before = _resident("VmRSS")
+        way()
+        writer.send(_resident("VmHWM") - before)
+
+    process = multiprocessing.get_context("fork").Process(target=measure)
+    process.start()
+    added = reader.recv()
+    process.join()
+    return added
+
+
+def _resident(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+def row(work: str, against: str, found: float, reach: float, *, least: bool = False, unit: str = "x", note: str = "") -> dict:
+    """A row of the table; `least`: the more the better."""
+    reached = found >= reach if least else found <= reach
+    return {
+        "work": work, "against": against, "found": round(found, 3), "reach": reach, "least": least, "unit": unit,
+        "reached": bool(reached), "note": note,
+    }  # fmt: skip
+
+
+def write(name: str, rows: list[dict[str, Any]], **about: Any) -> None:
+    """benchmarks/results/<name>.json, and the rows on stdout."""
+    RESULTS.mkdir(exist_ok=True)
+    machine = {"threads": torch.get_num_threads(), "torch": torch.__version__, "load": os.getloadavg()[0]}
+    (RESULTS / f"{name}.json").write_text(json.dumps({"rows": rows, **machine, **about}, indent=2) + "\n", "utf-8")
+    for found in rows:
+        print(line(found), flush=True)
+
+
+def line(found: dict[str, Any]) -> str:
+    sign = ">=" if found["least"] else "<="
+    verdict = "yes" if found["reached"] else "**no**"
+    figure = f"{found['found']:.3g} {found['unit']}"
+    return f"| {found['work']} | {found['against']} | {figure} | {sign} {found['reach']:g} | {verdict} | {found['note']} |"
