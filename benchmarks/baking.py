@@ -45,7 +45,8 @@ def main() -> None:
 
 
 def measure(work: Path, rounds: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    base_folder = save(GIGABYTE, work / "base")
+    base_folder = work / "base"
+    save(GIGABYTE, base_folder)
     base, recipe = resolve(str(base_folder)), load_recipe("llava").with_overrides(layers="3-5")
     unit = torch.nn.functional.normalize(torch.randn(len(LAYERS), GIGABYTE.hidden), dim=-1)
     directions = Directions(LAYERS, unit, torch.ones(len(LAYERS)), ())

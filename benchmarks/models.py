@@ -100,11 +100,12 @@ def processor(image_size: int = 336) -> LlavaProcessor:
     )  # fmt: skip
 
 
-def save(size: Size, folder: Path) -> Path:
-    """A checkpoint as they are published."""
-    model(size).save_pretrained(folder)
+def save(size: Size, folder: Path, **options: Any) -> LlavaForConditionalGeneration:
+    """Write a checkpoint as they are published, and return the model; `options`: device and dtype."""
+    made = model(size, **options)
+    made.save_pretrained(folder)
     processor(size.image).save_pretrained(folder)
-    return folder
+    return made
 
 
 def picture(seed: int = 0, size: int = 336) -> Image.Image:

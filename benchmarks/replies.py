@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from models import SMALL, picture, save
+from models import SMALL, Size, picture, save
 from side_by_side import one_thread, ratio, row, seconds, write
-from transformers import LlavaForConditionalGeneration
 
 from exporter.bake import bake
 from exporter.directions import Directions
@@ -31,11 +30,11 @@ QUESTION, OTHERS = "What is it?", ["What is it?", "Who needs it, and what for?",
 LAYERS = (3, 4, 5)
 
 
-def calibrated(base_folder: Path, folder: Path) -> VLM:
+def calibrated(base_folder: Path, folder: Path, size: Size = SMALL) -> VLM:
     """A checkpoint with random directions, loaded."""
     base, recipe = resolve(str(base_folder)), load_recipe("llava").with_overrides(layers="3-5")
     unit = torch.nn.functional.normalize(
-        torch.randn(len(LAYERS), SMALL.hidden, generator=torch.Generator().manual_seed(0)), dim=-1
+        torch.randn(len(LAYERS), size.hidden, generator=torch.Generator().manual_seed(0)), dim=-1
     )
     folder.mkdir()
     bake(base, recipe, Directions(LAYERS, unit, torch.ones(len(LAYERS)), ()), LAYERS,
@@ -155,9 +154,9 @@ def main() -> None:
     arguments = parser.parse_args()
     one_thread()
     with tempfile.TemporaryDirectory() as folder:
-        base = save(SMALL, Path(folder) / "base")
+        base = Path(folder) / "base"
+        stock = save(SMALL, base)
         vlm = calibrated(base, Path(folder) / "calibrated")
-        stock = LlavaForConditionalGeneration.from_pretrained(base).eval()
     rows, found = single(Replies(vlm, stock, arguments.tokens, [QUESTION]), arguments.rounds)
     more, batches = batch(Replies(vlm, stock, arguments.tokens, OTHERS), arguments.batch_rounds)
     write("replies", [*rows, *more], seconds=found, batch_seconds=batches)
