@@ -1,12 +1,13 @@
 # make demo: set everything up, calibrate the packaged demo model, show what it does
 # make test: set everything up, run the tests
+# make bench: the table of the README's section "Speed", on one CPU thread
 # make evidence: every defence and control on the demo's test things, as in the README
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo evidence test check clean
+.PHONY: bench demo evidence test check clean
 
 demo: $(READY)
 	$(BIN)/shiftdc-export demo --output demo-shiftdc --force
@@ -15,6 +16,9 @@ demo: $(READY)
 evidence: $(READY)
 	$(BIN)/shiftdc-export demo --output demo-shiftdc --force
 	$(BIN)/shiftdc-export evaluate demo-shiftdc --defence all --output demo-evidence
+
+bench: $(READY)
+	for name in directions baking replies evaluation startup table; do OMP_NUM_THREADS=1 $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 test: $(READY)
 	$(BIN)/python -m pytest

@@ -2,8 +2,9 @@
 
     python benchmarks/gpu.py [--rounds 5] [--tflops 989] [--gigabytes 3350]
 
-Extraction (tokens a second, share of the FLOP limit), and replies: plain, exact, text, static, KV cache kept, and plain and static
-with a static cache and torch.compile (share of the bandwidth limit in decode steps). Limits: the GPU's data sheet, for bfloat16.
+Extraction (tokens a second, share of the FLOP limit), and replies: plain, exact, text, static, KV cache kept, and some of
+them with a static cache and torch.compile (share of the bandwidth limit in decode steps). The limits are those of the GPU's
+data sheet, for bfloat16.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
@@ -27,6 +27,10 @@ TEMPLATE = (
     "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] + ' ' }}{% endfor %}"
     "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
+CORPUS = [
+    "USER: What is it? Image Caption: ASSISTANT: Based on the given Request, describe the image. Request:",
+    "Who needs it, and what for? Why? How is it made at home?",
+]
 
 
 @dataclass(frozen=True)
@@ -83,10 +87,12 @@ def model(size: Size, **options: Any) -> LlavaForConditionalGeneration:
 
 
 def processor(image_size: int = 336) -> LlavaProcessor:
-    """One token a byte."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    words = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate([*SPECIAL, *alphabet])}, merges=[], unk_token="<unk>"))
+    """A tokenizer with a token for each word of the prompts, as real ones have for common words."""
+    words = Tokenizer(models.BPE(unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=1000, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False)
+    words.train_from_iterator(CORPUS * 2, trainer)
     words.decoder = decoders.ByteLevel()
     words.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     fast = PreTrainedTokenizerFast(

@@ -129,10 +129,11 @@ def estimate(checked: dict[str, float]) -> str:
     lines = [
         "# On paper: 34B and 72B",
         "",
-        "Written by `python benchmarks/scale.py`. Not measured: arithmetic from parameters, 312 TFLOP/s and 2 TB/s of an A100-80GB,",
-        f"of which matrix products are taken to reach {SHARE_FLOPS:.0%} and decode steps {SHARE_BYTES:.0%}. Rule: reading costs 2",
-        "operations a parameter and token; a decode step reads every weight once. Checked on two sizes on one CPU thread: the rate",
-        f"of {describe(CHECKED[0])} foretells {checked['foretold_over_found']:.2f} times the time of {describe(CHECKED[1])}.",
+        "Written by `python benchmarks/scale.py`. Not measured: arithmetic from parameters and an A100-80GB's 312 TFLOP/s and",
+        f"2 TB/s, of which matrix products are taken to reach {SHARE_FLOPS:.0%} and decode steps {SHARE_BYTES:.0%}.",
+        "Rule: reading costs 2 operations a parameter and token; a decode step reads every weight once.",
+        "Checked on two sizes on one CPU thread: the rate of",
+        f"{describe(CHECKED[0])} foretells {checked['foretold_over_found']:.2f} times the time of {describe(CHECKED[1])}.",
         "",
         f"A prompt has {IMAGE_TOKENS} image tokens; answer {ANSWER} tokens, caption {CAPTION}.",
         "",
@@ -155,7 +156,7 @@ def estimate(checked: dict[str, float]) -> str:
         "",
         "`device_map` runs the layers of several GPUs one after the other: it holds larger models and makes nothing faster.",
         "Nodes that each hold the model can share the prompts and merge their statistics (`LastTokenStats.merge`): time falls",
-        "to 1/n, and what travels is the column of statistics. The package does not start such nodes itself.",
+        "to 1/n, and what travels is the column of statistics (`torchrun`, as the README says).",
     ]
     return "\n".join(lines) + "\n"
 

@@ -43,10 +43,11 @@ class PromptPieces:
     def caption_prompt(self, ids: list[int]) -> list[int]:
         """The prompt that asks the model for a caption, in view of the request if the wording has a slot; the image stays."""
         start, end = self.request_span(ids)
-        before, after = self.caption if self.caption[1:] else (*self.caption, None)
-        if after is None and self.image_token_id not in ids[start:end]:
-            return ids[:start] + before + ids[end:]
-        return ids[:start] + before + ids[start:end] + (after or []) + ids[end:]
+        if len(self.caption) == 1:  # no slot; an image behind the request stays
+            kept = ids[start:end] if self.image_token_id in ids[start:end] else []
+            return ids[:start] + self.caption[0] + kept + ids[end:]
+        before, after = self.caption
+        return ids[:start] + before + ids[start:end] + after + ids[end:]
 
     def image_prefix(self, ids: list[int]) -> list[int]:
         """The beginning that a prompt has in common with its caption prompt, up to the end of the last image.
