@@ -22,6 +22,7 @@ from exporter.manifest import CARD, hashes
 from exporter.onnx_graphs import GraphFamily, graph_family
 from exporter.onnx_interface import EMBED, GRAPHS, SUFFIXES, graph_file
 from exporter.onnx_trace import export_graphs
+from exporter.recipes import recorded_recipe
 from exporter.staging import scratch, swap, write_together
 
 FOLDER = "onnx"
@@ -68,7 +69,8 @@ def export_onnx(checkpoint: Path, precisions: Sequence[str], progress: Progress 
     if target.exists() and not _is_ours(target):
         raise InputError(f"CHECKPOINT: {target} exists and is no export of this tool; move it away.")
     with scratch(target, "partial") as folder:
-        entry = _write(checkpoint, family, tuple(precisions), folder, report["recipe"]["prompts"], progress)
+        wording = recorded_recipe(report).wording.model_dump(include={"caption", "text_counterpart"})
+        entry = _write(checkpoint, family, tuple(precisions), folder, wording, progress)
         if broken := [sentence for found in entry["variants"].values() for sentence in found.pop("failures")]:
             raise VerificationError(f"The ONNX graphs are not kept, because they differ from PyTorch: {'; '.join(broken)}.")
         swap(folder, target)
