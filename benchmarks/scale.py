@@ -116,7 +116,7 @@ def plot(result: dict[str, Any], file: Path) -> None:
 #: Parameters, layers, hidden size, bytes a cached token (float16: 2 tensors x layers x key/value heads x head size x 2 bytes).
 LARGE = {
     "LLaVA-1.6-34B": (34.4e9, 60, 7168, 2 * 60 * 8 * 128 * 2),
-    "Qwen2-VL-72B": (72.7e9, 80, 8192, 2 * 80 * 8 * 128 * 2),
+    "LLaVA-OneVision-72B": (72.7e9, 80, 8192, 2 * 80 * 8 * 128 * 2),
 }
 #: bfloat16 FLOP/s and bytes/s of an A100-80GB, and the share of them that large matrix products and decode steps reach.
 FLOPS, BYTES, SHARE_FLOPS, SHARE_BYTES = 312e12, 2.0e12, 0.5, 0.6
