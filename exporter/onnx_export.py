@@ -19,7 +19,7 @@ from exporter.bake import REPORT
 from exporter.errors import InputError, VerificationError
 from exporter.exported import open_export, read_report
 from exporter.manifest import CARD, hashes
-from exporter.onnx_graphs import GraphFamily, graph_family
+from exporter.onnx_families import GraphFamily, graph_family
 from exporter.onnx_interface import EMBED, GRAPHS, SUFFIXES, graph_file
 from exporter.onnx_trace import export_graphs
 from exporter.recipes import recorded_recipe

@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from exporter.onnx_graphs import GraphFamily
+from exporter.onnx_families import GraphFamily
 from exporter.onnx_interface import GRAPHS, JS_NAMES, graph_file
 
 #: A protobuf file of 2 GB cannot be read; larger graphs keep their weights beside them.
@@ -59,7 +59,7 @@ def write_configs(vlm: Any, family: GraphFamily, folder: Path, precisions: tuple
     kind = type(images).__name__.removesuffix("Pil").removesuffix("Fast")
     flat = {**json.loads(images.to_json_string()), "image_processor_type": kind, "processor_class": named}
     write_json(folder / "preprocessor_config.json", flat)
-    whole = {k: v for k, v in read["processor_config.json"].items() if k != "image_processor"}
+    whole = {k: v for k, v in read["processor_config.json"].items() if k not in ("image_processor", "video_processor")}
     # transformers.js never takes the class token off: these values make its count right
     count = {"num_additional_image_tokens": 0, "vision_feature_select_strategy": "full"} if "patch_size" in whole else {}
     write_json(folder / "processor_config.json", {**whole, **count, "processor_class": named})
@@ -75,14 +75,21 @@ def model_config(vlm: Any, family: GraphFamily, data: dict[str, int]) -> dict[st
     }
     image = None if family.image_text is None else family.image_text(vlm.processor, features_per_image(vlm))
     shifts = [c.shift.item() for c in vlm.model.shiftdc_corrections]
+    onnx = {
+        "image": image,
+        "shifts": shifts,
+        "blank_pixel": vlm.model.shiftdc_blank_pixel,
+        "message": family.positions_free,
+    }
     token = {"image_token_id": config.image_token_id, "image_token_index": config.image_token_id}
     return {
         **{k: v for k, v in config.to_dict().items() if k not in ("auto_map", "_name_or_path", "quantization_config")},
         "model_type": family.js_type,
         "architectures": [stock],
         "text_config": {**text.to_dict(), **explicit},
+        **(explicit if family.js_type == "qwen2_vl" else {}),  # transformers.js reads them at the top there
         **token,
-        "shiftdc": {**config.shiftdc, "onnx": {"image": image, "shifts": shifts}},
+        "shiftdc": {**config.shiftdc, "onnx": onnx},
         "transformers.js_config": {
             "kv_cache_dtype": {JS_NAMES["fp16"]: "float16"},
             **({"use_external_data_format": data} if data else {}),

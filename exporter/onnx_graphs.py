@@ -5,7 +5,7 @@ Names and dimensions are those that transformers.js expects; onnx_interface.py s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +13,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
-from exporter.errors import InputError
-from exporter.onnx_attention import causal_mask, gemma3_masks, marked, seen
+from exporter.onnx_attention import marked, seen
 from exporter.onnx_interface import AMOUNTS, END_FLAG, EXACT, IMAGE_FLAG, OFF, SCALE, STATIC
 
 #: A position that no message has: what lies behind a message's last number.
@@ -137,7 +136,10 @@ def _calibrated(layer: Any, args: tuple, kwargs: dict[str, Any], output: Any) ->
 
 
 class Decoder(nn.Module):
-    """Embeddings and a flat key-value cache to logits, coordinates and the longer cache."""
+    """Embeddings and a flat key-value cache to logits, coordinates and the longer cache.
+
+    Positions follow from the mask, so that `position_ids` may carry a message.
+    """
 
     directions: torch.Tensor
     shifts: torch.Tensor
@@ -167,17 +169,17 @@ class Decoder(nn.Module):
         one_sided: torch.Tensor,
         *past: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
-        """Returns logits [batch, time, vocabulary], coordinates, message, and keys and values of every layer."""
+        """Returns logits [batch, time, vocabulary], coordinates, what `told()` says, and keys and values of every layer."""
         flag, x = inputs_embeds[..., -1], inputs_embeds[..., :-1].to(past[0].dtype)
         time = flag.shape[1]
         attended = seen(attention_mask, past[0], time)
-        positions = (attended.cumsum(1) - 1).clamp(min=0)[:, -time:]
+        counted = (attended.cumsum(1) - 1).clamp(min=0)[:, -time:]
         image = (flag > IMAGE_FLAG / 2) & (flag < (IMAGE_FLAG + END_FLAG) / 2)
-        kind, told = read_message(position_ids, self.shifts.shape[0])
+        positions, kind, target = self.read(position_ids, counted, mode, target)
         calibration = Calibration(
             rows=image.any(-1),
-            kind=torch.where(mode > 0, mode, kind),
-            target=torch.where((mode > 0)[:, None], target, told),
+            kind=kind,
+            target=target,
             strength=strength,
             one_sided=one_sided,
             directions=self.directions,
@@ -196,7 +198,31 @@ class Decoder(nn.Module):
         coordinates = torch.stack(calibration.coordinates, 1)
         presents = [t for layer in cache.layers for t in (layer.keys, layer.values)]
         presents[0] = marked(presents[0], attended)
-        return logits, coordinates, message(coordinates), *presents
+        return logits, coordinates, *self.told(coordinates), *presents
+
+    def read(
+        self, position_ids: torch.Tensor, counted: torch.Tensor, mode: torch.Tensor, target: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(positions, kind [batch], target [batch, layers]) by the inputs; `counted` [batch, time]: positions by the mask."""
+        kind, told = read_message(position_ids, self.shifts.shape[0])
+        return counted, torch.where(mode > 0, mode, kind), torch.where((mode > 0)[:, None], target, told)
+
+    def told(self, coordinates: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Coordinates as a message, where the graph reads messages."""
+        return (message(coordinates),)
+
+
+class GridDecoder(Decoder):
+    """A decoder whose `position_ids` [3, batch, time] are needed: they follow from the shapes of the pictures."""
+
+    def read(
+        self, position_ids: torch.Tensor, counted: torch.Tensor, mode: torch.Tensor, target: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        # no position is above the count of tokens; transformers.js 4.3.1 has some that are, while it answers a prompt of text
+        return torch.minimum(position_ids, counted[None]), mode.expand(counted.shape[0]), target
+
+    def told(self, coordinates: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return ()
 
 
 def read_message(position_ids: torch.Tensor, layers: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -215,34 +241,3 @@ def message(coordinates: torch.Tensor) -> torch.Tensor:
     """int64 [batch, layers + 1] of kind EXACT."""
     numbers = torch.round(coordinates * SCALE).long()
     return torch.cat([torch.full_like(numbers[:, :1], -EXACT), numbers], 1)
-
-
-@dataclass(frozen=True)
-class GraphFamily:
-    """What differs between families.
-
-    js_type: model_type under which transformers.js loads it. masks: attention masks of the decoder, as `causal_mask`.
-    image_text: from a processor and the number of features of an image, what the chat template writes for an image, and what
-    the processor puts there; None where that depends on the picture.
-    """
-
-    js_type: str
-    vision: Callable[[Any], nn.Module]
-    masks: Callable[..., Any]
-    image_text: Callable[[Any, int], tuple[str, str]] | None
-
-
-FAMILIES = {
-    "llava": GraphFamily("llava", LlavaVision, causal_mask, lambda p, n: (p.image_token, p.image_token * n)),
-    "idefics3": GraphFamily("idefics3", Idefics3Vision, causal_mask, None),
-    "gemma3": GraphFamily("gemma3", Gemma3Vision, gemma3_masks, lambda p, n: (p.boi_token, p.full_image_sequence)),
-}
-
-
-def graph_family(name: str, config: Mapping[str, Any]) -> GraphFamily:
-    """The graphs of a family, for a checkpoint with this config.json. Raises InputError."""
-    if name not in FAMILIES:
-        raise InputError(f"ONNX: family {name!r} has no graphs yet, expected one of {', '.join(FAMILIES)}; leave --onnx out.")
-    if config.get("vision_config", {}).get("model_type") == "pixtral":
-        raise InputError("ONNX: Pixtral, whose pictures keep their own shape, has no graphs yet; leave --onnx out.")
-    return FAMILIES[name]

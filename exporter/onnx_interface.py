@@ -9,7 +9,8 @@ The decoder corrects rows that hold an image, at the last token of the forward t
 
 A runtime that can feed any input gives `shiftdc_mode` and `shiftdc_target`. transformers.js cannot, and sends a message in
 `position_ids` (the graph derives positions from the mask): int64 [batch, layers + 1] = [-kind, round(target * 2^24), ...].
-The output `shiftdc_reference` of a text-only forward is such a message, of kind EXACT.
+The output `shiftdc_reference` of a text-only forward is such a message, of kind EXACT. Where positions follow from the shapes of
+pictures (qwen2_vl, qwen2_5_vl) `position_ids` are positions, there is no such output, and transformers.js gets STATIC only.
 
 This module imports nothing.
 """
@@ -31,6 +32,9 @@ MODE, TARGET, STRENGTH, ONE_SIDED = "shiftdc_mode", "shiftdc_target", "shiftdc_s
 OPTIONAL = (MODE, TARGET, STRENGTH, ONE_SIDED)
 #: Outputs of the decoder: `x.d` of the last token at every calibrated layer, float32 [batch, layers]; the same as a message.
 COORDINATES, MESSAGE = "shiftdc_coordinates", "shiftdc_reference"
+
+#: Frames, rows and columns of patches of each picture, int64 [pictures, 3], as processors call it.
+GRID = "image_grid_thw"
 
 #: The last channel of `inputs_embeds` says what a token is: part of an image, or one that ends a reply.
 IMAGE_FLAG, END_FLAG = 1.0, 2.0

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from exporter.calibration import typographic_image
+from exporter.onnx_interface import GRID
 from exporter.onnx_runner import BAKED, UNCALIBRATED, Floats, OnnxShiftDC, Prompts
 from exporter.vlm import VLM, Inputs
 
@@ -90,7 +91,7 @@ def as_prompts(inputs: Inputs) -> Prompts:
     ids, mask = arrays.pop("input_ids"), arrays.pop("attention_mask")
     if "pixel_attention_mask" in arrays:
         arrays["pixel_attention_mask"] = arrays["pixel_attention_mask"] > 0
-    return Prompts(ids, mask, {k: v for k, v in arrays.items() if k.startswith("pixel_")})
+    return Prompts(ids, mask, {k: v for k, v in arrays.items() if k.startswith("pixel_") or k == GRID})
 
 
 def until_end(ids: Sequence[int], eos: Sequence[int]) -> list[int]:

@@ -34,8 +34,8 @@ class PromptWriter:
         """Token ids of one user turn with the generation prompt behind it. Raises InputError."""
         if images and self.image is None:
             raise InputError(
-                "This family's prompts depend on the size of the picture; make input_ids and pixels with its processor, and give "
-                "them to generate()."
+                "This family's prompts depend on the size of the picture: give `shiftdc-export generate` the checkpoint itself "
+                "and not its onnx folder; in Python make input_ids and pixels with its processor for OnnxShiftDC.generate()."
             )
         pictures = [{"type": "image"}] * images
         turns = [{"role": "user", "content": [*pictures, {"type": "text", "text": request}]}]

@@ -30,6 +30,7 @@ from exporter.onnx_interface import (
     EMBED,
     EXACT,
     GRAPHS,
+    GRID,
     MODE,
     OFF,
     STATIC,
@@ -40,6 +41,7 @@ from exporter.onnx_interface import (
     past_names,
     present_names,
 )
+from exporter.onnx_positions import grid_positions
 from exporter.onnx_prompts import PromptWriter
 
 Ids = npt.NDArray[np.int64]
@@ -49,7 +51,7 @@ REFERENCES = ("caption", "text", "blank", "static", None)
 
 @dataclass(frozen=True)
 class Prompts:
-    """Left-padded prompts: ids and mask [batch, time]; what the vision encoder takes, by input name (empty: no image)."""
+    """Left-padded prompts: ids and mask [batch, time]; what the processor makes of images, by its names (empty: no image)."""
 
     ids: Ids
     mask: Ids
@@ -91,6 +93,8 @@ class OnnxShiftDC:
         self.writer = PromptWriter(folder, settings["onnx"]["image"])
         self.sessions = {graph: _session(folder, graph_file(graph, precision), threads) for graph in GRAPHS}
         self._empty = self._empty_cache()
+        names = [i.name for i in self.sessions[VISION].get_inputs()]
+        self._vision_names = {name: GRID if name.endswith("grid_thw") else name for name in names}
 
     # Prompts
 
@@ -147,8 +151,8 @@ class OnnxShiftDC:
     def reference(self, prompts: Prompts, kind: str, captions: Sequence[Sequence[int]] | None = None) -> Floats:
         """Target coordinates float32 [batch, layers] of kind caption, text or blank."""
         if kind == "blank":
-            blank = {k: np.zeros_like(v) if k == "pixel_values" else v for k, v in prompts.vision.items()}
-            return self.coordinates(Prompts(prompts.ids, prompts.mask, blank))
+            pixels = blank(prompts.vision["pixel_values"], self.settings["onnx"]["blank_pixel"])
+            return self.coordinates(Prompts(prompts.ids, prompts.mask, {**prompts.vision, "pixel_values": pixels}))
         texts: Sequence[Sequence[int] | None] = [None] * len(prompts.ids)
         if kind == "caption":
             texts = captions if captions is not None else self.captions(prompts)
@@ -175,6 +179,7 @@ class OnnxShiftDC:
         presents = present_names(len(self._empty) // 2)
         outputs = self.forward(prompts, correction, ["logits", *presents])
         mask, written = prompts.mask, []
+        positions = self._positions(prompts)
         ended = np.zeros(len(mask), bool)
         while True:
             token = outputs["logits"].numpy()[:, -1].argmax(-1)
@@ -185,7 +190,9 @@ class OnnxShiftDC:
                 break
             mask = np.concatenate([mask, np.ones_like(mask[:, :1])], 1)
             past = dict(zip(self._empty, (outputs[name] for name in presents), strict=True))
-            outputs = self._decode(self._embed(token[:, None]), mask, past, {}, ["logits", *presents])
+            if positions.ndim == 3:
+                positions = np.broadcast_to(positions.max((0, 2))[:, None] + 1, (3, len(mask), 1)).copy()
+            outputs = self._decode(self._embed(token[:, None]), mask, positions, past, {}, ["logits", *presents])
         rows = np.stack(written, 1).tolist()
         return [row[: next((i for i, t in enumerate(row) if t in self.eos), len(row))] for row in rows]
 
@@ -195,7 +202,7 @@ class OnnxShiftDC:
         """The pass over whole prompts: OrtValues by output name."""
         embeds = self._embed(prompts.ids)
         if prompts.vision:
-            (features,) = self.sessions[VISION].run(None, prompts.vision)
+            (features,) = self.sessions[VISION].run(None, self._seen(prompts))
             features = features.reshape(-1, embeds.shape[-1])
             places = prompts.ids == self.image_token_id
             if places.sum() != len(features):
@@ -206,19 +213,32 @@ class OnnxShiftDC:
             optional[TARGET] = np.asarray(correction.target, np.float32)
         batch = len(embeds)
         past = {name: np.zeros((batch, *shape), dtype) for name, (shape, dtype) in self._empty.items()}
-        return self._decode(embeds, prompts.mask, past, optional, outputs)
+        return self._decode(embeds, prompts.mask, self._positions(prompts), past, optional, outputs)
+
+    def _seen(self, prompts: Prompts) -> dict[str, Any]:
+        """What the vision encoder takes, by its names. Raises InputError."""
+        if missing := {*self._vision_names.values()} - {*prompts.vision}:
+            raise InputError(f"The prompts lack {', '.join(sorted(missing))}; give all that the processor made of the images.")
+        return {name: prompts.vision[theirs] for name, theirs in self._vision_names.items()}
+
+    def _positions(self, prompts: Prompts) -> Ids:
+        """What goes into `position_ids`: nothing to say, or, where the graph needs them, positions [3, batch, time]."""
+        if self.settings["onnx"]["message"]:
+            return np.zeros((len(prompts.ids), 1), np.int64)
+        merge = self.config["vision_config"]["spatial_merge_size"]
+        grids = prompts.vision.get(GRID, np.zeros((0, 3), np.int64))
+        return grid_positions(prompts.ids, prompts.mask, self.image_token_id, grids, merge)
 
     def _embed(self, ids: Ids) -> Floats:
         (embeds,) = self.sessions[EMBED].run(None, {"input_ids": ids})
         return embeds
 
     def _decode(
-        self, embeds: Floats, mask: Ids, past: dict[str, Any], optional: dict[str, Any], outputs: list[str]
+        self, embeds: Floats, mask: Ids, positions: Ids, past: dict[str, Any], optional: dict[str, Any], outputs: list[str]
     ) -> dict[str, Any]:
         """OrtValues by output name; the cache stays in the runtime's memory."""
         from onnxruntime import OrtValue
 
-        positions = np.zeros((len(mask), 1), np.int64)  # positions come from the mask, and there is no message
         arrays = {"inputs_embeds": embeds, "attention_mask": mask, "position_ids": positions, **optional, **past}
         feeds = {k: OrtValue.ortvalue_from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in arrays.items()}
         return dict(zip(outputs, self.sessions[DECODER].run_with_ort_values(outputs, feeds), strict=True))
@@ -229,6 +249,14 @@ class OnnxShiftDC:
         found = {i.name: i for i in self.sessions[DECODER].get_inputs()}
         dtypes = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
         return {n: ((found[n].shape[1], 0, found[n].shape[3]), dtypes[found[n].type]) for n in past_names(layers)}
+
+
+def blank(pixels: Floats, value: float) -> Floats:
+    """Neutral images; those of a family that takes zeros for padding have another `value`, and padding stays padding."""
+    if value == 0:
+        return np.zeros_like(pixels)
+    images = pixels.any((-3, -2, -1), keepdims=True)
+    return np.broadcast_to(images * np.float32(value), pixels.shape).astype(pixels.dtype)
 
 
 def _read(folder: Path, name: str) -> dict[str, Any]:

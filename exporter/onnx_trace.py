@@ -10,12 +10,14 @@ import torch
 from PIL import Image
 from torch import nn
 
-from exporter.onnx_graphs import Decoder, Embedding, GraphFamily
+from exporter.onnx_families import GraphFamily
+from exporter.onnx_graphs import Decoder, Embedding
 from exporter.onnx_interface import (
     COORDINATES,
     DECODER,
     EMBED,
     GRAPHS,
+    GRID,
     MESSAGE,
     MODE,
     ONE_SIDED,
@@ -33,26 +35,33 @@ def export_graphs(vlm: Any, family: GraphFamily, end_ids: Sequence[int], graphs:
     """onnx_ir models by graph name, of a calibrated model in its own dtype on the CPU."""
     model = vlm.model
     exports: dict[str, Callable[[], Any]] = {
-        VISION: lambda: _exported_vision(vlm, family.vision(model).eval()),
+        VISION: lambda: _exported_vision(vlm, family.vision(model).eval(), family.grid_input),
         EMBED: lambda: _exported_embedding(Embedding(model, end_ids).eval()),
-        DECODER: lambda: _exported_decoder(model, Decoder(model, family.masks, end_ids).eval()),
+        DECODER: lambda: _exported_decoder(model, family.decoder(model, family.masks, end_ids).eval(), family.positions_free),
     }
     with torch.no_grad():
         return {graph: exports[graph]() for graph in graphs}
 
 
-def _exported_vision(vlm: Any, module: nn.Module) -> Any:
+def _exported_vision(vlm: Any, module: Any, grid_input: str) -> Any:
     grey = Image.new("RGB", (64, 48), (127, 127, 127))
     encoded = vlm.encode(["a", "b"], [grey, grey])
     inputs = {name: encoded[name] for name in inspect.signature(module.forward).parameters}
     if "pixel_attention_mask" in inputs:
         inputs["pixel_attention_mask"] = inputs["pixel_attention_mask"].bool()  # as transformers.js makes it
-    if inputs["pixel_values"].ndim == 4:
-        dims: dict[int, Any] = {0: torch.export.Dim("num_images")}
+    images = torch.export.Dim("num_images")
+    dims: tuple[dict[int, Any], ...]
+    if GRID in inputs:
+        dims, rows = ({0: module.merge**2 * torch.export.Dim("num_features")}, {0: images}), "num_features"
+    elif "pixel_attention_mask" in inputs:
+        dims, rows = ({0: torch.export.Dim("batch_size"), 1: images},) * 2, "num_tiles"
     else:
-        dims = {0: torch.export.Dim("batch_size"), 1: torch.export.Dim("num_images")}
-    exported = _exported(module, tuple(inputs.values()), tuple(dims for _ in inputs), list(inputs), ["image_features"])
-    _name_dimension(exported, "image_features", 0, "num_images" if len(inputs) == 1 else "num_tiles")
+        dims, rows = ({0: images},), "num_images"
+    names = [grid_input if name == GRID else name for name in inputs]
+    exported = _exported(module, tuple(inputs.values()), dims, names, ["image_features"])
+    _name_dimension(exported, "image_features", 0, rows)
+    if GRID in inputs:
+        _name_dimension(exported, "pixel_values", 0, "num_patches")
     return exported
 
 
@@ -61,7 +70,7 @@ def _exported_embedding(module: nn.Module) -> Any:
     return _exported(module, (torch.zeros(2, 5, dtype=torch.long),), dims, ["input_ids"], ["inputs_embeds"])
 
 
-def _exported_decoder(model: Any, module: Decoder) -> Any:
+def _exported_decoder(model: Any, module: Decoder, positions_free: bool) -> Any:
     text = model.config.get_text_config()
     layers, hidden = text.num_hidden_layers, text.hidden_size
     heads = text.num_key_value_heads
@@ -83,7 +92,7 @@ def _exported_decoder(model: Any, module: Decoder) -> Any:
     inputs = (
         torch.randn(batch, time, hidden + 1),
         torch.ones(batch, past + time, dtype=torch.long),
-        torch.zeros(batch, time + 4, dtype=torch.long),
+        torch.zeros(batch, time + 4, dtype=torch.long) if positions_free else torch.ones(3, batch, time, dtype=torch.long),
         defaults[MODE],
         torch.zeros(batch, columns),  # traced as a row each; one row for all is the default
         defaults[STRENGTH],
@@ -91,12 +100,14 @@ def _exported_decoder(model: Any, module: Decoder) -> Any:
         *(torch.randn(batch, heads, past, width).to(dtype) for _ in range(2 * layers)),
     )
     shapes = (
-        {0: rows, 1: sequence}, {0: rows, 1: total}, {0: rows, 1: told}, None, {0: rows}, None, None,
+        {0: rows, 1: sequence}, {0: rows, 1: total}, {0: rows, 1: told} if positions_free else {1: rows, 2: sequence},
+        None, {0: rows}, None, None,
         tuple({0: rows, 2: cached} for _ in range(2 * layers)),
     )  # fmt: skip
+    outputs = ["logits", COORDINATES, *([MESSAGE] if positions_free else []), *present_names(layers)]
     names = ["inputs_embeds", "attention_mask", "position_ids", MODE, TARGET, STRENGTH, ONE_SIDED, *past_names(layers)]
     try:
-        exported = _exported(module, inputs, shapes, names, ["logits", COORDINATES, MESSAGE, *present_names(layers)])
+        exported = _exported(module, inputs, shapes, names, outputs)
     finally:
         for hook in module.hooks:
             hook.remove()

@@ -22,8 +22,8 @@ from exporter import onnx_export, onnx_parity
 from exporter.cli import main
 from exporter.errors import InputError, VerificationError
 from exporter.exported import open_export, read_report
+from exporter.onnx_families import graph_family
 from exporter.onnx_files import save_graph
-from exporter.onnx_graphs import graph_family
 from exporter.onnx_images import ImageProcessor
 from exporter.onnx_interface import (
     AMOUNTS,

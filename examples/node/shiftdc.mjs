@@ -6,6 +6,7 @@
 //   [-1, targets], one row each     towards targets: the `shiftdc_reference` that a text-only prompt's forward returns
 //   [-2, amounts]                   by amounts
 //   [-3]                            not at all
+// qwen2_vl and qwen2_5_vl need positions there, which transformers.js makes: their graphs correct by the mean shift only.
 
 import { AutoModelForImageTextToText, AutoProcessor, Tensor, full } from "@huggingface/transformers";
 
@@ -40,20 +41,34 @@ export class ShiftDC {
 
   /** What replies() adds to the inputs of a batch. */
   async correction(inputs, requests, images, reference) {
-    if (reference === "none") return off(inputs);
     if (reference === "static") return {};
+    if (this.settings.onnx.message === false) {
+      throw new Error(`reference: expected static, found ${reference}; for ${this.model.config.model_type} the others run in Python only.`);
+    }
+    if (reference === "none") return off(inputs);
     const target = await this.target(inputs, requests, images, reference);
     return { position_ids: this.settings.rule === "precomputed" ? await this.amounts(inputs, target) : target };
   }
 
   /** Where the correction leads: the coordinates of the same requests with a caption in place of the image, or neither. */
   async target(inputs, requests, images, reference) {
-    if (reference === "blank") return this.coordinates({ ...inputs, pixel_values: full(inputs.pixel_values.dims, 0) });
+    if (reference === "blank") return this.coordinates({ ...inputs, pixel_values: this.blank(inputs.pixel_values) });
     if (reference === "text") return this.coordinates(await this.inputs(requests));
     if (reference !== "caption") throw new Error(`reference: expected caption, text, blank, static or none, found ${reference}.`);
     const captions = await this.captions(requests, images);
     const texts = requests.map((request, i) => filled(this.wording.text_counterpart, { request, caption: captions[i] }));
     return this.coordinates(await this.inputs(texts));
+  }
+
+  /** Neutral images; where zeros are padding they have another value, and padding stays padding. */
+  blank(pixels) {
+    const value = this.settings.onnx.blank_pixel ?? 0;
+    const size = pixels.dims.slice(-3).reduce((a, b) => a * b);
+    const made = full(pixels.dims, value);
+    for (let start = 0; value && start < made.data.length; start += size) {
+      if (!pixels.data.subarray(start, start + size).some((x) => x)) made.data.fill(0, start, start + size);
+    }
+    return made;
   }
 
   /** The model's own captions of the images in view of the requests. */
@@ -84,7 +99,9 @@ export class ShiftDC {
     if (!images) return this.processor.tokenizer(prompts, options);
     const family = this.model.config.model_type; // their processors differ
     if (family === "llava") return this.processor(images, prompts, options);
-    return this.processor(prompts, family === "idefics3" ? images.map((image) => [image]) : images, options);
+    if (family.startsWith("qwen2") && images.length > 1) throw new Error(`${family}: its processor takes one image, found ${images.length}.`);
+    const nested = family === "idefics3" || family === "smolvlm";
+    return this.processor(prompts, nested ? images.map((image) => [image]) : images, options);
   }
 
   /** Greedy replies as texts. */
