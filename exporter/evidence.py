@@ -159,10 +159,15 @@ def attach_results(checkpoint: Path, report: dict[str, Any], results: dict[str, 
     report = {**report, "evaluation": results}
     assets = {f"assets/{p.name}": p.read_bytes() for p in pictures}
     write_together(checkpoint, assets)
-    card = card_of(checkpoint, report)  # shows the pictures that are there
+    write_report_and_card(checkpoint, recorded(report, checkpoint, assets))
+
+
+def write_report_and_card(checkpoint: Path, report: dict[str, Any]) -> None:
+    """Write a report, and the card that it gives; the card shows the pictures that are there."""
+    card = card_of(checkpoint, report)
     with tempfile.TemporaryDirectory(prefix="shiftdc-card-") as folder:
         (Path(folder) / CARD).write_text(card, "utf-8")
-        report = recorded(recorded(report, checkpoint, assets), Path(folder), [CARD])
+        report = recorded(report, Path(folder), [CARD])
     write_together(checkpoint, {CARD: card, REPORT: json.dumps(report, indent=2, allow_nan=False) + "\n"})
 
 

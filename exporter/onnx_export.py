@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import importlib.util
 import json
@@ -18,12 +17,12 @@ import torch
 from exporter.bake import REPORT
 from exporter.errors import InputError, VerificationError
 from exporter.exported import open_export, read_report
-from exporter.manifest import CARD, hashes
+from exporter.manifest import recorded, shipped
 from exporter.onnx_families import GraphFamily, graph_family
 from exporter.onnx_interface import EMBED, GRAPHS, SUFFIXES, graph_file
 from exporter.onnx_trace import export_graphs
 from exporter.recipes import recorded_recipe
-from exporter.staging import scratch, swap, write_together
+from exporter.staging import replaced
 
 FOLDER = "onnx"
 #: Packages of the extra `onnx`.
@@ -66,14 +65,11 @@ def export_onnx(checkpoint: Path, precisions: Sequence[str], progress: Progress 
     report = read_report(checkpoint)
     family = check_family(report["recipe"]["family"], json.loads((checkpoint / "config.json").read_text("utf-8")))
     target = checkpoint / FOLDER
-    if target.exists() and not _is_ours(target):
-        raise InputError(f"CHECKPOINT: {target} exists and is no export of this tool; move it away.")
-    with scratch(target, "partial") as folder:
+    with replaced(target, lambda: _check_ours(target)) as folder:
         wording = recorded_recipe(report).wording.model_dump(include={"caption", "text_counterpart"})
         entry = _write(checkpoint, family, tuple(precisions), folder, wording, progress)
         if broken := [sentence for found in entry["variants"].values() for sentence in found.pop("failures")]:
             raise VerificationError(f"The ONNX graphs are not kept, because they differ from PyTorch: {'; '.join(broken)}.")
-        swap(folder, target)
     _attach(checkpoint, entry)
     return entry
 
@@ -132,23 +128,26 @@ def _save(graphs: dict[str, Any], folder: Path, precision: str) -> None:
         save_graph(exported, folder / graph_file(graph, precision))
 
 
-def _is_ours(folder: Path) -> bool:
+def _check_ours(folder: Path) -> None:
+    """Raise InputError where there is a folder that this tool has not written."""
+    if not folder.exists():
+        return
     try:
-        return "shiftdc" in json.loads((folder / "config.json").read_text("utf-8"))
+        ours = "shiftdc" in json.loads((folder / "config.json").read_text("utf-8"))
     except (OSError, ValueError):
-        return False
+        ours = False
+    if not ours:
+        raise InputError(f"CHECKPOINT: {folder} exists and is no export of this tool; move it away.")
 
 
 def _attach(checkpoint: Path, entry: dict[str, Any]) -> None:
-    """Put the entry into the report, and what the graphs are into the card."""
-    from exporter.evidence import card_of
+    """Put the entry and the files' hashes into the report, and what the graphs are into the card."""
+    from exporter.evidence import write_report_and_card
 
     report = {**read_report(checkpoint), "onnx": entry}
-    card = card_of(checkpoint, report)
-    others = {path: sha for path, sha in report["files"].items() if not path.startswith(f"{FOLDER}/")}
-    report["files"] = hashes(checkpoint, known={**others, CARD: hashlib.sha256(card.encode()).hexdigest()})
-    written = json.dumps(report, indent=2, allow_nan=False) + "\n"
-    write_together(checkpoint, {CARD: card, REPORT: written})
+    report["files"] = {p: hashed for p, hashed in report["files"].items() if not p.startswith(f"{FOLDER}/")}
+    written = [p for p in shipped(checkpoint) if p.startswith(f"{FOLDER}/")]
+    write_report_and_card(checkpoint, recorded(report, checkpoint, written))
 
 
 @contextmanager

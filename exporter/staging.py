@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -70,9 +70,18 @@ def staged(output: Path, force: bool) -> Iterator[Path]:
         for folder in _missing(place.parent):
             folder.mkdir(exist_ok=True)
             stack.callback(_remove_if_empty, folder)
-        staging = stack.enter_context(_sibling(place, force))
+        staging = stack.enter_context(_sibling(place, lambda: check_output(place, force)))
         yield staging
         check_output(output, force)
+        swap(staging, place)
+
+
+@contextmanager
+def replaced(output: Path, check: Callable[[], None]) -> Iterator[Path]:
+    """As `staged`, for a folder inside an export; `check` raises InputError where what is there may not be replaced."""
+    place = _absolute(output)
+    with _disk(output), _sibling(place, check) as staging:
+        yield staging
         swap(staging, place)
 
 
@@ -129,10 +138,10 @@ def _remove_if_empty(folder: Path) -> None:
 
 
 @contextmanager
-def _sibling(place: Path, force: bool) -> Iterator[Path]:
+def _sibling(place: Path, check: Callable[[], None]) -> Iterator[Path]:
     with _lock_of(place.parent):  # one run at a time looks around and makes its folder
         _clear_up(place)
-        check_output(place, force)  # an earlier export may have come back
+        check()  # an earlier export may have come back
         folder, lock = _locked_folder(place, "partial")
     try:
         yield folder

@@ -5,6 +5,7 @@ The server quotes the token in every error and in a warning header of every answ
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -16,7 +17,12 @@ from typing import Any
 
 import pytest
 from hub_write import EXPIRED, FINE, READ, WRITE, Fault, Hub, serve
+from PIL import Image
 from tiny import save_tiny_llava
+
+from exporter import onnx_export
+from exporter.evidence import attach_results
+from exporter.exported import read_report
 
 REPO = "alice/tiny-shiftdc"
 EFFECTIVE = {
@@ -55,6 +61,16 @@ from transformers import AutoModelForImageTextToText
 model = AutoModelForImageTextToText.from_pretrained(sys.argv[1], trust_remote_code=True)
 ids = torch.arange(5, 25)[None]
 print(model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False).tolist())
+"""
+
+
+FETCH = """
+import sys
+from pathlib import Path
+from huggingface_hub import snapshot_download
+from exporter.verify import verify
+snapshot_download(sys.argv[1], local_dir=sys.argv[2])
+assert verify(Path(sys.argv[2])).edited == ()
 """
 
 
@@ -200,6 +216,33 @@ def test_round_trip(hub, push, checkpoint, tmp_path):
     assert f'from_pretrained("{REPO}", trust_remote_code=True)'.encode() in there["README.md"]
     assert b"calibrated" in there["README.md"]
     assert reply(hub.url, REPO, tmp_path / "fresh") == reply(hub.url, checkpoint, tmp_path / "local")
+
+
+def test_graphs_and_pictures_go_along_and_verify_when_fetched(hub, push, of_hub_base, tmp_path, monkeypatch):
+    def write(checkpoint, family, precisions, folder, wording, progress):
+        """In the place of tracing, which takes its time."""
+        (folder / "config.json").write_text('{"shiftdc": {}}')
+        (folder / "decoder_model_merged.onnx").write_bytes(b"graph")
+        (folder / "decoder_model_merged.onnx_data").write_bytes(bytes(range(256)) * 4096)
+        return {"versions": {}, "variants": {}}
+
+    monkeypatch.setattr(onnx_export, "_write", write)
+    onnx_export.export_onnx(of_hub_base, ("fp32",))
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "picture.png")
+    attach_results(of_hub_base, read_report(of_hub_base), EFFECTIVE, [tmp_path / "picture.png"])
+    push(of_hub_base, thorough=True)
+    there = hub.files(REPO)
+    assert {p for p in there if p.startswith(("onnx/", "assets/"))} == {
+        "onnx/config.json", "onnx/decoder_model_merged.onnx", "onnx/decoder_model_merged.onnx_data",
+        "assets/picture.png", "assets/shiftdc_probe.safetensors",
+    }  # fmt: skip
+    recorded = json.loads(there["shiftdc_report.json"])["files"]
+    assert recorded == {p: hashlib.sha256(there[p]).hexdigest() for p in recorded}
+    assert recorded.keys() == there.keys() - {"shiftdc_report.json", ".gitattributes"}
+    command = [sys.executable, "-c", FETCH, REPO, str(tmp_path / "fetched")]
+    fetched = {**environment(hub.url, tmp_path / "home"), "HF_TOKEN": WRITE}
+    done = subprocess.run(command, env=fetched, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_base_shards_are_copied_on_the_server(hub, push, of_hub_base):

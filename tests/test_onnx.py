@@ -18,7 +18,7 @@ from click.testing import CliRunner
 from PIL import Image
 from tiny import IMAGE_SIZE, tiny_processor
 
-from exporter import onnx_export, onnx_parity
+from exporter import manifest, onnx_export, onnx_parity
 from exporter.cli import main
 from exporter.errors import InputError, VerificationError
 from exporter.exported import open_export, read_report
@@ -46,6 +46,8 @@ from exporter.onnx_interface import (
 from exporter.onnx_parity import as_prompts
 from exporter.onnx_runner import BAKED, UNCALIBRATED, Correction, OnnxShiftDC
 
+#: `position_ids` that hold no message.
+NOWHERE = np.zeros((3, 1), np.int64)
 REQUESTS = ["How do I build this?", "What is it, and who on earth would ever need one of these?", "Why?"]
 
 
@@ -220,7 +222,7 @@ def test_the_cache_remembers_padding_when_the_mask_does_not(runner, prompts):
     token = runner._embed(np.array([[7], [8], [9]]))
     mask = np.concatenate([prompts.mask, np.ones((3, 1), np.int64)], 1)
     assert not mask.all()
-    found = [runner._decode(token, m, past, {}, ["logits"])["logits"].numpy() for m in (mask, np.ones_like(mask))]
+    found = [runner._decode(token, m, NOWHERE, past, {}, ["logits"])["logits"].numpy() for m in (mask, np.ones_like(mask))]
     assert np.array_equal(*found)
 
 
@@ -230,9 +232,10 @@ def test_rows_that_have_ended_go_on_ending(runner, prompts):
     past = dict(zip(runner._empty, (outputs[n] for n in presents), strict=True))
     mask = np.concatenate([prompts.mask, np.ones((3, 1), np.int64)], 1)
     tokens = [[runner.eos[0]], [runner.eos[0]], [runner.pad]]
-    logits = runner._decode(runner._embed(np.array(tokens)), mask, past, {}, ["logits"])["logits"].numpy()[:, -1]
+    logits = runner._decode(runner._embed(np.array(tokens)), mask, NOWHERE, past, {}, ["logits"])["logits"].numpy()[:, -1]
     assert logits[:2].argmax(-1).tolist() == [runner.eos[0]] * 2
-    same = runner._decode(runner._embed(np.array([[runner.pad]] * 3)), mask, past, {}, ["logits"])["logits"].numpy()[:, -1]
+    pads = runner._embed(np.array([[runner.pad]] * 3))
+    same = runner._decode(pads, mask, NOWHERE, past, {}, ["logits"])["logits"].numpy()[:, -1]
     assert np.array_equal(logits[2], same[2]) and same[2].std() > 0.1
 
 
@@ -364,6 +367,44 @@ def test_a_family_without_graphs_is_refused():
         graph_family("mllama", {})
     with pytest.raises(InputError, match="Pixtral"):
         graph_family("llava", {"vision_config": {"model_type": "pixtral"}})
+
+
+def test_a_checkpoint_with_graphs_is_whole(checkpoint):
+    """Their hashes are in the report: `verify` and a push know them."""
+    assert manifest.differences(checkpoint, read_report(checkpoint)) == ([], [])
+    assert "onnx/vision_encoder.onnx" in read_report(checkpoint)["files"]
+
+
+def write_one_file(checkpoint, family, precisions, folder, wording, progress):
+    """In the place of tracing, which takes its time."""
+    (folder / "config.json").write_text('{"shiftdc": {}}')
+    (folder / f"{precisions[0]}.onnx").write_bytes(b"graph")
+    return {"versions": {}, "variants": {}}
+
+
+@pytest.mark.parametrize("killed", ["while writing", "between two renames"])
+def test_what_a_killed_run_left_goes_with_the_next(checkpoint, tmp_path, monkeypatch, killed):
+    folder = shutil.copytree(checkpoint, tmp_path / "calibrated")
+    left = folder / ".onnx.partial-abcd1234"
+    shutil.copytree(folder / "onnx", left)
+    if killed == "between two renames":
+        (folder / "onnx").rename(folder / ".onnx.old-abcd1234")
+    monkeypatch.setattr(onnx_export, "_write", write_one_file)
+    onnx_export.export_onnx(folder, ("fp16",))
+    assert [f.name for f in folder.iterdir() if f.name.startswith(".")] == []
+    assert sorted(f.name for f in (folder / "onnx").iterdir()) == ["config.json", "fp16.onnx"]
+    assert manifest.differences(folder, read_report(folder)) == ([], [])
+
+
+def test_two_runs_at_once(checkpoint, monkeypatch):
+    def again(*_):
+        onnx_export.export_onnx(checkpoint, ("fp32",))
+
+    before = read_report(checkpoint)
+    monkeypatch.setattr(onnx_export, "_write", again)
+    with pytest.raises(InputError, match=r"another run is writing to .*onnx now"):
+        onnx_export.export_onnx(checkpoint, ("fp32",))
+    assert read_report(checkpoint) == before and manifest.differences(checkpoint, before) == ([], [])
 
 
 def test_many_weights_lie_beside_the_graph(checkpoint, tmp_path):
