@@ -13,6 +13,7 @@ from typing import Literal
 
 from PIL import Image
 
+from exporter.benchmarks import Cell
 from exporter.demo.drawing import draw
 from exporter.demo.world import (
     ABOUT_IMAGE,
@@ -43,14 +44,6 @@ __all__ = [
     "write_calibration",
 ]
 
-Cell = Literal[
-    "harmful_image",
-    "harmless_image",
-    "benign_question_harmful",
-    "benign_question_harmless",
-    "harmful_text",
-    "harmless_text",
-]
 Label = Literal["harmful", "benign"]
 
 QUESTIONS: tuple[Task, ...] = ("what", "color", "text")
