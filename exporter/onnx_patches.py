@@ -67,14 +67,17 @@ class PatchVision(nn.Module):
 
     def forward(self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor) -> torch.Tensor:
         """[patches, numbers of a patch] and int64 [pictures, 3] to [features, hidden + 1]."""
-        x = nn.functional.linear(pixel_values.to(self.weight.dtype), self.weight)
-        found = places(image_grid_thw, x.shape[0], self.merge)
+        # with a batch of one, because ONNX Runtime's quantiser fails on products without a batch
+        x = nn.functional.linear(pixel_values.to(self.weight.dtype)[None], self.weight)
+        found = places(image_grid_thw, x.shape[1], self.merge)
         turns = self.tower.rotary_pos_emb(x, torch.stack([found.row, found.column], 1))
         masks = {whole: self._mask(found, None if whole else self.window, x.dtype) for whole in (True, False)}
         for number, block in enumerate(self.tower.blocks):
             x = x + _attention(block.attn, block.norm1(x), turns, masks[number in self.whole])
             x = x + block.mlp(block.norm2(x))
-        return with_flag(self.tower.merger(x), IMAGE_FLAG)
+        merger = self.tower.merger
+        features = merger.mlp(merger.ln_q(x).reshape(1, -1, merger.hidden_size))
+        return with_flag(features[0], IMAGE_FLAG)
 
     @staticmethod
     def _mask(found: Places, window: int | None, dtype: torch.dtype) -> torch.Tensor:
@@ -82,12 +85,12 @@ class PatchVision(nn.Module):
 
 
 def _attention(attention: Any, x: torch.Tensor, turns: tuple[torch.Tensor, torch.Tensor], mask: torch.Tensor) -> torch.Tensor:
-    """Self-attention of patches [patches, width] under `mask` [1, patches, patches]."""
-    q, k, v = attention.qkv(x).reshape(x.shape[0], 3, attention.num_heads, -1).permute(1, 2, 0, 3).unbind(0)
+    """Self-attention of patches [1, patches, width] under `mask` [1, patches, patches]."""
+    q, k, v = attention.qkv(x).reshape(x.shape[1], 3, attention.num_heads, -1).permute(1, 2, 0, 3).unbind(0)
     cos, sin = (t[None].float() for t in turns)
     q, k = ((t.float() * cos + _half_turned(t.float()) * sin).to(x.dtype) for t in (q, k))
     mixed = nn.functional.scaled_dot_product_attention(q[None], k[None], v[None], mask[None], scale=attention.scaling)
-    return attention.proj(mixed[0].transpose(0, 1).flatten(1))
+    return attention.proj(mixed.transpose(1, 2).flatten(2))
 
 
 def _half_turned(x: torch.Tensor) -> torch.Tensor:

@@ -31,10 +31,10 @@ def exported(request, calibration_file, tmp_path_factory):
     return graphs_of(base, tmp_path_factory.mktemp("family") / "calibrated", layers="1-2", calibration=str(calibration_file))
 
 
-def graphs_of(base, output, **recipe):
+def graphs_of(base, output, precisions=("fp32",), **recipe):
     plan = make_plan(str(base), output=output, **recipe)
     export(plan)
-    export_onnx(plan.output, ("fp32",))
+    export_onnx(plan.output, precisions)
     return open_export(plan.output, dtype="float32"), OnnxShiftDC(plan.output / "onnx", threads=1)
 
 

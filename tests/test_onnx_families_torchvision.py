@@ -37,7 +37,7 @@ def exported(request, calibration_file, tmp_path_factory):
     del tiny.model.get_submodule(tiny.layers)[2:]
     base = tiny.save(tmp_path_factory.mktemp("base"))
     recipe = {"layers": "0-1", "gate": "two-sided", "calibration": str(calibration_file)}
-    return graphs_of(base, tmp_path_factory.mktemp("family") / "calibrated", **recipe)
+    return graphs_of(base, tmp_path_factory.mktemp("family") / "calibrated", ("fp32", "int8"), **recipe)
 
 
 QWEN_IN_NODE = """
