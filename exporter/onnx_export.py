@@ -93,7 +93,7 @@ def _write(
     with _exporter_quiet():
         _save(export_graphs(vlm, family, eos), folder, "fp32")
         if set(precisions) - {"fp32"}:
-            vlm.model.half()
+            halve(vlm.model)
             graphs = GRAPHS if "fp16" in precisions else (EMBED,)
             halves = export_graphs(vlm, family, eos, graphs)
             for precision in precisions:  # the embedding is a table: float16 is as small as it gets
@@ -119,6 +119,12 @@ def _write(
             for file in folder.glob(f"{graph_file(graph, 'fp32')}*"):
                 file.unlink()
     return {"versions": {name: importlib.metadata.version(name) for name in PACKAGES}, "variants": variants}
+
+
+def halve(model: torch.nn.Module) -> None:
+    """Weights in float16. Buffers stay: RoPE's frequencies, rounded, would turn far positions by tenths of a radian."""
+    for weight in model.parameters():
+        weight.data = weight.data.half()
 
 
 def _save(graphs: dict[str, Any], folder: Path, precision: str) -> None:
