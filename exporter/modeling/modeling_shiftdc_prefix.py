@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 from transformers.generation import GenerationConfig, GenerationMode
+
+from .modeling_shiftdc_cache import new_cache
 
 if TYPE_CHECKING:  # what the mixin is mixed into
     from transformers import PreTrainedModel as _Model
@@ -59,12 +60,6 @@ class ShiftDCImage:
         """Leave nothing but the prefixes in the cache."""
         if self.cache is not None:
             self.cache.crop(-(self.cache.get_seq_length() - max(map(len, self.prefixes))))
-
-
-def new_cache(config: Any) -> DynamicCache | None:
-    """An empty cache; None where its layers forget (sliding windows, recurrent states) and cannot be cut back."""
-    cache = DynamicCache(config=config)
-    return cache if all(type(layer) is DynamicLayer for layer in cache.layers) else None
 
 
 def laid_out(
