@@ -26,6 +26,7 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
+import torch  # noqa: E402
 from hub_write import WRITE, Hub, serve  # noqa: E402 (of the tests)
 
 REPO = "alice/killed"
@@ -110,8 +111,11 @@ def started(work: Work, folder: Path) -> tuple[int, int]:
         code = 1
         try:
             os.chdir(folder)
+            torch.set_num_threads(1)  # makes PyTorch's own threads anew, which two threads at once cannot
             work(lambda stage, done, total: os.write(writing, f"{stage}\n".encode()))  # type: ignore[arg-type, return-value]
             code = 0
+        except Exception as error:  # noqa: BLE001 (whatever it is, it is a trial that failed)
+            os.write(writing, f"{type(error).__name__}: {str(error)[:300]!r}\n".encode())
         finally:
             os._exit(code)
     os.close(writing)
@@ -119,7 +123,7 @@ def started(work: Work, folder: Path) -> tuple[int, int]:
 
 
 def ended(pid: int, reading: int) -> tuple[int, str]:
-    """(exit code, the last stage)."""
+    """(exit code, the last stage, or the error that ended it)."""
     with os.fdopen(reading) as stream:
         stages = stream.read().split("\n")
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), (stages[-2] if len(stages) > 1 else "start")
@@ -142,8 +146,8 @@ def trial(stage: Stage, kind: str, delay: float) -> dict[str, Any]:
     os.kill(pid, signal.SIGKILL)
     code, last = ended(pid, reading)
     found: dict[str, Any] = {"kind": kind, "stage": last if code else "ended", "killed": stage.fault(kind, False)}
-    code, _ = ended(*started(stage.work(kind), stage.folder))
-    found["again"] = f"exit code {code}" if code else stage.fault(kind, True)
+    code, last = ended(*started(stage.work(kind), stage.folder))
+    found["again"] = f"exit code {code}, {last}" if code else stage.fault(kind, True)
     return found
 
 
@@ -170,8 +174,8 @@ def main(kills: int, seed: int, only: str | None) -> None:
     with serve() as hub, tempfile.TemporaryDirectory(prefix="shiftdc-kills-") as folder:
         # read when huggingface_hub is imported
         os.environ |= {"HF_ENDPOINT": hub.url, "HF_TOKEN": WRITE, "HF_HUB_DISABLE_XET": "1", "HF_HOME": f"{folder}/home"}
+        os.environ["SHIFTDC_CACHE"] = f"{folder}/cache"  # of no other run
         os.environ.pop("HF_HUB_OFFLINE", None)
-        import torch
         from transformers.utils import logging
 
         logging.set_verbosity_error()

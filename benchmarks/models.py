@@ -49,8 +49,8 @@ class Size:
 
 #: About 75 million parameters.
 SMALL = Size()
-#: More than a gigabyte in float32.
-GIGABYTE = Size(hidden=1536, layers=8, heads=12, intermediate=4096, vocabulary=16384)
+#: More than a gigabyte in float32, and small images.
+GIGABYTE = Size(hidden=1536, layers=8, heads=12, intermediate=4096, vocabulary=16384, image=56)
 #: LLaVA-1.5-7B.
 FULL = Size(4096, 32, 32, 11008, 32064, 336, 1024, 24)
 _PATCH = 14

@@ -10,6 +10,9 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,9 @@ from exporter.modeling.modeling_shiftdc import FORMAT_VERSION
 from exporter.reading import read_json
 from exporter.recipes import Recipe
 from exporter.source import INDEX, SINGLE, BaseCheckpoint, read_header
+
+#: A function from a base shard to its SHA-256.
+HashOf = Callable[[Path], str]
 
 SHARD = "shiftdc.safetensors"
 REPORT = "shiftdc_report.json"
@@ -57,17 +63,19 @@ def bake(
     pieces: dict[str, Any],
     folder: Path,
     adapter: Path | None = None,
+    hash_of: HashOf | None = None,
 ) -> dict[str, str]:
     """Write the checkpoint into the empty `folder`; returns the SHA-256 of every base shard by its new name.
 
-    adapter: folder of a PEFT adapter that goes along, unmerged.
+    adapter: folder of a PEFT adapter that goes along, unmerged. hash_of: gives the hash of a base shard, as `hashed_aside` does.
     """
+    hash_of = hash_of or sha256
     names = {shard: _shard_name(shard) for shard in base.shards}
     hashes = {}
     for shard, name in names.items():
         place(shard, folder / name)
-        hashes[name] = sha256(folder / name)
-        if not shard.samefile(folder / name) and sha256(shard) != hashes[name]:
+        hashes[name] = hash_of(shard)
+        if not shard.samefile(folder / name) and sha256(folder / name) != hashes[name]:
             raise InputError(f"MODEL: {shard} changed while it was copied; leave the base folder alone and run again.")
     tensors = {}
     for layer in layers:
@@ -175,6 +183,17 @@ def _reflink(source: Path, target: Path) -> bool:
         except OSError:
             return False
     return True
+
+
+@contextmanager
+def hashed_aside(base: BaseCheckpoint) -> Iterator[HashOf]:
+    """A function that gives the SHA-256 of a shard of `base`; a thread computes them from now on, beside what the block does."""
+    with ThreadPoolExecutor(1, "sha256") as pool:
+        hashes = {shard: pool.submit(sha256, shard) for shard in base.shards}
+        try:
+            yield lambda shard: hashes[shard].result()
+        finally:
+            pool.shutdown(cancel_futures=True)  # after an error
 
 
 def sha256(file: Path) -> str:

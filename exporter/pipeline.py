@@ -16,7 +16,7 @@ import torch
 from exporter import __version__
 from exporter.activations import AUTO_TOKENS
 from exporter.adapter import Adapter, changed_shards, merge, resolve_adapter
-from exporter.bake import REPORT, bake
+from exporter.bake import REPORT, HashOf, bake, hashed_aside
 from exporter.batches import Batches, release
 from exporter.calibration import CalibrationSet, load_calibration
 from exporter.captions import captioned
@@ -203,23 +203,24 @@ def export(plan: Plan, progress: Progress = lambda stage, done, total: None, ran
         folder = ranks.share(lambda: stack.enter_context(staged(plan.output, plan.force)))
         store = ranks.share(lambda: Store.open(fingerprint(plan)))
         plan = stack.enter_context(adapted(plan, clock, ranks))
+        hash_of = stack.enter_context(hashed_aside(plan.base)) if ranks.leads else None
         measured, probe = measure(plan, clock, Batches(ranks, store))
         release()  # what follows loads the model again, or another process does
         if not ranks.leads:
             return None
         if plan.recipe.strength == "auto":
-            plan, measured = swept(plan, measured, clock)
+            plan, measured = swept(plan, measured, clock, hash_of)
         if probe is None:
             probe = probe_unquantised(plan, measured, clock)
             release()
-        shards = clock.stage("bake", lambda: bake_measured(plan, measured, folder))
+        shards = clock.stage("bake", lambda: bake_measured(plan, measured, folder, hash_of))
         probe.save(folder / PROBE)
         report = make_report(plan, measured, shards) | {"resumed_batches": store.found}
         card = render_card(plan.base, plan.recipe, report, measured.directions.statistics, repo=plan.output.name)
         (folder / CARD).write_text(card, "utf-8")
         report["files"] = hashes(folder, known=shards)
         write_report(folder, report)  # verify reads it; the parity that it finds is added
-        verification = clock.stage("verify", lambda: verify(folder, plan.device_map))
+        verification = clock.stage("verify", lambda: verify(folder, plan.device_map, plan.output))
         report |= {"parity": verification.parity, "seconds": clock.seconds}
         write_report(folder, report)
     store.clear()
@@ -300,11 +301,11 @@ def probed(plan: Plan, measured: Measurement) -> tuple[Directions, tuple[int, ..
     return measured.directions, measured.choice.layers, plan.recipe, measured.pieces
 
 
-def swept(plan: Plan, measured: Measurement, clock: Clock) -> tuple[Plan, Measurement]:
+def swept(plan: Plan, measured: Measurement, clock: Clock, hash_of: HashOf | None) -> tuple[Plan, Measurement]:
     """The plan with the strength, and the measurement with the layers, that a sweep on held-out rows chose."""
     held_out = plan.calibration.select("held_out")
     with scratch(plan.output, "sweep") as folder:
-        bake_measured(plan, measured, folder)
+        bake_measured(plan, measured, folder, hash_of)
         vlm = load_calibrated(folder, plan.recipe, dtype=plan.dtype, device_map=plan.device_map)
         found = clock.stage("sweep", lambda: run_sweep(vlm, held_out, plan.layers is None, clock.progress))
     chosen = found.chosen.candidate
@@ -316,9 +317,9 @@ def swept(plan: Plan, measured: Measurement, clock: Clock) -> tuple[Plan, Measur
     return replace(plan, recipe=recipe), replace(measured, choice=choice, sweep=found)
 
 
-def bake_measured(plan: Plan, measured: Measurement, folder: Path) -> dict[str, str]:
+def bake_measured(plan: Plan, measured: Measurement, folder: Path, hash_of: HashOf | None) -> dict[str, str]:
     adapter = plan.adapter.folder if plan.adapter is not None and plan.keep_adapter else None
-    return bake(plan.base, plan.recipe, measured.directions, measured.choice.layers, measured.pieces, folder, adapter)
+    return bake(plan.base, plan.recipe, measured.directions, measured.choice.layers, measured.pieces, folder, adapter, hash_of)
 
 
 def choose(plan: Plan, directions: Directions) -> LayerChoice:

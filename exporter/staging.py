@@ -24,7 +24,7 @@ from exporter.bake import REPORT
 from exporter.errors import InputError, WriteError
 
 #: What temporary siblings are for.
-PURPOSES = ("partial", "sweep", "merged", "offload")
+PURPOSES = ("partial", "sweep", "merged", "offload", "verify")
 #: Bytes of a file name, less what staging adds to it.
 NAME_BYTES = 255 - len(".") - len(".partial-12345678")
 

@@ -22,6 +22,7 @@ from exporter.families import family
 from exporter.manifest import differences
 from exporter.reading import UnreadableError, read_json
 from exporter.source import INDEX, SINGLE, read_header
+from exporter.staging import scratch
 
 
 @dataclass(frozen=True)
@@ -37,17 +38,18 @@ class Verification:
     edited: tuple[str, ...] = ()
 
 
-def verify(folder: Path, device_map: str | None = None) -> Verification:
+def verify(folder: Path, device_map: str | None = None, place: Path | None = None) -> Verification:
     """Raises InputError where `folder` is no export, VerificationError where a check fails.
 
-    device_map: accelerate's, for a checkpoint that one device does not hold.
+    device_map: accelerate's, for a checkpoint that one device does not hold; what it leaves on disk lies beside `place`, by
+    default `folder`.
     """
     report = read_report(folder)
     changed, edited = differences(folder, report)
     problems = [*changed, *_code(folder, report), *_weights(folder, report), *_buffers(folder)]
     if problems:  # never run code that is not ours, nor load half a model
         raise VerificationError(f"{folder} failed its checks: {'; '.join(problems)}.")
-    result = _fresh_process(folder, device_map)
+    result = _fresh_process(folder, device_map, place or folder)
     if result["failures"]:
         raise VerificationError(f"{folder} failed its checks: {'; '.join(result['failures'])}.")
     shards = report["base_model"]["shards"]
@@ -134,15 +136,15 @@ def _names_code(file: Path) -> bool:
     return values != without_code(values)
 
 
-def _fresh_process(folder: Path, device_map: str | None) -> dict[str, Any]:
+def _fresh_process(folder: Path, device_map: str | None, place: Path) -> dict[str, Any]:
     # what is offloaded to disk may be large, and /tmp may be memory
-    beside = None if device_map is None else folder.resolve().parent
-    with tempfile.TemporaryDirectory(prefix=".shiftdc-verify-", dir=beside) as modules:
+    with tempfile.TemporaryDirectory(prefix="shiftdc-") if device_map is None else scratch(place, "verify") as modules:
         # it needs no access to anything, and is no part of a torchrun
         inherited = {k: v for k, v in os.environ.items() if "TOKEN" not in k and not k.endswith(("RANK", "WORLD_SIZE"))}
-        environment = {**inherited, "HF_MODULES_CACHE": modules, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+        environment = {**inherited, "HF_MODULES_CACHE": str(modules), "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+        placement = () if device_map is None else (device_map, str(modules))
         done = subprocess.run(
-            [sys.executable, "-I", verify_worker.__file__, str(folder), *(() if device_map is None else (device_map, modules))],
+            [sys.executable, "-I", verify_worker.__file__, str(folder), *placement],
             env=environment, capture_output=True, text=True, check=False,
         )  # fmt: skip
     if done.returncode:

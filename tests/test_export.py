@@ -19,7 +19,7 @@ from transformers import AutoModelForImageTextToText, LlavaForConditionalGenerat
 
 from exporter import bake as baking
 from exporter import pipeline
-from exporter.errors import InputError, VerificationError
+from exporter.errors import InputError, ShiftDCError, VerificationError
 from exporter.manifest import hashes
 from exporter.pipeline import export, make_plan
 from exporter.verify import verify
@@ -86,6 +86,29 @@ def test_shards_are_copied_where_links_are_impossible(base_folder, tmp_path, cal
     assert shard.read_bytes() == (base_folder / "model.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize("linked", [True, False])
+def test_a_base_that_changes_after_it_was_hashed(base_folder, tmp_path, calibration_file, monkeypatch, linked):
+    base = shutil.copytree(base_folder, tmp_path / "base")
+
+    def changed(*arguments):
+        hash_of, shard = arguments[-1], base / "model.safetensors"
+        hash_of(shard)  # by now the thread has read it
+        data = bytearray(shard.read_bytes())
+        data[-1] ^= 1
+        shard.write_bytes(data)
+        return baking.bake(*arguments)
+
+    def refuse(*_):
+        raise OSError(18, "Invalid cross-device link")
+
+    monkeypatch.setattr("exporter.pipeline.bake", changed)
+    if not linked:
+        monkeypatch.setattr(os, "link", refuse)
+    with pytest.raises(ShiftDCError, match="is not bitwise the base model's" if linked else "changed while it was copied"):
+        export(make_plan(str(base), output=tmp_path / "out", layers="1-2", calibration=str(calibration_file)))
+    assert [f.name for f in tmp_path.iterdir()] == ["base"]
+
+
 def test_links_of_a_hub_cache_are_followed(base_folder, tmp_path):
     (tmp_path / "link.safetensors").symlink_to(base_folder / "model.safetensors")
     baking.place(tmp_path / "link.safetensors", tmp_path / "placed.safetensors")
@@ -93,7 +116,7 @@ def test_links_of_a_hub_cache_are_followed(base_folder, tmp_path):
 
 
 def test_a_failed_export_leaves_nothing(base_folder, tmp_path, calibration_file, monkeypatch):
-    def fail(folder, device_map):
+    def fail(*_):
         assert (folder / "config.json").exists()
         raise VerificationError("on purpose")
 

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 from exporter import pipeline, staging
 from exporter.cli import main
 from exporter.errors import InputError, WriteError
-from exporter.staging import scratch, staged, write_together
+from exporter.staging import PURPOSES, scratch, staged, write_together
 
 OLD = "an earlier export"
 
@@ -72,6 +73,7 @@ def child(work: Callable[[int], None]) -> tuple[int, int]:
     if pid == 0:
         signal.alarm(300)
         try:
+            torch.set_num_threads(torch.get_num_threads())  # makes PyTorch's own threads anew, which two threads at once cannot
             work(writing)
         finally:
             os._exit(0)
@@ -142,6 +144,20 @@ def test_other_outputs_leftovers_are_left_alone(tmp_path):
     with staged(tmp_path / "out", False) as folder:
         fill(folder)
     assert names(tmp_path) == [".out", ".out.partial", ".out2.partial-abcdefgh", "out"]
+
+
+@pytest.mark.parametrize("purpose", PURPOSES)
+def test_what_a_killed_run_kept_aside_is_cleaned_up(tmp_path, purpose):
+    def work(writing: int) -> None:
+        with scratch(tmp_path / "out", purpose) as folder:
+            (folder / "x").write_text("x")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    assert answer(*child(work))[0] == -signal.SIGKILL
+    assert names(tmp_path)[0].startswith(f".out.{purpose}-")
+    with staged(tmp_path / "out", False) as folder:
+        fill(folder)
+    assert names(tmp_path) == ["out"]
 
 
 def test_scratch_folders_end_with_their_use(tmp_path):
