@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PretrainedConfig
 
-from .modeling_shiftdc import ShiftDCConfigMixin, ShiftDCMixin, position_to_correct
+from .modeling_shiftdc import ShiftDCMixin, position_to_correct
+from .modeling_shiftdc_config import ShiftDCConfigMixin
 
 if TYPE_CHECKING:  # what the mixin is mixed into
     from transformers.generation import GenerationMixin as _LanguageModel
