@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from exporter import benchmarks, calibration
-from exporter.card import inherit
+from exporter.card_metadata import inherit
 from exporter.errors import InputError
 from exporter.exported import read_report
 from exporter.recipes import load_recipe
