@@ -15,6 +15,9 @@ ROOM = 128
 class RoomyLayer(DynamicLayer):
     """A `DynamicLayer` whose new tokens are written behind the others, which `DynamicLayer` copies for each of them."""
 
+    keys: torch.Tensor
+    values: torch.Tensor
+
     def __init__(self, **kwargs: Any):
         super().__init__(**kwargs)
         self.rooms: dict[str, torch.Tensor] = {}
