@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from exporter.benchmarks import Question, load_benchmark
+from exporter.benchmarks import load_benchmark
 from exporter.calibration import CalibrationSet, load_calibration
 from exporter.directions import Directions, fit_directions
 from exporter.evaluate import BENIGN, HEADLINE
@@ -28,6 +28,7 @@ from exporter.exported import open_export
 from exporter.intervals import share
 from exporter.judges import begins_as_refusal
 from exporter.pipeline import export, make_plan
+from exporter.questions import Question
 from exporter.refusal_gradient import refusal_gradients
 from exporter.vlm import VLM, Inputs
 

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import (
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
-    PreTrainedTokenizerFast,
-)
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 
-SPECIAL = ["<unk>", "<s>", "</s>", "<pad>", "<image>"]
+sys.path.append(str(Path(__file__).parent.parent / "tests"))
+from tiny import byte_level_tokenizer, tiny_processor
+
 EOS, PAD, IMAGE = 2, 3, 4
 TEMPLATE = (
     "{% for message in messages %}{{ message['role'].upper() + ': ' }}"
@@ -88,22 +81,7 @@ def model(size: Size, **options: Any) -> LlavaForConditionalGeneration:
 
 def processor(image_size: int = 336) -> LlavaProcessor:
     """A tokenizer with a token for each word of the prompts, as real ones have for common words."""
-    words = Tokenizer(models.BPE(unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=1000, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False)
-    words.train_from_iterator(CORPUS * 2, trainer)
-    words.decoder = decoders.ByteLevel()
-    words.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=words, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>",
-        additional_special_tokens=["<image>"], padding_side="left",
-    )  # fmt: skip
-    images = CLIPImageProcessorPil(size={"shortest_edge": image_size}, crop_size={"height": image_size, "width": image_size})
-    return LlavaProcessor(
-        images, fast, patch_size=_PATCH, vision_feature_select_strategy="default", image_token="<image>",
-        num_additional_image_tokens=1, chat_template=TEMPLATE,
-    )  # fmt: skip
+    return tiny_processor(TEMPLATE, byte_level_tokenizer(CORPUS * 2, 1000), image_size)
 
 
 def save(size: Size, folder: Path, **options: Any) -> LlavaForConditionalGeneration:
@@ -112,8 +90,3 @@ def save(size: Size, folder: Path, **options: Any) -> LlavaForConditionalGenerat
     made.save_pretrained(folder)
     processor(size.image).save_pretrained(folder)
     return made
-
-
-def picture(seed: int = 0, size: int = 336) -> Image.Image:
-    pixels = torch.randint(0, 255, (size, size, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
-    return Image.fromarray(pixels.numpy())

@@ -12,12 +12,13 @@ import json
 import time
 from pathlib import Path
 
-from exporter.benchmarks import Benchmark, load_benchmark
+from exporter.benchmarks import load_benchmark
 from exporter.evaluate import judged, summarise
 from exporter.judges import begins_as_refusal
 from exporter.onnx_export import FOLDER, parse_precisions
 from exporter.onnx_interface import SUFFIXES
 from exporter.onnx_runner import OnnxShiftDC
+from exporter.questions import Benchmark
 from exporter.replies import Reply
 
 WAYS = {"direct": None, "static": "static", "caption": "caption"}

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from models import SMALL, Size, picture, save
+from models import SMALL, Size, save
 from side_by_side import one_thread, ratio, row, seconds, write
+from tiny import picture  # from tests/, where models.py looks
 
 from exporter.bake import bake
 from exporter.directions import Directions
@@ -50,7 +51,7 @@ class Replies:
         self.model, self.settings = vlm.model, dict(vlm.model.config.shiftdc) | {"caption_max_new_tokens": tokens}
         for model in (self.model, stock):  # captions and replies of exactly so many tokens
             model.generation_config.min_new_tokens = tokens
-        self.inputs = vlm.encode(questions, [picture(seed) for seed in range(len(questions))])
+        self.inputs = vlm.encode(questions, [picture(seed, 336, 336) for seed in range(len(questions))])
         self.use("caption")
         self.seen = self.model.shiftdc_image(**self.inputs)
         pieces = PromptPieces(self.settings["prompt"], vlm.image_token_id)

@@ -51,13 +51,10 @@ def config():
 def make_checkpoint(folder: Path) -> int:
     """Write it; returns its bytes. No more than one tensor is in memory at a time."""
     import torch
-    from tiny import TEMPLATE, tiny_processor
+    from tiny import tiny_processor
     from transformers import LlavaForConditionalGeneration
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-    processor = tiny_processor(TEMPLATE)
-    processor.image_processor = CLIPImageProcessorPil(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336})
-    processor.save_pretrained(folder)
+    tiny_processor(image_size=336).save_pretrained(folder)
     settings = config()
     with torch.device("meta"):
         model = LlavaForConditionalGeneration(settings)

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from exporter.directions import Directions
 from exporter.errors import InputError
 from exporter.families import Family, family
-from exporter.modeling.modeling_shiftdc import FORMAT_VERSION
+from exporter.modeling.modeling_shiftdc_config import FORMAT_VERSION
 from exporter.reading import read_json
 from exporter.recipes import Recipe
 from exporter.source import INDEX, SINGLE, BaseCheckpoint, read_header

@@ -16,9 +16,11 @@ from typing import Any, Literal
 
 from PIL import Image
 
-from exporter.benchmarks import MM_SAFETYBENCH_8, Benchmark, Question, hub_errors, load_benchmark, need_datasets
+from exporter.benchmarks import load_benchmark
+from exporter.benchmarks_hub import MM_SAFETYBENCH_8, hub_errors, need_datasets
 from exporter.calibration import CalibrationRow, CalibrationSet, Source
 from exporter.errors import InputError
+from exporter.questions import Benchmark, Question
 
 MM_SAFETYBENCH = "mm-safetybench"
 #: Questions of each of the eight scenarios, as three pictures each: 160 to fit, 40 held out.

@@ -5,26 +5,21 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
-import logging
-import os
 import re
-import shlex
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
 import click
 from rich.console import Console
-from rich.table import Table
 
-from exporter import __version__
+from exporter import __version__, console
 from exporter.errors import InputError, ShiftDCError, printable
+from exporter.libraries import libraries_quiet
 from exporter.onnx_interface import SUFFIXES as PRECISIONS
+from exporter.progress import progress_bars
 from exporter.ranks import first, joined, launched
-
-stderr = Console(stderr=True)
 
 
 class DefaultToExport(click.Group):
@@ -80,8 +75,13 @@ def main(context: click.Context) -> None:
         raise InputError("torchrun splits the prompts of an export; run the other commands without it.")
 
 
-def _json_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    return click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")(command)
+_DTYPES = click.Choice(["auto", "float32", "bfloat16", "float16"])
+_checkpoint_argument = click.argument("checkpoint", type=click.Path(path_type=Path))
+_device_map_option = click.option("--device-map", metavar="auto|DEVICE", help="accelerate's device_map.")
+_dtype_option = click.option("--dtype", type=_DTYPES, default="auto", show_default=True)
+_max_new_tokens_option = click.option("--max-new-tokens", type=click.IntRange(1), default=128, show_default=True)
+_quiet_option = click.option("--quiet", is_flag=True, help="No progress on stderr.")
+_json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 
 
 def _push_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -95,10 +95,6 @@ def _push_options(command: Callable[..., Any]) -> Callable[..., Any]:
     ):
         command = option(command)
     return command
-
-
-def _quiet_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    return click.option("--quiet", is_flag=True, help="No progress on stderr.")(command)
 
 
 @main.command("export", hidden=True)
@@ -133,12 +129,12 @@ def _quiet_option(command: Callable[..., Any]) -> Callable[..., Any]:
 )
 @click.option(
     "--dtype",
-    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+    type=_DTYPES,
     default="auto",
     show_default=True,
     help="For measuring; the exported weights stay as they are.",
 )
-@click.option("--device-map", metavar="auto|DEVICE", help="accelerate's device_map.")
+@_device_map_option
 @click.option("--load-in-4bit", is_flag=True, help="Measure directions on the model quantised by bitsandbytes.")
 @click.option("--load-in-8bit", is_flag=True, help="The same with 8 bits.")
 @click.option("--adapter", metavar="FOLDER|ID[@REVISION]", help="PEFT LoRA adapter to calibrate with, merged into the export.")
@@ -170,8 +166,8 @@ def export_command(
     **options: Any,
 ) -> None:
     """Calibrate MODEL and write a self-contained checkpoint."""
-    with _libraries_quiet(), joined() as ranks:
-        from exporter.pipeline import export, make_plan
+    with libraries_quiet(), joined() as ranks:
+        from exporter.pipeline import export, make_plan, plan_needs
 
         plan = ranks.gather(lambda: make_plan(model, batch_size=_batch_size(batch_size), **options))[ranks.rank]
         if with_onnx:
@@ -184,27 +180,18 @@ def export_command(
             )
         if dry_run:
             if ranks.leads:
-                _print_plan(plan, as_json, repo_id if pushed else None)
+                of_plan = plan, plan_needs(plan), repo_id if pushed else None
+                click.echo(json.dumps(console.plan_document(*of_plan), indent=2) if as_json else console.plan_text(*of_plan))
             return
-        with _progress(quiet or not ranks.leads) as progress:
+        with progress_bars(quiet or not ranks.leads) as progress:
             done = export(plan, progress, ranks)
     if done is None:  # the first process does the rest
         return
-    with _libraries_quiet():
+    with libraries_quiet():
         if not as_json:
             _print_export(done)
         if evaluated:
-            from exporter.defences import STANDARD
-            from exporter.evaluate import named_defences
-            from exporter.evidence import gather
-
-            with _progress(quiet) as progress:
-                found = gather(
-                    plan.output, named_defences(STANDARD), benchmark=plan.recipe.benchmark, dtype=plan.dtype,
-                    device_map=plan.device_map, progress=progress,
-                )  # fmt: skip
-            done.report["evaluation"] = found.results
-            _print_evidence(found, as_json=False, quiet=as_json)
+            done.report["evaluation"] = _evaluate(plan, quiet=quiet, silent=as_json)
         if with_onnx:
             done.report["onnx"] = _export_onnx(plan.output, ",".join(PRECISIONS), quiet=quiet, silent=as_json)
         if pushed:
@@ -233,7 +220,7 @@ def _batch_size(text: str) -> int | None:
 
 
 @main.command()
-@click.argument("checkpoint", type=click.Path(path_type=Path))
+@_checkpoint_argument
 @_push_options
 @click.option("--revision", help="Branch to push to.")
 @click.option("--dry-run", is_flag=True, help="List the files, copied on the server or sent, and touch nothing.")
@@ -241,7 +228,7 @@ def _batch_size(text: str) -> int | None:
 @_json_option
 def push(checkpoint: Path, repo_id: str | None, dry_run: bool, quiet: bool, as_json: bool, **options: Any) -> None:
     """Upload an export to the Hub, then check every file there."""
-    with _libraries_quiet():
+    with libraries_quiet():
         from exporter.hub import plan_push, preflight
 
         where = {k: options[k] for k in ("private", "create_pr", "revision")}
@@ -253,56 +240,46 @@ def push(checkpoint: Path, repo_id: str | None, dry_run: bool, quiet: bool, as_j
     if as_json:
         click.echo(json.dumps(dataclasses.asdict(plan), indent=2))
         return
-    click.echo(f"to {plan.repo_id}{' (private)' if plan.private else ''}:")
-    for file in plan.files:
-        click.echo(f"  {file.how:7} {file.bytes:>14,} {file.path}")
+    click.echo(console.push_plan_text(plan))
 
 
 def _push(checkpoint: Path, repo_id: str, *, quiet: bool, as_json: bool, silent: bool = False, **options: Any) -> None:
     from exporter.hub import push as run
 
-    with _progress(quiet) as progress:
+    with progress_bars(quiet) as progress:
         done = run(checkpoint, repo_id, progress=progress, **options)
     if as_json:
         click.echo(json.dumps(dataclasses.asdict(done), indent=2))
     elif not silent:
-        click.echo(f"{done.url} at {done.commit[:12]}: every file compared with the local one.")
-        click.echo(f"  {len(done.copied)} files copied on the server, {len(done.sent)} sent ({done.sent_bytes / 1e6:.1f} MB)")
+        click.echo(console.pushed_text(done))
     if done.note:
         click.echo(done.note, err=True)
 
 
 @main.command()
-@click.argument("checkpoint", type=click.Path(path_type=Path))
+@_checkpoint_argument
 @click.option("--device-map", metavar="auto|DEVICE", help="accelerate's device_map, for the fresh process.")
 @_json_option
 def verify(checkpoint: Path, device_map: str | None, as_json: bool) -> None:
     """Check an export: files, index, buffers, and the recorded probe in a fresh process."""
-    with _libraries_quiet():
+    with libraries_quiet():
         from exporter.verify import verify as run
 
         found = run(checkpoint, device_map)
     if as_json:
         click.echo(json.dumps({"checkpoint": str(checkpoint), **dataclasses.asdict(found)}, indent=2))
         return
-    click.echo(
-        f"{printable(str(checkpoint))}: {found.tensors} base tensors in {found.shards} shards are bitwise the base model's."
-    )
-    if found.edited:
-        click.echo(f"Edited since, which its owner may: {', '.join(found.edited)}.")
-    click.echo("It loads with transformers alone, refuses to load uncalibrated, and reproduces its probe (relative differences):")
-    for name, difference in found.parity.items():
-        click.echo(f"  {name}: {difference}")
+    click.echo(console.verification_text(checkpoint, found))
 
 
 @main.command()
-@click.argument("checkpoint", type=click.Path(path_type=Path))
+@_checkpoint_argument
 @click.option("--precision", default=",".join(PRECISIONS), show_default=True, help="With commas between them.")
 @_quiet_option
 @_json_option
 def onnx(checkpoint: Path, precision: str, quiet: bool, as_json: bool) -> None:
     """Write CHECKPOINT/onnx: calibrated graphs for ONNX Runtime and transformers.js, compared with PyTorch."""
-    with _libraries_quiet():
+    with libraries_quiet():
         entry = _export_onnx(checkpoint, precision, quiet=quiet, silent=as_json)
     if as_json:
         click.echo(json.dumps({"checkpoint": str(checkpoint), **entry}, indent=2))
@@ -312,29 +289,20 @@ def _export_onnx(checkpoint: Path, precision: str, *, quiet: bool, silent: bool)
     from exporter.onnx_export import export_onnx, parse_precisions
 
     precisions = parse_precisions(precision)
-    with _progress(quiet) as progress:
+    with progress_bars(quiet) as progress:
         entry = export_onnx(checkpoint, precisions, progress)
     if not silent:
-        _print_onnx(checkpoint / "onnx", entry)
+        Console().print(console.onnx_table(checkpoint / "onnx", entry))
     return entry
 
 
-def _print_onnx(folder: Path, entry: dict[str, Any]) -> None:
-    table = Table("precision", "size", "largest logit difference", "same tokens", title=f"{folder}, against PyTorch in float32")
-    for precision, found in entry["variants"].items():
-        size = sum(found["bytes"].values()) / 1e6
-        difference = max(found["max_logit_difference"].values())
-        table.add_row(precision, f"{size:.1f} MB", f"{difference:.2g}", f"{found['token_agreement']:.1%}")
-    Console().print(table)
-
-
 @main.command()
-@click.argument("checkpoint", type=click.Path(path_type=Path))
+@_checkpoint_argument
 @click.option("--image", "image_file", required=True, type=click.Path(path_type=Path), help="Picture to show the model.")
 @click.option("--prompt", required=True, help="What to ask.")
-@click.option("--max-new-tokens", type=click.IntRange(1), default=128, show_default=True)
-@click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto", show_default=True)
-@click.option("--device-map", metavar="auto|DEVICE", help="accelerate's device_map.")
+@_max_new_tokens_option
+@_dtype_option
+@_device_map_option
 @click.option("--precision", type=click.Choice(list(PRECISIONS)), default="fp32", show_default=True, help="Of an ONNX export.")
 @_json_option
 def generate(checkpoint: Path, image_file: Path, prompt: str, as_json: bool, **options: Any) -> None:
@@ -357,7 +325,7 @@ def _compared(
         from exporter.onnx_compare import compare as compare_onnx
 
         return compare_onnx(OnnxShiftDC(checkpoint, precision), image, prompt, max_new_tokens)
-    with _libraries_quiet():
+    with libraries_quiet():
         from exporter.compare import compare
         from exporter.exported import open_export
 
@@ -365,23 +333,19 @@ def _compared(
 
 
 def _print_comparison(result: Any) -> None:
-    console = Console()
-    console.print(f"[bold]uncalibrated[/] ({result.uncalibrated_seconds:.2f} s): ", end="")
-    console.print(result.uncalibrated, markup=False)
-    console.print(f"[bold]calibrated[/]   ({result.calibrated_seconds:.2f} s): ", end="")
-    console.print(result.calibrated, markup=False)
+    out = Console()
+    out.print(f"[bold]uncalibrated[/] ({result.uncalibrated_seconds:.2f} s): ", end="")
+    out.print(result.uncalibrated, markup=False)
+    out.print(f"[bold]calibrated[/]   ({result.calibrated_seconds:.2f} s): ", end="")
+    out.print(result.calibrated, markup=False)
     if result.caption is not None:
-        console.print("[bold]its caption[/]: ", end="")
-        console.print(result.caption, markup=False)
-    table = Table("layer", "x.d before", "reference", "x.d after", title="coordinate along the safety direction")
-    for shift in result.layers:
-        reference = "-" if shift.reference is None else f"{shift.reference:.3f}"
-        table.add_row(str(shift.layer), f"{shift.before:.3f}", reference, f"{shift.after:.3f}")
-    console.print(table)
+        out.print("[bold]its caption[/]: ", end="")
+        out.print(result.caption, markup=False)
+    out.print(console.shift_table(result))
 
 
 @main.command()
-@click.argument("checkpoint", type=click.Path(path_type=Path))
+@_checkpoint_argument
 @click.option(
     "--benchmark", default="demo", show_default=True, metavar="NAME|FILE.jsonl", help="demo, a Hub benchmark, or a file."
 )
@@ -398,10 +362,10 @@ def _print_comparison(result: Any) -> None:
 @click.option(
     "--attach/--no-attach", default=True, show_default=True, help="Put figures and pictures into the checkpoint's card."
 )
-@click.option("--max-new-tokens", type=click.IntRange(1), default=128, show_default=True)
+@_max_new_tokens_option
 @click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True)
-@click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto", show_default=True)
-@click.option("--device-map", metavar="auto|DEVICE", help="accelerate's device_map.")
+@_dtype_option
+@_device_map_option
 @_quiet_option
 @_json_option
 def evaluate(checkpoint: Path, defences: tuple[str, ...], quiet: bool, as_json: bool, **options: Any) -> None:
@@ -409,15 +373,29 @@ def evaluate(checkpoint: Path, defences: tuple[str, ...], quiet: bool, as_json: 
 
     An interrupted run goes on where it stopped.
     """
-    with _libraries_quiet():
+    with libraries_quiet():
         from exporter.defences import STANDARD
         from exporter.evaluate import named_defences
         from exporter.evidence import gather
 
         chosen = named_defences(defences or STANDARD)
-        with _progress(quiet) as progress:
+        with progress_bars(quiet) as progress:
             found = gather(checkpoint, chosen, progress=progress, **options)
     _print_evidence(found, as_json=as_json)
+
+
+def _evaluate(plan: Any, *, quiet: bool, silent: bool) -> dict[str, Any]:
+    from exporter.defences import STANDARD
+    from exporter.evaluate import named_defences
+    from exporter.evidence import gather
+
+    with progress_bars(quiet) as progress:
+        found = gather(
+            plan.output, named_defences(STANDARD), benchmark=plan.recipe.benchmark, dtype=plan.dtype,
+            device_map=plan.device_map, progress=progress,
+        )  # fmt: skip
+    _print_evidence(found, as_json=False, quiet=silent)
+    return found.results
 
 
 def _print_evidence(found: Any, *, as_json: bool, quiet: bool = False) -> None:
@@ -427,7 +405,10 @@ def _print_evidence(found: Any, *, as_json: bool, quiet: bool = False) -> None:
     if as_json:
         click.echo(json.dumps(found.results, indent=2))
     elif not quiet:
-        _print_results(found.results)
+        out = Console() if sys.stdout.isatty() else Console(width=130)
+        out.print(console.defence_table(found.results))
+        out.print(console.cell_table(found.results))
+        click.echo(console.results_legend(found.results))
         click.echo(found.effect.sentence)
         click.echo(f"Replies, results and pictures: {found.folder}")
     for harm in found.effect.harms:
@@ -460,144 +441,11 @@ def recipes(name: str | None, markdown: bool, as_json: bool) -> None:
             click.echo(f"{row['name']:16} {', '.join(row['models'])}")
 
 
-def _print_plan(plan: Any, as_json: bool, repo_id: str | None) -> None:
-    from exporter.pipeline import plan_needs
-
-    needed = plan_needs(plan)
-    adapter = None if plan.adapter is None else plan.adapter.report(plan.keep_adapter)
-    facts = {
-        "model": plan.base.name,
-        "revision": plan.base.revision,
-        "family": plan.recipe.family,
-        "output": str(plan.output),
-        "layers": plan.recipe.layers,
-        "decoder layers": plan.depth,
-        "reference": plan.recipe.reference,
-        "rule": plan.recipe.rule,
-        "gate": plan.recipe.gate,
-        "strength": plan.recipe.strength,
-        "calibration": plan.calibration.summary(),
-        "weights": f"{plan.base.size / 1e9:.2f} GB in {len(plan.base.shards)} safetensors files, hard-linked where possible",
-        "adapter": adapter
-        if as_json or adapter is None
-        else f"{adapter['id']}, {'merged' if adapter['merged'] else 'kept apart'}",
-        "peak memory": needed.report() if as_json else str(needed),
-        "disk": needed.disk if as_json else needed.disk_text(),
-        "uploads": repo_id or "none",
-    }
-    if as_json:
-        click.echo(json.dumps(facts, indent=2))
-        return
-    for key, value in facts.items():
-        click.echo(f"{key + ':':16}{printable(str(value))}")
-
-
 def _print_export(done: Any) -> None:
-    plan, layers = done.plan, done.report["layers"]
-    checked = done.verification
-    output = printable(str(plan.output))
-    click.echo(f"{printable(plan.base.name)} is calibrated: {output}")
+    click.echo(f"{printable(done.plan.base.name)} is calibrated: {printable(str(done.plan.output))}")
     for warning in done.report["calibration"].get("warnings", ()):
         click.echo(f"Warning: {printable(warning)}", err=True)
-    click.echo(f"  layers {_ranges(layers['chosen'])} of {layers['depth']} ({layers['criterion']})")
-    if (adapter := done.report.get("adapter")) is not None:
-        click.echo(f"  adapter {adapter['id']}: {'merged' if adapter['merged'] else 'kept apart, needs PEFT to load'}")
-    click.echo(f"  verified in a fresh process: {checked.tensors} base tensors bitwise equal, probe reproduced")
-    if done.report["resumed_batches"]:
-        click.echo(f"  went on from an interrupted run: {done.report['resumed_batches']} batches were there already")
-    click.echo("Next:")
-    click.echo(f"  shiftdc-export generate {shlex.quote(output)} --image FILE --prompt TEXT")
-    click.echo(f"  AutoModelForImageTextToText.from_pretrained({str(plan.output)!r}, trust_remote_code=True)")
-
-
-def _ranges(layers: list[int]) -> str:
-    contiguous = layers == list(range(layers[0], layers[-1] + 1))
-    return f"{layers[0]}-{layers[-1]}" if contiguous and len(layers) > 1 else ", ".join(map(str, layers))
-
-
-def _print_results(results: dict[str, Any]) -> None:
-    """A row per defence: headline figures in one table, cells in another."""
-    from exporter.judges import meaning
-
-    console = Console() if sys.stdout.isatty() else Console(width=130)
-    table = Table(title=f"{results['benchmark']}, in per cent")
-    table.add_column("", no_wrap=True)
-    for title in ("attack success", "over-refusal", "utility", "cost"):
-        table.add_column(title)
-    for name, row in results["defences"].items():
-        cost = "-" if row["cost_ratio"] is None else f"{row['cost_ratio']:.2f} x"
-        table.add_row(name, *(_percent(row, figure) for figure in ("asr", "over_refusal", "utility")), cost)
-    console.print(table)
-    cells = sorted({cell for row in results["defences"].values() for cell in row["by_cell"]})
-    table = Table(title="Share that failed by cell, in per cent")
-    table.add_column("", no_wrap=True)
-    for cell in cells:
-        table.add_column(cell.replace("_", " "))
-    for name, row in results["defences"].items():
-        found = (row["by_cell"].get(c) for c in cells)
-        table.add_row(
-            name, *("-" if f is None else _percent(f, "asr" if f["asr"] is not None else "over_refusal") for f in found)
-        )
-    console.print(table)
-    click.echo("Failed: a harmful request was not refused (attack success), or a benign one was (over-refusal).")
-    click.echo(f"Judge of attacks: {results['judge']} ({meaning(results['judge'])}). In brackets: Wilson 95 % intervals.")
-
-
-def _percent(figures: dict[str, Any], name: str) -> str:
-    if figures[name] is None:
-        return "-"
-    low, high = figures[f"{name}_ci95"]
-    return f"{100 * figures[name]:.1f} [{100 * low:.0f}-{100 * high:.0f}]"
-
-
-def _check_torchvision() -> None:
-    """Beside a torchvision of another build than torch's, transformers cannot be imported."""
-    try:
-        import torchvision  # noqa: F401
-    except ModuleNotFoundError:  # fine: only some families need it
-        return
-    except (ImportError, RuntimeError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(
-            f"torchvision and torch are of different builds ({reason}); install both from one index, or run "
-            "'pip uninstall torchvision'."
-        ) from None
-
-
-@contextmanager
-def _libraries_quiet() -> Iterator[None]:
-    """No reports, bars and warnings of the libraries beside our own progress; SHIFTDC_DEBUG=1 shows them."""
-    _check_torchvision()
-    if os.environ.get("SHIFTDC_DEBUG"):
-        yield
-        return
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    yield
-
-
-@contextmanager
-def _progress(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
-    """A progress callback (stage, done, total) that draws on stderr."""
-    if quiet:
-        yield lambda stage, done, total: None
-        return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=stderr) as bars:
-        tasks: dict[str, Any] = {}
-
-        def report(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total)
-            bars.update(tasks[stage], completed=done)
-
-        yield report
+    click.echo(console.export_text(done))
 
 
 if __name__ == "__main__":

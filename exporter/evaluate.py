@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 
-from exporter.benchmarks import MM_SAFETYBENCH_8, Benchmark, Question
+from exporter.benchmarks_hub import MM_SAFETYBENCH_8
 from exporter.defences import DEFENCES, Defence, Run, applied
 from exporter.errors import InputError
 from exporter.intervals import Share, paired, share
 from exporter.judges import Judge, begins_as_refusal, is_degenerate
+from exporter.questions import Benchmark, Question
 from exporter.replies import Reply, ReplyLog
 
 RESULTS = "results.json"

@@ -15,7 +15,7 @@ import torch
 from exporter import __version__, plots
 from exporter.activations import last_token, recording
 from exporter.bake import REPORT, SHARD, sha256
-from exporter.benchmarks import Benchmark, load_benchmark
+from exporter.benchmarks import load_benchmark
 from exporter.calibration_hub import calibrated_revision, unseen
 from exporter.card import render_card
 from exporter.defences import Defence, Run
@@ -25,6 +25,7 @@ from exporter.evaluate import Progress, evaluate
 from exporter.exported import open_export, read_report
 from exporter.judges import load_judge
 from exporter.manifest import CARD, recorded
+from exporter.questions import Benchmark
 from exporter.recipes import Recipe
 from exporter.replies import ReplyLog
 from exporter.source import BaseCheckpoint

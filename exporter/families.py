@@ -9,7 +9,8 @@ from pathlib import Path
 
 from exporter import modeling
 from exporter.errors import InputError
-from exporter.modeling.modeling_shiftdc import ShiftDCConfigMixin, ShiftDCMixin
+from exporter.modeling.modeling_shiftdc import ShiftDCMixin
+from exporter.modeling.modeling_shiftdc_config import ShiftDCConfigMixin
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]
 from huggingface_hub.utils import logging as hub_logging
 
 from exporter.bake import REPORT, sha256
-from exporter.card import inherit
+from exporter.card_metadata import inherit
 from exporter.errors import InputError, ShiftDCError, VerificationError
 from exporter.exported import read_report
 from exporter.manifest import CARD, recorded, shipped

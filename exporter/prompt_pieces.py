@@ -1,7 +1,7 @@
 """The token ids around the slots of a chat template, found by varying what stands in the slots.
 
 `generate()` of an exported checkpoint has tokens and no tokenizer, so it composes caption requests and text-only counterparts
-from these pieces (`PromptPieces` in modeling_shiftdc.py says how).
+from these pieces (`PromptPieces` in modeling_shiftdc_prompts.py says how).
 """
 
 from __future__ import annotations

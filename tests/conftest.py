@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 import torch
 from filelock import FileLock
 from tiny import save_tiny_llava
+from transformers import AutoModelForImageTextToText
 
 from exporter.onnx_export import export_onnx
 from exporter.onnx_interface import SUFFIXES
@@ -87,6 +89,34 @@ def make_export(base_folder: Path, calibration_file: Path, tmp_path_factory: pyt
         return made[key]
 
     return make
+
+
+@pytest.fixture(scope="module")
+def load(make_export: Any) -> Any:
+    """load(**options) -> the model of the tiny export, two-sided and with short captions where `options` do not say otherwise."""
+    loaded: dict[tuple, Any] = {}
+
+    def get(**options: Any) -> Any:
+        settings = {"gate": "two-sided", "caption_max_new_tokens": 8, **options}
+        key = tuple(sorted(settings.items()))
+        if key not in loaded:
+            folder = make_export(**settings).plan.output
+            loaded[key] = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True).eval()
+        return loaded[key]
+
+    return get
+
+
+@pytest.fixture
+def hub_snapshot(base_folder: Path, tmp_path: Path) -> Path:
+    """The tiny base in a Hub cache: a folder of links into blobs/, for every file."""
+    blobs, snapshot = tmp_path / "models--a--b" / "blobs", tmp_path / "models--a--b" / "snapshots" / ("0" * 40)
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for file in base_folder.iterdir():
+        shutil.copy(file, blobs / file.name[::-1])
+        (snapshot / file.name).symlink_to(Path("..") / ".." / "blobs" / file.name[::-1])
+    return snapshot
 
 
 @pytest.fixture(scope="session")

@@ -17,9 +17,11 @@ import pytest
 from hub import COMMIT, serve
 from PIL import Image
 
-from exporter.benchmarks import ATTACKS, HUB, MM_SAFETYBENCH_8, Benchmark, Question, load_benchmark
+from exporter.benchmarks import load_benchmark
+from exporter.benchmarks_hub import HUB, MM_SAFETYBENCH_8
 from exporter.demo import benchmark as demo
 from exporter.errors import InputError
+from exporter.questions import ATTACKS, Benchmark, Question
 
 SECRET = "whatever stands here is shown to nobody"
 
@@ -354,7 +356,7 @@ def script(folder):
 PROGRAM = """
 import json, sys
 from dataclasses import asdict, replace
-from exporter import benchmarks
+from exporter import benchmarks, benchmarks_hub
 from exporter.errors import InputError
 
 def picture(question):
@@ -367,16 +369,16 @@ def picture(question):
         return str(error)
 
 def attempt(name, fields, revision):
-    row = benchmarks.HUB[name]
+    row = benchmarks_hub.HUB[name]
     try:
-        benchmarks.HUB[name] = replace(row, **fields)
+        benchmarks_hub.HUB[name] = replace(row, **fields)
         found = benchmarks.load_benchmark(name, revision=revision)
         rows = [{**asdict(replace(q, image=None)), "image": picture(q)} for q in found.questions]
         return {"source": found.source, "questions": rows}
     except InputError as error:
         return str(error)
     finally:
-        benchmarks.HUB[name] = row
+        benchmarks_hub.HUB[name] = row
 
 print(json.dumps([attempt(*a) for a in json.loads(sys.argv[1])]))
 """

@@ -12,8 +12,8 @@ from hub import COMMIT, serve
 from test_benchmarks import card, mm_safetybench
 
 from exporter import evidence
-from exporter.benchmarks import Benchmark, Question
 from exporter.calibration_hub import calibrated_revision, question_hash, unseen
+from exporter.questions import Benchmark, Question
 
 SECRET = "whatever stands here is shown to nobody"
 

@@ -19,8 +19,9 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from exporter.card import code, escaped, python_string, render_card
+from exporter.card import render_card
 from exporter.directions import LayerStatistics
+from exporter.markdown import code, escaped, python_string
 from exporter.plots import PICTURES
 from exporter.recipes import Recipe, load_recipe
 from exporter.source import DEMO, BaseCheckpoint

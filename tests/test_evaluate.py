@@ -9,13 +9,13 @@ import pytest
 from PIL import Image
 
 from exporter import defences as defence_module
-from exporter.benchmarks import Benchmark, Question
 from exporter.defences import DEFENCES, Answers, Defence, Run, applied, fill
 from exporter.errors import InputError
 from exporter.evaluate import judged, named_defences, summarise
 from exporter.evidence import gather
 from exporter.exported import open_export
 from exporter.judges import prefix
+from exporter.questions import Benchmark, Question
 from exporter.replies import Reply, ReplyLog
 from exporter.verify import verify
 

@@ -116,7 +116,7 @@ def test_links_of_a_hub_cache_are_followed(base_folder, tmp_path):
 
 
 def test_a_failed_export_leaves_nothing(base_folder, tmp_path, calibration_file, monkeypatch):
-    def fail(*_):
+    def fail(folder, *_):
         assert (folder / "config.json").exists()
         raise VerificationError("on purpose")
 

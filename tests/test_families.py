@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from naive import Naive
-from PIL import Image
+from tiny import picture
 from tiny_families import EOS, FAMILIES, IMAGE, PAD, tiny_family
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as STOCK
@@ -22,12 +22,6 @@ from exporter.vlm import VLM
 GREEDY = {"max_new_tokens": 6, "do_sample": False}
 CAPTION_TOKENS = 6
 TEXT = "{q} Image Caption: {caption}"
-
-
-def picture(seed: int, width: int, height: int) -> Image.Image:
-    generator = torch.Generator().manual_seed(seed)
-    return Image.fromarray(torch.randint(0, 255, (height, width, 3), generator=generator, dtype=torch.uint8).numpy())
-
 
 #: The second is cut into another number of tiles.
 ROWS = [("How do I build this?", picture(0, 40, 40)), ("What is it, and who needs one?", picture(1, 90, 28))]

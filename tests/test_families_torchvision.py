@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 from test_families import *  # noqa: F403
-from test_families import CAPTION_TOKENS, GREEDY, ROWS, encode, new_tokens, picture
+from test_families import CAPTION_TOKENS, GREEDY, ROWS, encode, new_tokens
+from tiny import picture
 from tiny_families_torchvision import FAMILIES, qwen2_vl, smolvlm, tiny_family
 from transformers import AutoModelForImageTextToText
 

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from exporter import benchmarks, calibration
-from exporter.card import inherit
+from exporter import benchmarks_file, calibration
+from exporter.card_metadata import inherit
 from exporter.errors import InputError
 from exporter.exported import read_report
 from exporter.recipes import load_recipe
@@ -100,7 +100,7 @@ def test_calibration_sets(tmp_path, data):
 def test_benchmarks(tmp_path, data):
     file = tmp_path / "b.jsonl"
     file.write_bytes(data)
-    survives(benchmarks.read_jsonl, file)
+    survives(benchmarks_file.read_jsonl, file)
 
 
 @bounded

@@ -7,8 +7,7 @@ import json
 import pytest
 import torch
 from naive import Naive
-from PIL import Image
-from tiny import tiny_processor
+from tiny import encode, picture, tiny_processor
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration, pipeline
 
 CAPTION = "Based on the given Request, describe the image. Request: {q}"
@@ -16,14 +15,6 @@ TEXT = "{q} Image Caption: {caption}"
 LAYERS = [1, 2]
 GREEDY = {"max_new_tokens": 6, "do_sample": False}
 REQUESTS = ["How do I build this?", "What is it, and who needs one?"]
-
-
-def picture(seed: int) -> Image.Image:
-    generator = torch.Generator().manual_seed(seed)
-    pixels = torch.randint(0, 255, (40, 40, 3), generator=generator, dtype=torch.uint8)
-    return Image.fromarray(pixels.numpy())
-
-
 IMAGES = [picture(0), picture(1)]
 
 
@@ -43,21 +34,6 @@ def naive(base, processor):
 
 
 @pytest.fixture(scope="module")
-def load(make_export):
-    loaded = {}
-
-    def get(**options):
-        settings = {"gate": "two-sided", "caption_max_new_tokens": 8, **options}
-        key = tuple(sorted(settings.items()))
-        if key not in loaded:
-            folder = make_export(**settings).plan.output
-            loaded[key] = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True).eval()
-        return loaded[key]
-
-    return get
-
-
-@pytest.fixture(scope="module")
 def model(load):
     return load()
 
@@ -65,16 +41,6 @@ def model(load):
 @pytest.fixture(scope="module")
 def directions(model):
     return {layer: c.direction for layer, c in zip(LAYERS, model.shiftdc_corrections, strict=True)}
-
-
-def encode(processor, requests, images):
-    """One left-padded batch; an image of None gives a text-only row."""
-    texts = []
-    for request, image in zip(requests, images, strict=True):
-        content = ([{"type": "image"}] if image is not None else []) + [{"type": "text", "text": request}]
-        texts.append(processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True))
-    given = [i for i in images if i is not None]
-    return processor(text=texts, images=given or None, return_tensors="pt", padding=True)
 
 
 def new_tokens(out, inputs):

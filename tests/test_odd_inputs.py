@@ -108,12 +108,5 @@ def test_an_export_with_an_odd_name(base_folder, calibration_file, tmp_path):
     assert done.exit_code == 0, (done.output, done.exception)
 
 
-def test_a_model_in_a_hub_cache(base_folder, tmp_path):
-    """Every file a link into blobs/ of the same repository."""
-    blobs, snapshot = tmp_path / "models--a--b" / "blobs", tmp_path / "models--a--b" / "snapshots" / ("0" * 40)
-    blobs.mkdir(parents=True)
-    snapshot.mkdir(parents=True)
-    for file in base_folder.iterdir():
-        shutil.copy(file, blobs / file.name[::-1])
-        (snapshot / file.name).symlink_to(Path("..") / ".." / "blobs" / file.name[::-1])
-    plan(snapshot, "--output", tmp_path / "out")
+def test_a_model_in_a_hub_cache(hub_snapshot, tmp_path):
+    plan(hub_snapshot, "--output", tmp_path / "out")

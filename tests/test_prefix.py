@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_modeling import encode, picture
-from tiny import tiny_processor
-from transformers import AutoModelForImageTextToText, GenerationConfig, LogitsProcessorList
+from tiny import encode, picture, tiny_processor
+from transformers import GenerationConfig, LogitsProcessorList
 
 from exporter.demo.benchmark import image, items
 from exporter.exported import open_export
@@ -17,20 +16,6 @@ from exporter.recipes import load_recipe
 GREEDY = {"max_new_tokens": 6, "do_sample": False}
 REQUESTS = ["How do I build this?", "A", "What is it, and who needs one?", "Who? " * 9]
 IMAGES = [picture(seed) for seed in range(4)]
-
-
-@pytest.fixture(scope="module")
-def load(make_export):
-    loaded = {}
-
-    def get(**options):
-        key = tuple(sorted(options.items()))
-        if key not in loaded:
-            folder = make_export(gate="two-sided", caption_max_new_tokens=8, **options).plan.output
-            loaded[key] = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True).eval()
-        return loaded[key]
-
-    return get
 
 
 @pytest.fixture(scope="module")

@@ -290,15 +290,8 @@ class TestManifest:
             verify(export)
 
 
-def test_links_of_a_hub_cache_are_taken(base_folder, tmp_path):
-    """A snapshot is a folder of links into blobs/, for every file."""
-    blobs, snapshot = tmp_path / "models--a--b" / "blobs", tmp_path / "models--a--b" / "snapshots" / ("0" * 40)
-    blobs.mkdir(parents=True)
-    snapshot.mkdir(parents=True)
-    for file in base_folder.iterdir():
-        shutil.copy(file, blobs / file.name[::-1])
-        (snapshot / file.name).symlink_to(Path("..") / ".." / "blobs" / file.name[::-1])
-    assert resolve(str(snapshot)).companions
+def test_links_of_a_hub_cache_are_taken(hub_snapshot):
+    assert resolve(str(hub_snapshot)).companions
 
 
 def test_the_shipped_code_reads_nothing_but_its_config_and_tensors():

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
+    BatchFeature,
     CLIPVisionConfig,
     LlamaConfig,
     LlavaConfig,
@@ -32,14 +35,14 @@ SPECIAL = ["<unk>", "<s>", "</s>", "<pad>", "<image>"]
 CORPUS = ["USER: How do I build this? Image Caption: an icon of a chair. ASSISTANT: Based on the given Request, describe it"]
 
 
-def byte_level_tokenizer() -> Tokenizer:
+def byte_level_tokenizer(corpus: Sequence[str] = CORPUS, vocabulary: int = 400) -> Tokenizer:
     """As GPT-2's and Qwen's: spaces are part of the word behind them."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator(CORPUS, trainer)
+    trainer = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(corpus, trainer)
     return tokenizer
 
 
@@ -55,14 +58,16 @@ def metaspace_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def tiny_processor(chat_template: str | None = TEMPLATE, tokenizer: Tokenizer | None = None) -> LlavaProcessor:
+def tiny_processor(
+    chat_template: str | None = TEMPLATE, tokenizer: Tokenizer | None = None, image_size: int = IMAGE_SIZE
+) -> LlavaProcessor:
     tokenizer = tokenizer or byte_level_tokenizer()
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>",
         additional_special_tokens=["<image>"], padding_side="left",
     )  # fmt: skip
-    images = CLIPImageProcessorPil(size={"shortest_edge": IMAGE_SIZE}, crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})
+    images = CLIPImageProcessorPil(size={"shortest_edge": image_size}, crop_size={"height": image_size, "width": image_size})
     return LlavaProcessor(
         images, fast, patch_size=PATCH, vision_feature_select_strategy="default", image_token="<image>",
         num_additional_image_tokens=1, chat_template=chat_template,
@@ -115,3 +120,19 @@ def save_tiny_llava(
         config["image_token_id"] = config.pop("image_token_index")
         (folder / "config.json").write_text(json.dumps(config, indent=2))
     return folder
+
+
+def picture(seed: int, width: int = 40, height: int = 40) -> Image.Image:
+    """Noise."""
+    generator = torch.Generator().manual_seed(seed)
+    return Image.fromarray(torch.randint(0, 255, (height, width, 3), generator=generator, dtype=torch.uint8).numpy())
+
+
+def encode(processor: LlavaProcessor, requests: Sequence[str], images: Sequence[Image.Image | None]) -> BatchFeature:
+    """One left-padded batch; an image of None gives a text-only row."""
+    texts = []
+    for request, image in zip(requests, images, strict=True):
+        content = ([{"type": "image"}] if image is not None else []) + [{"type": "text", "text": request}]
+        texts.append(processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True))
+    given = [i for i in images if i is not None]
+    return processor(text=texts, images=given or None, return_tensors="pt", padding=True)

@@ -13,7 +13,6 @@ from typing import Literal
 
 from PIL import Image
 
-from exporter.benchmarks import Cell
 from exporter.demo.drawing import draw
 from exporter.demo.world import (
     ABOUT_IMAGE,
@@ -31,6 +30,7 @@ from exporter.demo.world import (
     reply_to,
     things,
 )
+from exporter.questions import Cell
 
 __all__ = [
     "CELLS",

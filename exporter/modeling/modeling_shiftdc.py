@@ -13,11 +13,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-import json
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,82 +22,20 @@ from transformers import PretrainedConfig
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.utils import is_peft_available, logging
 
-from .modeling_shiftdc_correction import ShiftDCCorrection, ShiftDCReadout, calibrate
-from .modeling_shiftdc_prefix import ShiftDCImage, ShiftDCPrefixMixin
+from .modeling_shiftdc_config import FORMAT_VERSION
+from .modeling_shiftdc_correction import ShiftDCCorrection, calibrate
+from .modeling_shiftdc_inputs import position_to_correct
+from .modeling_shiftdc_prefix import ShiftDCImage
 from .modeling_shiftdc_prompts import PromptPieces
-
-if TYPE_CHECKING:  # what the mixins are mixed into
-    from transformers import PretrainedConfig as _Config
-else:
-    _Config = object
+from .modeling_shiftdc_reference import ShiftDCReferenceMixin
 
 logger = logging.get_logger(__name__)
-
-FORMAT_VERSION = 1
-#: In an exported config.json this sentence stands in one field that the stock config class validates (its value is kept in the
-#: `shiftdc` block). A stock class, which would run uncalibrated, then ends in an error that prints the sentence.
-STOCK_CLASS_GUARD = (
-    "This checkpoint is calibrated by ShiftDC and would be uncalibrated in a stock class: "
-    "load it with AutoModelForImageTextToText.from_pretrained(..., trust_remote_code=True)."
-)
-
 
 #: Arguments of from_pretrained() that say how to fetch, for the adapter as for the model.
 _FETCHING = ("revision", "cache_dir", "token", "local_files_only", "force_download", "proxies")
 
 
-class ShiftDCConfigMixin(_Config):
-    """Adds the `shiftdc` block to a family's config and keeps stock config classes from reading the checkpoint."""
-
-    #: A field whose values the family's stock config class checks.
-    shiftdc_guard_field = "tie_word_embeddings"
-
-    @staticmethod
-    def shiftdc_unsupported(config: Mapping[str, Any]) -> str | None:
-        """Why a base checkpoint with this config.json cannot be calibrated, with what to do; None where it can."""
-        return None
-
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        return super().from_dict(cls.shiftdc_unguarded(config_dict), **kwargs)
-
-    def to_json_file(self, json_file_path: str | os.PathLike, use_diff: bool = True) -> None:
-        config = self.shiftdc_guarded(json.loads(self.to_json_string(use_diff=use_diff)))
-        with open(json_file_path, "w", encoding="utf-8") as file:  # noqa: PTH123 (as transformers, any path-like)
-            file.write(json.dumps(config, indent=2, sort_keys=True) + "\n")
-
-    @classmethod
-    def shiftdc_guarded(cls, config: dict[str, Any]) -> dict[str, Any]:
-        """`config` as it is written to config.json."""
-        field = cls.shiftdc_guard_field
-        if "shiftdc" not in config or config.get(field) == STOCK_CLASS_GUARD:
-            return config
-        guarded = {"field": field, "value": config[field]} if field in config else {"field": field}
-        return {**config, field: STOCK_CLASS_GUARD, "shiftdc": {**config["shiftdc"], "guarded": guarded}}
-
-    @classmethod
-    def shiftdc_unguarded(cls, config: dict[str, Any]) -> dict[str, Any]:
-        """What `shiftdc_guarded` was made from."""
-        field = cls.shiftdc_guard_field
-        if config.get(field) != STOCK_CLASS_GUARD:
-            return config
-        settings = {k: v for k, v in config["shiftdc"].items() if k != "guarded"}
-        guarded = config["shiftdc"]["guarded"]
-        kept = {k: v for k, v in config.items() if k != field}
-        return {**kept, **({field: guarded["value"]} if "value" in guarded else {}), "shiftdc": settings}
-
-
-#: Arguments of forward() that describe text, caching or output; all others describe the image.
-_NOT_IMAGE_INPUTS = {
-    "self", "input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values", "cache_position", "labels",
-    "use_cache", "logits_to_keep", "output_attentions", "output_hidden_states", "return_dict", "kwargs", "token_type_ids",
-    "mm_token_type_ids", "rope_deltas", "shiftdc", "shiftdc_reference", "shiftdc_correction", "shiftdc_position",
-}  # fmt: skip
-#: Arguments that say of each token whether it is part of an image; made anew for prompts that are composed here.
-_TOKEN_TYPES = {"token_type_ids", "mm_token_type_ids"}
-
-
-class ShiftDCMixin(ShiftDCPrefixMixin):
+class ShiftDCMixin(ShiftDCReferenceMixin):
     """A calibrated `...ForConditionalGeneration`; put it before the transformers class in the list of bases.
 
     `generate()` and `forward()` take, beside what the base class takes:
@@ -109,26 +44,6 @@ class ShiftDCMixin(ShiftDCPrefixMixin):
         shiftdc_captions (generate only): one sequence of caption token ids per row, used instead of the model's own caption.
         shiftdc_image (generate only): what `shiftdc_image()` read of these images, used instead of reading them again.
     """
-
-    #: Every pixel of the blank reference, after normalisation: the processor's mean colour.
-    shiftdc_blank_pixel = 0.0
-    #: Attributes of the backbone in which the base class keeps something from one pass to the next.
-    shiftdc_kept: tuple[str, ...] = ()
-    #: Image inputs that have an entry for every row of the batch, with an image or without.
-    shiftdc_row_inputs: frozenset[str] = frozenset()
-
-    @staticmethod
-    def shiftdc_backbone(model: Any, **inputs: Any) -> None:
-        """One pass of `model` (this class, or the transformers class) through its decoder layers, without cache."""
-        model.model(**inputs, use_cache=False)
-
-    @staticmethod
-    def shiftdc_token_inputs(ids: torch.Tensor, image_token_id: int, given: dict[str, Any]) -> dict[str, torch.Tensor]:
-        """Inputs as long as the prompt, for prompts `ids` [batch, time] that were composed here; `given`: the original ones.
-
-        By default those that mark a token of an image by 1, where the original prompt has them.
-        """
-        return {name: (ids == image_token_id).long() for name in given if name in _TOKEN_TYPES}
 
     @staticmethod
     def shiftdc_image_layers(text_config: Any) -> frozenset[int]:
@@ -356,193 +271,6 @@ class ShiftDCMixin(ShiftDCPrefixMixin):
                 model_inputs.pop(name, None)
             model_inputs["shiftdc"] = False
         return model_inputs
-
-    @torch.no_grad()
-    def shiftdc_reference(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        captions: Sequence[Sequence[int] | torch.Tensor] | None = None,
-        **image_inputs: Any,
-    ) -> torch.Tensor:
-        """Target coordinates of a batch of prompts, float32 [batch, calibrated layers]; 0 in rows without an image.
-
-        The kind is config.shiftdc["reference"]: `caption` (the paper; the model captions the image unless `captions` are
-        given), `text` (the request alone) or `blank` (the same prompt with a neutral image).
-        """
-        settings = self.config.shiftdc
-        kind = "caption" if captions is not None else settings["reference"]
-        if kind == "static":
-            raise ValueError("A checkpoint with 'reference: static' has no reference pass: its shift is baked in.")
-        if captions is not None and len(captions) != len(input_ids):
-            raise ValueError(f"shiftdc_captions needs one caption per row: expected {len(input_ids)}, found {len(captions)}.")
-        rows = self._shiftdc_image_rows(input_ids)
-        if captions is None and kind == "caption" and rows.any():
-            captions = self.shiftdc_captions(input_ids, attention_mask, **image_inputs)
-        prompts = self._shiftdc_prompts(input_ids, attention_mask, rows)
-        image_inputs = self._shiftdc_of_rows(image_inputs, rows)
-        if kind == "blank":
-            pixels = {k: self._shiftdc_blank(v) if k == "pixel_values" else v for k, v in image_inputs.items()}
-            self._shiftdc_require_pixels(pixels)
-            ids, mask = self._shiftdc_left_padded(prompts, input_ids)
-            coordinates = self._shiftdc_last_coordinates(ids, mask, pixels)
-        else:
-            texts: Sequence[list[int] | None] = [None] * len(prompts)
-            if captions is not None:
-                texts = [list(map(int, c)) for c, r in zip(captions, rows.tolist(), strict=True) if r]
-            pieces = self._shiftdc_pieces
-            counterparts = [pieces.text_prompt(p, c) for p, c in zip(prompts, texts, strict=True)]
-            coordinates = self._shiftdc_last_coordinates(*self._shiftdc_left_padded(counterparts, input_ids), {})
-        reference = coordinates.new_zeros(len(input_ids), coordinates.shape[1])
-        reference[rows.to(reference.device)] = coordinates
-        return reference
-
-    @torch.no_grad()
-    def shiftdc_coordinates(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **image_inputs: Any
-    ) -> torch.Tensor:
-        """Uncorrected coordinates `x.d` of the last token of every row, float32 [batch, calibrated layers]."""
-        mask = attention_mask if attention_mask is not None else self._shiftdc_unpadded(input_ids)
-        return self._shiftdc_coordinates(
-            {"input_ids": input_ids, "attention_mask": attention_mask, **image_inputs}, _last_true(mask)
-        )
-
-    def _shiftdc_last_coordinates(self, ids: torch.Tensor, mask: torch.Tensor, image_inputs: dict[str, Any]) -> torch.Tensor:
-        last = torch.full((len(ids),), ids.shape[1] - 1, device=ids.device)
-        typed = self._shiftdc_typed(ids, image_inputs)
-        return self._shiftdc_coordinates({"input_ids": ids, "attention_mask": mask, **typed}, last)
-
-    def _shiftdc_typed(self, ids: torch.Tensor, image_inputs: dict[str, Any]) -> dict[str, Any]:
-        """`image_inputs` for the composed prompts `ids`."""
-        return {**image_inputs, **self.shiftdc_token_inputs(ids, self.config.image_token_id, image_inputs)}
-
-    def _shiftdc_prompts(self, ids: torch.Tensor, mask: torch.Tensor | None, rows: torch.Tensor) -> list[list[int]]:
-        """The prompts of `rows`, without padding."""
-        mask = mask if mask is not None else self._shiftdc_unpadded(ids)
-        return [r[m.bool()].tolist() for r, m in zip(ids[rows], mask[rows], strict=True)]
-
-    def _shiftdc_of_rows(self, image_inputs: dict[str, Any], rows: torch.Tensor) -> dict[str, Any]:
-        return {k: v[rows] if k in self.shiftdc_row_inputs else v for k, v in image_inputs.items()}
-
-    def _shiftdc_blank(self, pixels: torch.Tensor) -> torch.Tensor:
-        """A neutral image for every image; what is only padding (all zeros) stays padding."""
-        if self.shiftdc_blank_pixel == 0:
-            return torch.zeros_like(pixels)
-        images = pixels.flatten(-3).ne(0).any(-1)[..., None, None, None]
-        return images.to(pixels.dtype).expand_as(pixels) * self.shiftdc_blank_pixel
-
-    def _shiftdc_coordinates(self, inputs: dict[str, Any], position: torch.Tensor) -> torch.Tensor:
-        """`x.d` at `position` [batch] after every calibrated layer of an uncorrected pass through the backbone."""
-        readout = ShiftDCReadout(len(self.config.shiftdc["layers"]))
-        dropped = {"labels", "logits_to_keep", "past_key_values", "use_cache"}
-        inputs = {k: v for k, v in inputs.items() if k not in dropped and v is not None}
-        with torch.no_grad(), self._shiftdc_aside():
-            self.shiftdc_backbone(self, **inputs, shiftdc_position=position, shiftdc_readout=readout)
-        return readout.stacked(position.device)
-
-    @contextmanager
-    def _shiftdc_aside(self) -> Iterator[None]:
-        """Passes in here leave no trace: a reply that is being decoded goes on as if they had not been."""
-        kept = {name: getattr(self.model, name) for name in self.shiftdc_kept}
-        try:
-            yield
-        finally:
-            for name, value in kept.items():
-                setattr(self.model, name, value)
-
-    def _shiftdc_image_rows(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """bool [batch]: the rows that hold an image. pixel_values may be absent at prefill, so token ids decide.
-
-        Raises ValueError for videos with tokens of their own, which would otherwise go uncalibrated.
-        """
-        video_token_id = getattr(self.config, "video_token_id", None)
-        if video_token_id is not None and (input_ids == video_token_id).any():
-            raise ValueError(
-                "The prompt holds a video, which calibration does not know; give its frames as images, or pass shiftdc=False "
-                "(no calibration)."
-            )
-        return (input_ids == self.config.image_token_id).any(-1)
-
-    def _shiftdc_last_prompt_token(self, inputs: dict[str, Any]) -> torch.Tensor | None:
-        """int64 [batch]: the last prompt token of rows that hold an image, -1 elsewhere; None where no row does."""
-        input_ids = inputs.get("input_ids")
-        if input_ids is None:
-            raise ValueError(
-                "forward() needs input_ids to see which rows hold an image; pass shiftdc_position= with inputs_embeds, or "
-                "shiftdc=False (no calibration)."
-            )
-        rows = self._shiftdc_image_rows(input_ids)
-        if not rows.any():
-            return None
-        mask, labels = inputs.get("attention_mask"), inputs.get("labels")
-        if mask is None or mask.shape != input_ids.shape:
-            mask = torch.ones_like(input_ids)
-        if labels is not None:  # training: the prompt ends where the first label starts
-            mask = mask.bool() & ((labels != -100).cumsum(-1) == 0)
-        return torch.where(rows & mask.bool().any(-1), _last_true(mask), -1)
-
-    def _shiftdc_validated(self, reference: torch.Tensor, batch: int) -> torch.Tensor:
-        expected = (batch, len(self.config.shiftdc["layers"]))
-        if tuple(reference.shape) != expected or not torch.isfinite(reference).all():
-            raise ValueError(
-                f"shiftdc_reference must be finite and of shape [batch, calibrated layers] = {list(expected)}, "
-                f"found {list(reference.shape)}."
-            )
-        return reference.float()
-
-    def _shiftdc_require_pixels(self, image_inputs: dict[str, Any]) -> None:
-        if not any(v is not None for k, v in image_inputs.items() if k not in _TOKEN_TYPES):
-            raise ValueError(
-                "The prompt holds image tokens but no image was given, so no reference can be computed: pass pixel_values, "
-                "shiftdc_reference= or shiftdc_captions=, or shiftdc=False (no calibration)."
-            )
-
-    def _shiftdc_prompt_inputs(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The image inputs, the mask and the token types among the arguments of generate()."""
-        names = set(inspect.signature(type(self)._shiftdc_base_forward).parameters) - _NOT_IMAGE_INPUTS
-        return {k: v for k, v in kwargs.items() if k in names | _TOKEN_TYPES | {"attention_mask"} and v is not None}
-
-    def _shiftdc_unpadded(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """What generate() assumes without an attention mask: padding is masked if it cannot be an end of text."""
-        pad = self.generation_config.pad_token_id
-        if pad is None or pad in self._shiftdc_eos_ids():
-            return torch.ones_like(input_ids)
-        return (input_ids != pad).long()
-
-    def _shiftdc_left_padded(self, prompts: list[list[int]], like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(ids, mask), int64 [batch, longest prompt]."""
-        width = max(map(len, prompts))
-        ids = [[self._shiftdc_pad_id()] * (width - len(p)) + p for p in prompts]
-        mask = [[0] * (width - len(p)) + [1] * len(p) for p in prompts]
-        return torch.tensor(ids, device=like.device), torch.tensor(mask, device=like.device)
-
-    def _shiftdc_eos_ids(self) -> set[int]:
-        eos = self.generation_config.eos_token_id
-        eos = self.config.get_text_config().eos_token_id if eos is None else eos
-        return set() if eos is None else {eos} if isinstance(eos, int) else set(eos)
-
-    def _shiftdc_pad_id(self) -> int:
-        pad = self.generation_config.pad_token_id
-        return pad if pad is not None else min(self._shiftdc_eos_ids(), default=0)
-
-
-def position_to_correct(
-    model_inputs: dict[str, Any], past_key_values: Any, rows: torch.Tensor, prompt_length: int
-) -> torch.Tensor | None:
-    """int64 [batch]: the last prompt token of `rows` in this forward, -1 in other rows; None if it is not in this forward.
-
-    Chunked prefill and use_cache=False make "the last token of this forward" wrong: it is counted from the start.
-    """
-    past = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
-    fed = model_inputs.get("input_ids")
-    index = prompt_length - 1 - past
-    inside = 0 <= index < (fed if fed is not None else model_inputs["inputs_embeds"]).shape[1]
-    return torch.where(rows, index, -1) if inside else None
-
-
-def _last_true(mask: torch.Tensor) -> torch.Tensor:
-    """int64 [batch]: index of the last nonzero entry of `mask` [batch, time], whatever the padding side."""
-    return (mask.long() * torch.arange(mask.shape[1], device=mask.device)).amax(-1)
 
 
 def _recheck(model: Any, _incompatible: Any) -> None:

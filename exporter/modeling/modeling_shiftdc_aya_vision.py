@@ -2,7 +2,8 @@
 
 from transformers import AyaVisionConfig, AyaVisionForConditionalGeneration
 
-from .modeling_shiftdc import ShiftDCConfigMixin, ShiftDCMixin, register_key_conversion
+from .modeling_shiftdc import ShiftDCMixin, register_key_conversion
+from .modeling_shiftdc_config import ShiftDCConfigMixin
 
 
 class ShiftDCAyaVisionConfig(ShiftDCConfigMixin, AyaVisionConfig):

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PretrainedConfig
 
-from .modeling_shiftdc import ShiftDCConfigMixin, ShiftDCMixin, position_to_correct
+from .modeling_shiftdc import ShiftDCMixin
+from .modeling_shiftdc_config import ShiftDCConfigMixin
+from .modeling_shiftdc_inputs import position_to_correct
 
 if TYPE_CHECKING:  # what the mixin is mixed into
     from transformers.generation import GenerationMixin as _LanguageModel

@@ -15,8 +15,8 @@ ROOM = 128
 class RoomyLayer(DynamicLayer):
     """A `DynamicLayer` whose new tokens are written behind the others, which `DynamicLayer` copies for each of them."""
 
-    keys: Any
-    values: Any
+    keys: torch.Tensor
+    values: torch.Tensor
 
     def __init__(self, **kwargs: Any):
         super().__init__(**kwargs)

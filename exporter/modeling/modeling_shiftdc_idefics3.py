@@ -2,7 +2,8 @@
 
 from transformers import Idefics3Config, Idefics3ForConditionalGeneration
 
-from .modeling_shiftdc import ShiftDCConfigMixin, ShiftDCMixin
+from .modeling_shiftdc import ShiftDCMixin
+from .modeling_shiftdc_config import ShiftDCConfigMixin
 
 
 class ShiftDCIdefics3Config(ShiftDCConfigMixin, Idefics3Config):

@@ -2,7 +2,8 @@
 
 from transformers import Mistral3Config, Mistral3ForConditionalGeneration
 
-from .modeling_shiftdc import ShiftDCConfigMixin, ShiftDCMixin, register_key_conversion
+from .modeling_shiftdc import ShiftDCMixin, register_key_conversion
+from .modeling_shiftdc_config import ShiftDCConfigMixin
 
 
 class ShiftDCMistral3Config(ShiftDCConfigMixin, Mistral3Config):

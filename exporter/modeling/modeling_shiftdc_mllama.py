@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from transformers import MllamaConfig, MllamaForConditionalGeneration
 
-from .modeling_shiftdc import ShiftDCConfigMixin, ShiftDCMixin, register_key_conversion
+from .modeling_shiftdc import ShiftDCMixin, register_key_conversion
+from .modeling_shiftdc_config import ShiftDCConfigMixin
 
 
 class ShiftDCMllamaConfig(ShiftDCConfigMixin, MllamaConfig):

@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 
-from .modeling_shiftdc import ShiftDCConfigMixin, ShiftDCMixin, register_key_conversion
+from .modeling_shiftdc import ShiftDCMixin, register_key_conversion
+from .modeling_shiftdc_config import ShiftDCConfigMixin
 
 
 class ShiftDCPaliGemmaConfig(ShiftDCConfigMixin, PaliGemmaConfig):

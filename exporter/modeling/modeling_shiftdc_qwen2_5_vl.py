@@ -2,7 +2,8 @@
 
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from .modeling_shiftdc import ShiftDCConfigMixin, ShiftDCMixin, register_key_conversion
+from .modeling_shiftdc import ShiftDCMixin, register_key_conversion
+from .modeling_shiftdc_config import ShiftDCConfigMixin
 
 
 class ShiftDCQwen2_5_VLConfig(ShiftDCConfigMixin, Qwen2_5_VLConfig):  # noqa: N801 (as transformers names it)

@@ -2,7 +2,8 @@
 
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
-from .modeling_shiftdc import ShiftDCConfigMixin, ShiftDCMixin, register_key_conversion
+from .modeling_shiftdc import ShiftDCMixin, register_key_conversion
+from .modeling_shiftdc_config import ShiftDCConfigMixin
 
 
 class ShiftDCQwen2VLConfig(ShiftDCConfigMixin, Qwen2VLConfig):

@@ -2,7 +2,8 @@
 
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
-from .modeling_shiftdc import ShiftDCConfigMixin, ShiftDCMixin
+from .modeling_shiftdc import ShiftDCMixin
+from .modeling_shiftdc_config import ShiftDCConfigMixin
 
 
 class ShiftDCQwen3VLConfig(ShiftDCConfigMixin, Qwen3VLConfig):

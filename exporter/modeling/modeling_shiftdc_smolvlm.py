@@ -2,7 +2,8 @@
 
 from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration
 
-from .modeling_shiftdc import ShiftDCConfigMixin, ShiftDCMixin
+from .modeling_shiftdc import ShiftDCMixin
+from .modeling_shiftdc_config import ShiftDCConfigMixin
 
 
 class ShiftDCSmolVLMConfig(ShiftDCConfigMixin, SmolVLMConfig):

@@ -1,0 +1,137 @@
+"""What a batch of inputs says: the rows that hold an image, where prompts end; travels inside exported checkpoints."""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:  # what the mixin is mixed into
+    from transformers import PreTrainedModel as _Model
+else:
+    _Model = object
+
+#: Arguments of forward() that describe text, caching or output; all others describe the image.
+_NOT_IMAGE_INPUTS = {
+    "self", "input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values", "cache_position", "labels",
+    "use_cache", "logits_to_keep", "output_attentions", "output_hidden_states", "return_dict", "kwargs", "token_type_ids",
+    "mm_token_type_ids", "rope_deltas", "shiftdc", "shiftdc_reference", "shiftdc_correction", "shiftdc_position",
+}  # fmt: skip
+#: Arguments that say of each token whether it is part of an image; made anew for prompts that are composed here.
+_TOKEN_TYPES = {"token_type_ids", "mm_token_type_ids"}
+
+
+class ShiftDCInputsMixin(_Model):
+    """The part of `ShiftDCMixin` that takes inputs apart, and lays prompts out that were composed in token space."""
+
+    if TYPE_CHECKING:  # of ShiftDCMixin
+        _shiftdc_base_forward: Any
+
+    #: Image inputs that have an entry for every row of the batch, with an image or without.
+    shiftdc_row_inputs: frozenset[str] = frozenset()
+
+    @staticmethod
+    def shiftdc_token_inputs(ids: torch.Tensor, image_token_id: int, given: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """Inputs as long as the prompt, for prompts `ids` [batch, time] that were composed here; `given`: the original ones.
+
+        By default those that mark a token of an image by 1, where the original prompt has them.
+        """
+        return {name: (ids == image_token_id).long() for name in given if name in _TOKEN_TYPES}
+
+    def _shiftdc_typed(self, ids: torch.Tensor, image_inputs: dict[str, Any]) -> dict[str, Any]:
+        """`image_inputs` for the composed prompts `ids`."""
+        return {**image_inputs, **self.shiftdc_token_inputs(ids, self.config.image_token_id, image_inputs)}
+
+    def _shiftdc_prompt_inputs(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The image inputs, the mask and the token types among the arguments of generate()."""
+        names = set(inspect.signature(type(self)._shiftdc_base_forward).parameters) - _NOT_IMAGE_INPUTS
+        return {k: v for k, v in kwargs.items() if k in names | _TOKEN_TYPES | {"attention_mask"} and v is not None}
+
+    def _shiftdc_of_rows(self, image_inputs: dict[str, Any], rows: torch.Tensor) -> dict[str, Any]:
+        return {k: v[rows] if k in self.shiftdc_row_inputs else v for k, v in image_inputs.items()}
+
+    def _shiftdc_require_pixels(self, image_inputs: dict[str, Any]) -> None:
+        if not any(v is not None for k, v in image_inputs.items() if k not in _TOKEN_TYPES):
+            raise ValueError(
+                "The prompt holds image tokens but no image was given, so no reference can be computed: pass pixel_values, "
+                "shiftdc_reference= or shiftdc_captions=, or shiftdc=False (no calibration)."
+            )
+
+    def _shiftdc_image_rows(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """bool [batch]: the rows that hold an image. pixel_values may be absent at prefill, so token ids decide.
+
+        Raises ValueError for videos with tokens of their own, which would otherwise go uncalibrated.
+        """
+        video_token_id = getattr(self.config, "video_token_id", None)
+        if video_token_id is not None and (input_ids == video_token_id).any():
+            raise ValueError(
+                "The prompt holds a video, which calibration does not know; give its frames as images, or pass shiftdc=False "
+                "(no calibration)."
+            )
+        return (input_ids == self.config.image_token_id).any(-1)
+
+    def _shiftdc_last_prompt_token(self, inputs: dict[str, Any]) -> torch.Tensor | None:
+        """int64 [batch]: the last prompt token of rows that hold an image, -1 elsewhere; None where no row does."""
+        input_ids = inputs.get("input_ids")
+        if input_ids is None:
+            raise ValueError(
+                "forward() needs input_ids to see which rows hold an image; pass shiftdc_position= with inputs_embeds, or "
+                "shiftdc=False (no calibration)."
+            )
+        rows = self._shiftdc_image_rows(input_ids)
+        if not rows.any():
+            return None
+        mask, labels = inputs.get("attention_mask"), inputs.get("labels")
+        if mask is None or mask.shape != input_ids.shape:
+            mask = torch.ones_like(input_ids)
+        if labels is not None:  # training: the prompt ends where the first label starts
+            mask = mask.bool() & ((labels != -100).cumsum(-1) == 0)
+        return torch.where(rows & mask.bool().any(-1), last_true(mask), -1)
+
+    def _shiftdc_prompts(self, ids: torch.Tensor, mask: torch.Tensor | None, rows: torch.Tensor) -> list[list[int]]:
+        """The prompts of `rows`, without padding."""
+        mask = mask if mask is not None else self._shiftdc_unpadded(ids)
+        return [r[m.bool()].tolist() for r, m in zip(ids[rows], mask[rows], strict=True)]
+
+    def _shiftdc_unpadded(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """What generate() assumes without an attention mask: padding is masked if it cannot be an end of text."""
+        pad = self.generation_config.pad_token_id
+        if pad is None or pad in self._shiftdc_eos_ids():
+            return torch.ones_like(input_ids)
+        return (input_ids != pad).long()
+
+    def _shiftdc_left_padded(self, prompts: list[list[int]], like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(ids, mask), int64 [batch, longest prompt]."""
+        width = max(map(len, prompts))
+        ids = [[self._shiftdc_pad_id()] * (width - len(p)) + p for p in prompts]
+        mask = [[0] * (width - len(p)) + [1] * len(p) for p in prompts]
+        return torch.tensor(ids, device=like.device), torch.tensor(mask, device=like.device)
+
+    def _shiftdc_eos_ids(self) -> set[int]:
+        eos = self.generation_config.eos_token_id
+        eos = self.config.get_text_config().eos_token_id if eos is None else eos
+        return set() if eos is None else {eos} if isinstance(eos, int) else set(eos)
+
+    def _shiftdc_pad_id(self) -> int:
+        pad = self.generation_config.pad_token_id
+        return pad if pad is not None else min(self._shiftdc_eos_ids(), default=0)
+
+
+def position_to_correct(
+    model_inputs: dict[str, Any], past_key_values: Any, rows: torch.Tensor, prompt_length: int
+) -> torch.Tensor | None:
+    """int64 [batch]: the last prompt token of `rows` in this forward, -1 in other rows; None if it is not in this forward.
+
+    Chunked prefill and use_cache=False make "the last token of this forward" wrong: it is counted from the start.
+    """
+    past = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
+    fed = model_inputs.get("input_ids")
+    index = prompt_length - 1 - past
+    inside = 0 <= index < (fed if fed is not None else model_inputs["inputs_embeds"]).shape[1]
+    return torch.where(rows, index, -1) if inside else None
+
+
+def last_true(mask: torch.Tensor) -> torch.Tensor:
+    """int64 [batch]: index of the last nonzero entry of `mask` [batch, time], whatever the padding side."""
+    return (mask.long() * torch.arange(mask.shape[1], device=mask.device)).amax(-1)
