@@ -16,7 +16,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOpera
 
 from exporter.errors import VerificationError
 from exporter.exported import read_report
-from exporter.hub_errors import HUB_ERRORS, ask, cannot_copy, passing, patience, reason_of
+from exporter.hub_errors import HUB_ERRORS, ask, cannot_copy, deadline, passing, patience, reason_of
 from exporter.hub_files import LocalFile, local_files, rewrite, tree
 from exporter.hub_preflight import check_base, check_effect, preflight
 from exporter.verify import verify
@@ -176,7 +176,8 @@ def _send(target: Target, additions: Sequence[CommitOperationAdd], progress: Pro
     options: dict[str, Any] = {"revision": target.revision, "create_pr": target.create_pr, "free_memory": False}
     progress("upload", 0, len(additions))
     for i, addition in enumerate(additions, 1):
-        HfApi().preupload_lfs_files(target.repo_id, [addition], **options)
+        with deadline(addition.upload_info.size):
+            HfApi().preupload_lfs_files(target.repo_id, [addition], **options)
         progress("upload", i, len(additions))
 
 

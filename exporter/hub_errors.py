@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
@@ -23,11 +24,14 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]
     enable_progress_bars,
 )
 from huggingface_hub.utils import logging as hub_logging
+from huggingface_hub.utils._xet import abort_xet_session
 
 from exporter.errors import InputError, ShiftDCError
 
 #: Seconds of silence after which the Hub counts as gone; the client alone would wait for ever.
 SILENCE = 300.0
+#: Bytes/s below which the upload of a file counts as hanging.
+SLOWEST = 100_000
 
 T = TypeVar("T")
 # KeyError: an answer that lacks something
@@ -36,6 +40,12 @@ HUB_ERRORS = (HTTPError, OSError, RuntimeError, ValueError, KeyError, EntryNotFo
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9_]{6,}")
 _UNPRINTABLE = re.compile(r"[\x00-\x20\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff]+")
 _QUOTA = re.compile(r"(?i)quota|storage|limit|exceed|payment|billing")
+# how hf_xet begins its errors; what follows may quote the server, or an address with a signature
+_XET = re.compile(
+    r"((?:Authentication|Network|Server|Data integrity|Configuration|Internal|Task|Previous task) error"
+    r"|Rate limited|Timeout|Not found|Operation cancelled|User cancelled|Wrong runtime mode): "
+    r"(?:Request error: HTTP status (?:client|server) error \((\d{3}))?"
+)
 
 
 class PushError(ShiftDCError):
@@ -56,6 +66,28 @@ def patience() -> Iterator[None]:
         hub_logging.set_verbosity(verbosity)
         if bars:
             enable_progress_bars()
+
+
+@contextmanager
+def deadline(size: int) -> Iterator[None]:
+    """End an upload of `size` bytes by hf_xet, which waits for some answers without a limit. Raises TimeoutError."""
+    limit, over = SILENCE + size / SLOWEST, threading.Event()
+
+    def end() -> None:
+        over.set()
+        abort_xet_session()  # does nothing where Xet is not in use
+
+    timer = threading.Timer(limit, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    except (RuntimeError, KeyboardInterrupt) as error:
+        if not over.is_set() or error.__cause__ is not None:
+            raise
+        raise TimeoutError(f"Xet: no end after {limit:.0f} s") from None
+    finally:
+        timer.cancel()
 
 
 def ask(what: str, call: Callable[[], T], translate: Callable[[Exception], ShiftDCError | None] = lambda error: None) -> T:
@@ -86,7 +118,10 @@ def status_of(error: BaseException) -> int | None:
     """The HTTP status behind an error; the client wraps those of uploads."""
     if isinstance(error, HfHubHTTPError):
         return error.response.status_code
-    return status_of(error.__cause__) if error.__cause__ is not None else None
+    if error.__cause__ is not None:
+        return status_of(error.__cause__)
+    xet = _XET.match(str(error))
+    return int(xet[2]) if xet and xet[2] else None
 
 
 def passing(error: Exception) -> bool:
@@ -119,6 +154,8 @@ def reason_of(error: BaseException) -> str:
         return clean(f"{error.response.status_code}: {said}")
     if error.__cause__ is not None:
         return reason_of(error.__cause__)
+    if xet := _XET.match(str(error)):
+        return " ".join(["Xet:", *filter(None, xet.groups())])
     return clean(f"{type(error).__name__}: {error}")
 
 

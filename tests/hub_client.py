@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hub_write import EXPIRED, FINE, READ, WRITE, Hub
+from hub_xet import XET
 
 REPO = "alice/tiny-shiftdc"
 EFFECTIVE = {
@@ -21,6 +22,8 @@ EFFECTIVE = {
     "defences": {"direct": {"asr": 0.5, "over_refusal": 0.0}, "shiftdc": {"asr": 0.1, "over_refusal": 0.0}},
     "paired": {"shiftdc": {"asr": {"difference": -0.4, "ci95": [-0.5, -0.3]}}},
 }  # fmt: skip
+#: Settings of hf_xet: chunks as they are, and no long waits.
+HF_XET = {"HF_XET_XORB_COMPRESSION_POLICY": "none", "HF_XET_CLIENT_RETRY_BASE_DELAY": "10ms"}
 # answers one JSON line for each that it reads
 CLIENT = """
 import dataclasses, json, os, sys, traceback
@@ -60,19 +63,20 @@ def edit_report(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
     file.write_text(json.dumps(report, indent=2) + "\n")
 
 
-def environment(url: str, home: Path) -> dict[str, str]:
-    kept = {k: v for k, v in os.environ.items() if k not in ("HF_TOKEN", "HF_HUB_OFFLINE")}
-    return {**kept, "HF_ENDPOINT": url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1"}
+def environment(url: str, home: Path, xet: bool = False) -> dict[str, str]:
+    kept = {k: v for k, v in os.environ.items() if k not in ("HF_TOKEN", "HF_HUB_OFFLINE", "HF_HUB_DISABLE_XET")}
+    settings = HF_XET if xet else {"HF_HUB_DISABLE_XET": "1"}
+    return {**kept, **settings, "HF_ENDPOINT": url, "HF_HOME": str(home), "OMP_NUM_THREADS": "1"}
 
 
 class Client:
     """A process that pushes."""
 
-    def __init__(self, url: str, folder: Path) -> None:
+    def __init__(self, url: str, folder: Path, xet: bool = False) -> None:
         self.home, self.stderr = folder / "home", folder / "stderr"
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.stderr.open("w")}
         command = [sys.executable, "-c", CLIENT]
-        self.process = subprocess.Popen(command, env=environment(url, self.home), text=True, **pipes)
+        self.process = subprocess.Popen(command, env=environment(url, self.home, xet), text=True, **pipes)
 
     def ask(self, *question: object) -> tuple[Any, str]:
         """The answer and what was printed on stderr; neither holds a token."""
@@ -82,7 +86,7 @@ class Client:
         answer = self.process.stdout.readline()
         printed = self.stderr.read_text()[before:]
         assert answer, printed
-        for secret in (WRITE, READ, FINE, EXPIRED):
+        for secret in (WRITE, READ, FINE, EXPIRED, XET):
             assert secret not in answer + printed
         return json.loads(answer), printed
 
