@@ -79,6 +79,8 @@ class Stage:
 
         try:
             if kind == "push":
+                if left := sorted(f.name for f in (self.folder / "tmp").glob("shiftdc-*")):
+                    return f"left behind: {left}"
                 files = self.hub.files(REPO) if REPO in self.hub.repositories else {}
                 if REPORT not in files:
                     return (
@@ -176,6 +178,8 @@ def main(kills: int, seed: int, only: str | None) -> None:
         os.environ |= {"HF_ENDPOINT": hub.url, "HF_TOKEN": WRITE, "HF_HUB_DISABLE_XET": "1", "HF_HOME": f"{folder}/home"}
         os.environ["SHIFTDC_CACHE"] = f"{folder}/cache"  # of no other run
         os.environ.pop("HF_HUB_OFFLINE", None)
+        tempfile.tempdir = str(Path(folder) / "tmp")
+        Path(tempfile.tempdir).mkdir()
         from transformers.utils import logging
 
         logging.set_verbosity_error()

@@ -202,7 +202,7 @@ def export_command(
 
 
 def _preflight(plan: Any, repo_id: str | None, *, private: bool, create_pr: bool, measured: bool) -> str:
-    from exporter.hub import check_base, preflight
+    from exporter.hub_preflight import check_base, preflight
 
     if not measured:
         raise InputError("--push: the effect must be measured first; add --evaluate, or --allow-ineffective.")
@@ -229,7 +229,8 @@ def _batch_size(text: str) -> int | None:
 def push(checkpoint: Path, repo_id: str | None, dry_run: bool, quiet: bool, as_json: bool, **options: Any) -> None:
     """Upload an export to the Hub, then check every file there."""
     with libraries_quiet():
-        from exporter.hub import plan_push, preflight
+        from exporter.hub import plan_push
+        from exporter.hub_preflight import preflight
 
         where = {k: options[k] for k in ("private", "create_pr", "revision")}
         name = preflight(repo_id or checkpoint.resolve().name, **where)

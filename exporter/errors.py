@@ -1,10 +1,10 @@
 """The exceptions of this package.
 
 ShiftDCError
-├── InputError         the caller's input is wrong: one sentence, exit code 2, nothing written
-├── VerificationError  an exported checkpoint is not what it should be: exit code 1
-├── WriteError         the disk did not take an output, of which nothing is left: exit code 1
-└── hub.PushError      the Hub did not take a push: exit code 1
+├── InputError            the caller's input is wrong: one sentence, exit code 2, nothing written
+├── VerificationError     an exported checkpoint is not what it should be: exit code 1
+├── WriteError            the disk did not take an output, of which nothing is left: exit code 1
+└── hub_errors.PushError  the Hub did not take a push: exit code 1
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -24,6 +24,7 @@ import yaml
 
 WRITE, READ, FINE, EXPIRED = "hf_alice_may_write", "hf_alice_may_read", "hf_alice_may_a_little", "hf_alice_no_longer"
 ROLES = {WRITE: "write", READ: "read", FINE: "fineGrained"}
+Route = tuple[str, Callable[..., Any]]  # method and path, as a pattern; what answers
 LARGE = (".safetensors", ".npz", ".png", ".onnx", ".onnx_data", ".model")
 
 
@@ -83,6 +84,7 @@ class Hub:
     faults: list[Fault] = field(default_factory=list)
     corrupted: str | None = None  # a path that is kept with a flipped bit
     received: list[tuple[str, str, int]] = field(default_factory=list)  # method, path, bytes of the body
+    storage: dict[str, bytes] = field(default_factory=dict)  # what hub_xet keeps
 
     def add(self, repo_id: str, folder: Path | None = None, **settings: Any) -> str:
         """A repository with the files of a folder; returns its commit."""
@@ -111,9 +113,9 @@ def listed(path: str, data: bytes, large: bool) -> dict[str, Any]:
 
 
 @contextmanager
-def serve() -> Iterator[Hub]:
+def serve(more: Sequence[Route] = ()) -> Iterator[Hub]:
     hub = Hub()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (Handler,), {"hub": hub}))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (Handler,), {"hub": hub, "routes": [*ROUTES, *more]}))
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, daemon=True).start()
     hub.url = f"http://127.0.0.1:{server.server_port}"
@@ -127,6 +129,7 @@ def serve() -> Iterator[Hub]:
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     hub: Hub
+    routes: Sequence[Route]
 
     def log_message(self, *args: object) -> None:
         pass
@@ -175,7 +178,7 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def route(self) -> Any:
-        for pattern, run in ROUTES:
+        for pattern, run in self.routes:
             found = re.fullmatch(pattern, f"{self.command} {self.where}")
             if found:
                 return run(self, *found.groups())
@@ -315,7 +318,7 @@ class Handler(BaseHTTPRequestHandler):
 
 REPO = "([^/]+/[^/]+)"
 API = f"/api/models/{REPO}"
-ROUTES: list[tuple[str, Callable[..., Any]]] = [
+ROUTES: list[Route] = [
     ("GET /api/whoami-v2", Handler.whoami),
     ("POST /api/repos/create", Handler.create),
     ("POST /api/validate-yaml", lambda handler: {"errors": [], "warnings": []}),

@@ -1,13 +1,9 @@
-"""Pushing to a local Hub with the real client, in a process of its own (it reads HF_ENDPOINT at import).
-
-The server quotes the token in every error and in a warning header of every answer; `Client` sees that it is never printed.
-"""
+"""Pushing to a local Hub with the real client, over LFS."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -16,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hub_client import EFFECTIVE, REPO, Client, changes, edit_report, environment, pushed_files, with_base
 from hub_write import EXPIRED, FINE, READ, WRITE, Fault, Hub, serve
 from PIL import Image
 from tiny import save_tiny_llava
@@ -23,38 +20,9 @@ from tiny import save_tiny_llava
 from exporter import onnx_export
 from exporter.evidence import attach_results
 from exporter.exported import read_report
+from exporter.hub_files import LocalFile, rewrite
+from exporter.manifest import differences
 
-REPO = "alice/tiny-shiftdc"
-EFFECTIVE = {
-    "benchmark": "demo", "judge": "prefix",
-    "defences": {"direct": {"asr": 0.5, "over_refusal": 0.0}, "shiftdc": {"asr": 0.1, "over_refusal": 0.0}},
-    "paired": {"shiftdc": {"asr": {"difference": -0.4, "ci95": [-0.5, -0.3]}}},
-}  # fmt: skip
-# answers one JSON line for each that it reads
-CLIENT = """
-import dataclasses, json, os, sys, traceback
-from pathlib import Path
-from exporter import hub
-from exporter.errors import ShiftDCError
-hub.WAITS = (0.1, 0.1)
-hub.SILENCE = 2.0
-verify = hub.verify
-for line in sys.stdin:
-    what, folder, options, token, thorough = json.loads(line)
-    os.environ["HF_TOKEN"] = token or ""
-    hub.verify = verify if thorough else lambda folder: None
-    try:
-        if what == "preflight":
-            answer = hub.preflight(**options)
-        else:
-            answer = dataclasses.asdict(getattr(hub, what)(Path(folder), **options))
-    except ShiftDCError as error:
-        traceback.print_exception(error)
-        assert error.__context__ is None or "Validation" in str(type(error.__context__))
-        answer = {"error": f"{type(error).__name__}: {error}"}
-    sys.stderr.flush()
-    print(json.dumps(answer), flush=True)
-"""
 GENERATE = """
 import sys, torch
 from transformers import AutoModelForImageTextToText
@@ -105,48 +73,6 @@ def of_hub_base(hub: Hub, base_folder: Path, checkpoint: Path) -> Path:
     return with_base(checkpoint, "org/tiny", hub.add("org/tiny", base_folder))
 
 
-def with_base(folder: Path, base_id: str, commit: str) -> Path:
-    edit_report(folder, lambda report: report["base_model"].update(id=base_id, revision=commit))
-    return folder
-
-
-def edit_report(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
-    file = folder / "shiftdc_report.json"
-    report = json.loads(file.read_text())
-    edit(report)
-    file.write_text(json.dumps(report, indent=2) + "\n")
-
-
-def environment(url: str, home: Path) -> dict[str, str]:
-    kept = {k: v for k, v in os.environ.items() if k not in ("HF_TOKEN", "HF_HUB_OFFLINE")}
-    return {**kept, "HF_ENDPOINT": url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1"}
-
-
-class Client:
-    """A process that pushes."""
-
-    def __init__(self, url: str, folder: Path) -> None:
-        self.stderr = folder / "stderr"
-        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.stderr.open("w")}
-        command = [sys.executable, "-c", CLIENT]
-        self.process = subprocess.Popen(command, env=environment(url, folder / "home"), text=True, **pipes)
-
-    def ask(self, *question: object) -> tuple[Any, str]:
-        """The answer and what was printed on stderr; neither holds a token."""
-        before = len(self.stderr.read_text())
-        assert self.process.stdin and self.process.stdout
-        print(json.dumps(question, default=str), file=self.process.stdin, flush=True)
-        answer = self.process.stdout.readline()
-        printed = self.stderr.read_text()[before:]
-        assert answer, printed
-        for secret in (WRITE, READ, FINE, EXPIRED):
-            assert secret not in answer + printed
-        return json.loads(answer), printed
-
-    def end(self) -> None:
-        self.process.communicate()
-
-
 @pytest.fixture(scope="module")
 def client(server: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
     found = Client(server.url, tmp_path_factory.mktemp("client"))
@@ -156,31 +82,12 @@ def client(server: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cl
 
 @pytest.fixture
 def push(hub: Hub, client: Client) -> Callable[..., Any]:
-    """push(folder, **options) -> what came of it, with nothing printed."""
-
-    def call(folder: Path, what: str = "push", repo_id: str = REPO, thorough: bool = False, **options: Any) -> Any:
-        answer, printed = client.ask(what, folder, {"repo_id": repo_id, "private": False, **options}, WRITE, thorough)
-        assert "error" not in answer, printed
-        assert printed == ""
-        return answer
-
-    return call
+    return client.push
 
 
 @pytest.fixture
 def refused(hub: Hub, client: Client) -> Callable[..., str]:
-    """refused(folder, **options) -> the error, on one line."""
-
-    def call(
-        folder: Path, what: str = "push", token: str | None = WRITE, repo_id: str | None = REPO, thorough: bool = False,
-        **options: Any,
-    ) -> str:  # fmt: skip
-        answer, _ = client.ask(what, folder, {"repo_id": repo_id, "private": False, **options}, token, thorough)
-        assert "error" in answer, answer
-        assert "\n" not in answer["error"]
-        return answer["error"]
-
-    return call
+    return client.refused
 
 
 def reply(url: str, model: object, home: Path) -> str:
@@ -189,17 +96,6 @@ def reply(url: str, model: object, home: Path) -> str:
     done = subprocess.run(command, env={**environment(url, home), "HF_TOKEN": WRITE}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
-
-
-def changes(hub: Hub) -> list[tuple[str, str]]:
-    """Requests that change something on the Hub."""
-    asking = ("/paths-info/", "/validate-yaml")
-    return [(m, p) for m, p, _ in hub.received if m in ("POST", "PUT") and not any(a in p for a in asking)]
-
-
-def pushed_files(folder: Path) -> set[str]:
-    strays = {".secret", "shiftdc_report.json.partial", "replies.jsonl"}
-    return {str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file()} - strays
 
 
 def test_round_trip(hub, push, checkpoint, tmp_path):
@@ -243,6 +139,16 @@ def test_graphs_and_pictures_go_along_and_verify_when_fetched(hub, push, of_hub_
     fetched = {**environment(hub.url, tmp_path / "home"), "HF_TOKEN": WRITE}
     done = subprocess.run(command, env=fetched, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_file_in_memory_is_as_one_on_disk(checkpoint):
+    report = read_report(checkpoint)
+    for path, content in rewrite(checkpoint, report, REPO).items():
+        (checkpoint / path).write_bytes(content)
+        of_disk, of_memory = (LocalFile(path, c) for c in (checkpoint / path, content))
+        assert (of_disk.bytes, of_disk.sha256, of_disk.git_sha1) == (of_memory.bytes, of_memory.sha256, of_memory.git_sha1)
+    assert f'from_pretrained("{REPO}"' in (checkpoint / "README.md").read_text()
+    assert differences(checkpoint, read_report(checkpoint)) == ([], [])
 
 
 def test_base_shards_are_copied_on_the_server(hub, push, of_hub_base):
