@@ -12,7 +12,7 @@ from torch import nn
 from exporter.vlm import VLM, Inputs
 
 #: Padded tokens in one automatic batch: keeps a CPU's caches and a GPU busy without holding many activations.
-AUTO_TOKENS = {"cpu": 1024, "cuda": 16384}
+AUTO_TOKENS = {"cpu": 512, "cuda": 16384}
 
 T = TypeVar("T")
 
