@@ -1,168 +1,282 @@
-"""How reading activations grows: seconds and memory against prompts, prompt length, layers, hidden size, with fitted exponents.
+"""How reading activations grows: seconds and memory against prompts, their length, layers, hidden size and parameters.
 
     python benchmarks/scale.py [--rounds 2]
 
-Writes results/scale.json, scale.png and estimate.md: what 34B and 72B models take on paper, by a rule checked on two sizes.
+Writes results/scale.json and scale.png (exponents found and expected), and estimate.md: what 34B and 72B models take on paper, by
+rules that are checked here on two sizes each (`spread.py`: in two processes, and with half of the layers on disk).
+
+Expected: operations over one rate, and the tensors that one decoder layer holds for the tokens of one batch.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
+import multiprocessing
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from pathlib import Path
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import matplotlib
 import numpy as np
 import torch
+from estimate import estimate
 from models import Size, model
 from side_by_side import RESULTS, memory, one_thread, seconds, write
+from spread import spread
 
-from exporter.activations import LastTokenStats, by_length, last_token_activations
+from exporter.activations import AUTO_TOKENS, LastTokenStats, by_length, last_token_activations
 from exporter.vlm import VLM
 
 matplotlib.use("Agg")
 
-BASE = Size(hidden=384, layers=6, heads=6, intermediate=1024, vocabulary=1024, vision_layers=2)
-PROMPTS, LENGTH = 16, 64
-STEPS: dict[str, Sequence[int]] = {
-    "prompts": (8, 16, 32, 64),
-    "prompt length": (32, 64, 128, 256),
-    "layers": (3, 6, 12, 24),
-    "hidden size": (192, 384, 768, 1152),
+Way = Callable[[], object]
+BUDGET = AUTO_TOKENS["cpu"]
+FLOAT = 4  # bytes
+LEAST = 8  # tokens; a single one would be multiplied without the buffers of matrix products
+#: Of mallopt(3). glibc raises both thresholds as tensors are freed, up to these limits of its own.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+_LIMIT = 32 << 20
+
+
+def sized(hidden: int, layers: int) -> Size:
+    """Llama's shape: heads of 64, and a gated MLP of 11/4 of the hidden size."""
+    return Size(hidden=hidden, layers=layers, heads=hidden // 64, intermediate=hidden * 11 // 4, vocabulary=1024, vision_layers=2)
+
+
+BASE = sized(512, 4)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """`prompts` of `length` tokens through a model of `size`."""
+
+    size: Size = BASE
+    prompts: int = 8
+    length: int = 64
+
+    @property
+    def tokens(self) -> int:
+        return self.prompts * self.length
+
+    @property
+    def operations(self) -> float:
+        """Two a weight and token; causal attention, scores and values, over half of the prompt on average."""
+        return self.tokens * (2.0 * weights(self.size) + 2.0 * self.size.layers * self.size.hidden * self.length)
+
+    @property
+    def tensors(self) -> float:
+        """Bytes alive at once: three tensors of the gated MLP, four of the residual stream, and what is kept of each layer."""
+        rows = min(self.prompts, max(1, BUDGET // self.length))
+        alive = 3 * self.size.intermediate + 4 * self.size.hidden
+        return FLOAT * rows * (self.length * alive + self.size.layers * self.size.hidden)
+
+
+def weights(size: Size) -> int:
+    """Parameters of the decoder layers' matrices."""
+    return size.layers * (4 * size.hidden**2 + 3 * size.hidden * size.intermediate)
+
+
+BEYOND = "prompt length, beyond it"
+SERIES: dict[str, dict[int, Pass]] = {
+    "prompts": {n: Pass(prompts=n) for n in (8, 16, 32, 64, 128)},
+    f"prompt length, up to a batch ({BUDGET})": {n: Pass(length=n) for n in (64, 128, 256, 512)},
+    BEYOND: {n: Pass(length=n, prompts=1) for n in (512, 1024, 2048, 4096)},
+    "layers": {n: Pass(sized(512, n)) for n in (2, 4, 8, 16, 32)},
+    "hidden size": {n: Pass(sized(n, 2)) for n in (512, 768, 1024, 1536, 2048)},
+    # 128 of hidden size a layer, as in a 7B (4096, 32)
+    "parameters": {weights(size): Pass(size) for size in (sized(n, n // 128) for n in (384, 512, 768, 1024, 1536))},
 }
-#: Two sizes on which the rule of the estimate is checked: it is fitted to the first and foretells the second.
-CHECKED = (BASE, Size(hidden=1024, layers=12, heads=16, intermediate=2816, vocabulary=1024, vision_layers=2))
-PROMPTS_OF_A_FIT, TOKENS_OF_A_PROMPT = 960, 110
+#: On which the rules of the estimate are checked: what the first takes foretells the second.
+CHECKED = (sized(768, 6), sized(1536, 12))
 
 
-def reading(size: Size, prompts: int, length: int) -> Callable[[], object]:
-    vlm = VLM(model(size), None)
+@cache
+def loaded(size: Size) -> VLM:
+    return VLM(model(size), None)
+
+
+def reading(work: Pass) -> Way:
+    """As `exporter.directions` reads text prompts."""
+    vlm = loaded(work.size)
     layers = list(vlm.decoder_layers("model.language_model.layers"))
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(5, size.vocabulary, (prompts, length), generator=generator)
+    ids = torch.randint(5, work.size.vocabulary, (work.prompts, work.length), generator=generator)
 
     def read() -> None:
         stats = LastTokenStats()
-        for rows in by_length(range(prompts), [length] * prompts, None, torch.device("cpu")):
-            batch = {"input_ids": ids[rows], "attention_mask": torch.ones(len(rows), length, dtype=torch.long)}
-            stats.update(last_token_activations(vlm, layers, batch))
+        for rows in by_length(range(work.prompts), [work.length] * work.prompts, None, torch.device("cpu")):
+            mask = torch.ones(len(rows), work.length, dtype=torch.long)
+            stats.update(last_token_activations(vlm, layers, {"input_ids": ids[rows], "attention_mask": mask}))
 
     return read
 
 
-def one(variable: str, value: int) -> Callable[[], object]:
-    size, prompts, length = BASE, PROMPTS, LENGTH
-    if variable == "prompts":
-        prompts = value
-    elif variable == "prompt length":
-        length = value
-    elif variable == "layers":
-        size = replace(BASE, layers=value)
-    else:
-        size = replace(BASE, hidden=value, heads=value // 64, intermediate=value * 8 // 3)
-    return reading(size, prompts, length)
+def give_back() -> None:
+    """From here on every tensor above 64 KiB is a mapping of its own: glibc keeps none of them after it is freed.
+
+    To be called before the heap has grown: its free parts are used first.
+    """
+    ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 1 << 16)
 
 
-def exponent(values: Sequence[float], found: Sequence[float]) -> float:
-    """Slope of a straight line through the logarithms."""
-    return float(np.polyfit(np.log(values), np.log(np.maximum(found, 1e-9)), 1)[0])
+def keep() -> None:
+    """From here on glibc keeps freed tensors for later ones, as far as it goes by itself where nothing is set."""
+    ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, _LIMIT)
+    ctypes.CDLL(None).mallopt(_TRIM_THRESHOLD, 2 * _LIMIT)
 
 
-def measured(rounds: int) -> dict[str, Any]:
-    result = {}
-    for variable, values in STEPS.items():
-        ways = {str(v): one(variable, v) for v in values}
-        bytes_ = {name: memory(way) for name, way in ways.items()}
-        time = {name: statistics.median(s) for name, s in seconds(ways, rounds).items()}
-        result[variable] = {
-            "values": list(values),
-            "seconds": list(time.values()),
-            "bytes": list(bytes_.values()),
-            "exponent_seconds": round(exponent(values, list(time.values())), 2),
-            "exponent_bytes": round(exponent(values, list(bytes_.values())), 2),
-        }
-        print(f"{variable}: seconds ~ n^{result[variable]['exponent_seconds']}, bytes ~ n^{result[variable]['exponent_bytes']}")
+def keeping(way: Way) -> Way:
+    def run() -> None:
+        keep()
+        way()
+
+    return run
+
+
+def apart(ways: dict[str, Way], rounds: int) -> list[float]:
+    """Median seconds of each way, found in a fork: this process, of which memory is measured, stays as small as it is."""
+    reader, writer = multiprocessing.get_context("fork").Pipe(duplex=False)
+
+    def measure() -> None:
+        keep()
+        writer.send([statistics.median(s) for s in seconds(ways, rounds).values()])
+
+    process = multiprocessing.get_context("fork").Process(target=measure)
+    process.start()
+    found = reader.recv()
+    process.join()
+    return found
+
+
+def above_least(work: Pass) -> dict[str, int]:
+    """Peak bytes above the weights, less those of a pass of eight tokens: libraries' pages, and buffers of matrix products."""
+    way, least = reading(work), reading(replace(work, prompts=1, length=LEAST))
+    fixed = memory(least)
+    return {
+        "fixed": fixed,
+        "resident": memory(keeping(way)) - memory(keeping(least)),
+        "tensors_alone": memory(way) - fixed,
+    }
+
+
+def fit(values: Sequence[float], found: Sequence[float], expected: Sequence[float]) -> dict[str, float]:
+    """A straight line through the logarithms. scatter: root mean square of found / line - 1; r2 says nothing of a flat line."""
+    x, y = np.log(values), np.log(found)
+    slope, start = np.polyfit(x, y, 1)
+    rest = y - (slope * x + start)
+    return {
+        "exponent": round(float(slope), 3),
+        "expected_exponent": round(float(np.polyfit(x, np.log(expected), 1)[0]), 3),
+        "r2": round(float(1 - (rest**2).sum() / ((y - y.mean()) ** 2).sum()), 4),
+        "scatter": round(float(np.expm1(np.sqrt((rest**2).mean()))), 4),
+        "at_1": float(np.exp(start)),
+    }
+
+
+def measured(steps: dict[int, Pass], rounds: int) -> dict[str, Any]:
+    """One series. The rate of the expected seconds is the median over it; expected bytes have no free number."""
+    values = list(steps)
+    found = apart({str(n): reading(work) for n, work in steps.items()}, rounds)
+    bytes_ = [above_least(work) for work in steps.values()]
+    rate = statistics.median(work.operations / s for work, s in zip(steps.values(), found, strict=True))
+    expected = {
+        "seconds": [work.operations / rate for work in steps.values()],
+        "bytes": [work.tensors for work in steps.values()],
+    }
+    columns = {kind: [b[kind] for b in bytes_] for kind in bytes_[0]}
+    return {
+        "values": values, "seconds": found, "bytes": columns, "operations_a_second": rate, "expected": expected,
+        "fit": {
+            "seconds": fit(values, found, expected["seconds"]),
+            "tensors_alone": fit(values, columns["tensors_alone"], expected["bytes"]),
+            "resident": fit(values, columns["resident"], expected["bytes"]),
+        },
+    }  # fmt: skip
+
+
+def check(rounds: int) -> dict[str, Any]:
+    """What the smaller size foretells of the larger, over what was found there: reading by operations, a decode step by bytes.
+
+    `calls`: seconds of a step through as many layers of next to no weights, which a GPU's rate has no part in.
+    """
+    ratio = weights(CHECKED[1]) / weights(CHECKED[0])
+    small, large = apart({str(size): reading(Pass(size)) for size in CHECKED}, rounds)
+    result: dict[str, Any] = {"parameters": [weights(size) for size in CHECKED]}
+    result["reading"] = {"seconds": [small, large], "foretold_over_found": small * ratio / large}
+    steps = (*CHECKED, *(sized(64, size.layers) for size in CHECKED))
+    small, large, *calls = apart({str(size): reading(Pass(size, 1, 1)) for size in steps}, 4 * rounds)
+    foretold = {
+        "foretold_over_found": small * ratio / large,
+        "foretold_over_found_with_calls": ((small - calls[0]) * ratio + calls[1]) / large,
+    }
+    result["decode step"] = {"seconds": [small, large], "calls": calls, **foretold}
     return result
 
 
-def multiplications(size: Size) -> float:
-    """Of a token in the decoder's matrices: two a weight, additions counted."""
-    return 2.0 * size.layers * (4 * size.hidden**2 + 3 * size.hidden * size.intermediate)
+def attention(size: Size, lengths: Sequence[int], rounds: int) -> list[float]:
+    """Seconds of the scores and values alone, in all layers, of one prompt of each length."""
+
+    def way(length: int) -> Way:
+        states = torch.randn(1, size.heads, length, size.hidden // size.heads)
+        return lambda: [
+            torch.nn.functional.scaled_dot_product_attention(states, states, states, is_causal=True) for _ in range(size.layers)
+        ]
+
+    return apart({str(n): way(n) for n in lengths}, 4 * rounds)
 
 
-def check(rounds: int) -> dict[str, float]:
-    """Whether time is operations over a rate: the rate of the first size foretells the time of the second."""
-    ways = {str(i): reading(size, PROMPTS, LENGTH) for i, size in enumerate(CHECKED)}
-    found = [statistics.median(s) for s in seconds(ways, rounds).values()]
-    rates = [multiplications(size) * PROMPTS * LENGTH / t for size, t in zip(CHECKED, found, strict=True)]
-    return {"rate_small": rates[0], "rate_large": rates[1], "foretold_over_found": rates[1] / rates[0]}
-
-
-def plot(result: dict[str, Any], file: Path) -> None:
+def plot(result: dict[str, Any]) -> None:
+    """Time above, memory below; points found, their fitted line, and what was expected dotted."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(result), figsize=(14, 3.4), constrained_layout=True)
-    for axis, (variable, found) in zip(axes, result.items(), strict=True):
-        axis.loglog(found["values"], found["seconds"], "o-", label=f"seconds, n^{found['exponent_seconds']}")
-        axis.loglog(found["values"], [b / 2**30 for b in found["bytes"]], "s--", label=f"GiB, n^{found['exponent_bytes']}")
-        axis.set_xlabel(variable)
-        axis.legend(fontsize=8)
-    figure.savefig(file, dpi=120)
+    figure, axes = plt.subplots(2, len(result), figsize=(3.6 * len(result), 7), sharey="row", constrained_layout=True)
+    for (upper, lower), (variable, found) in zip(axes.T, result.items(), strict=True):
+        values = found["values"]
+        _line(upper, values, found["seconds"], found["fit"]["seconds"], "o", "tab:blue", "found")
+        upper.plot(values, found["expected"]["seconds"], "k:", lw=1.2, label=_expected(found["fit"]["seconds"], "operations"))
+        for kind, marker, colour, words in (
+            ("resident", "s", "tab:orange", "resident"),
+            ("tensors_alone", "^", "tab:green", "tensors alone"),
+        ):
+            _line(lower, values, [b / 1e6 for b in found["bytes"][kind]], found["fit"][kind], marker, colour, words, 1e-6)
+        expected = [b / 1e6 for b in found["expected"]["bytes"]]
+        lower.plot(values, expected, "k:", lw=1.2, label=_expected(found["fit"]["resident"], "tensors"))
+        for axis in (upper, lower):
+            axis.set(xscale="log", yscale="log")
+            axis.set_xticks(values, [_short(v) for v in values])
+            axis.minorticks_off()
+            axis.grid(alpha=0.3)
+            axis.legend(fontsize=7.5, loc="upper left")
+        lower.set_xlabel(variable)
+    for axis, words in ((axes[0, 0], "seconds, one thread"), (axes[1, 0], "peak MB above weights and an 8-token pass")):
+        axis.set_ylabel(words)
+        low, high = axis.get_ylim()
+        axis.set_ylim(low, high * (high / low) ** 0.35)  # room for the legends
+        ticks = [m * 10.0**e for e in range(-2, 4) for m in (1, 2, 5) if low <= m * 10.0**e <= high]
+        axis.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    figure.savefig(RESULTS / "scale.png", dpi=110)
 
 
-#: Parameters, layers, hidden size, bytes a cached token (float16: 2 tensors x layers x key/value heads x head size x 2 bytes).
-LARGE = {
-    "LLaVA-1.6-34B": (34.4e9, 60, 7168, 2 * 60 * 8 * 128 * 2),
-    "LLaVA-OneVision-72B": (72.7e9, 80, 8192, 2 * 80 * 8 * 128 * 2),
-}
-#: bfloat16 FLOP/s and bytes/s of an A100-80GB, and the share of them that large matrix products and decode steps reach.
-FLOPS, BYTES, SHARE_FLOPS, SHARE_BYTES = 312e12, 2.0e12, 0.5, 0.6
-IMAGE_TOKENS, CAPTION, ANSWER = 2880, 64, 64
+def _line(
+    axis: Any, values: Sequence[int], found: Sequence[float], fitted: dict[str, float], marker: str, colour: str, words: str,
+    unit: float = 1.0,
+) -> None:  # fmt: skip
+    quality = f"R² {fitted['r2']:.3f}, " if abs(fitted["exponent"]) >= 0.1 else ""  # of a flat line it says nothing
+    label = f"{words}: n^{round(fitted['exponent'], 2) + 0.0:.2f}, {quality}scatter {fitted['scatter']:.1%}"
+    axis.plot(values, found, marker, color=colour, ms=5, label=label)
+    axis.plot(values, [unit * fitted["at_1"] * v ** fitted["exponent"] for v in values], "-", color=colour, lw=1, alpha=0.7)
 
 
-def estimate(checked: dict[str, float]) -> str:
-    """Markdown. Everything in it but the check is arithmetic, not measurement."""
-    fit = f"{PROMPTS_OF_A_FIT} prompts of {TOKENS_OF_A_PROMPT} tokens"
-    lines = [
-        "# On paper: 34B and 72B",
-        "",
-        "Written by `python benchmarks/scale.py`. Not measured: arithmetic from parameters and an A100-80GB's 312 TFLOP/s and",
-        f"2 TB/s, of which matrix products are taken to reach {SHARE_FLOPS:.0%} and decode steps {SHARE_BYTES:.0%}.",
-        "Rule: reading costs 2 operations a parameter and token; a decode step reads every weight once.",
-        "Checked on two sizes on one CPU thread: the rate of",
-        f"{describe(CHECKED[0])} foretells {checked['foretold_over_found']:.2f} times the time of {describe(CHECKED[1])}.",
-        "",
-        f"A prompt has {IMAGE_TOKENS} image tokens; answer {ANSWER} tokens, caption {CAPTION}.",
-        "",
-        f"| | weights, bf16 | GPUs of 80 GB | directions, {fit} | statistics kept | plain reply | exact method | ratio | "
-        "KV cache of an image |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for name, (parameters, layers, hidden, cached) in LARGE.items():
-        gpus = int(np.ceil(2 * parameters / 70e9))
-        read = 2 * parameters / (FLOPS * SHARE_FLOPS)  # seconds a token, pipelined over GPUs one at a time (device_map)
-        step = 2 * parameters / (BYTES * SHARE_BYTES)
-        plain = IMAGE_TOKENS * read + ANSWER * step
-        exact = plain + CAPTION * step + 2 * TOKENS_OF_A_PROMPT * read
-        lines.append(
-            f"| {name} | {2 * parameters / 1e9:.0f} GB | {gpus} | {PROMPTS_OF_A_FIT * TOKENS_OF_A_PROMPT * read:.0f} s | "
-            f"{2 * layers * hidden * 8 / 1e6:.0f} MB | {plain:.1f} s | {exact:.1f} s | {exact / plain:.2f} | "
-            f"{IMAGE_TOKENS * cached / 1e9:.2f} GB |"
-        )
-    lines += [
-        "",
-        "`device_map` runs the layers of several GPUs one after the other: it holds larger models and makes nothing faster.",
-        "Nodes that each hold the model can share the prompts and merge their statistics (`LastTokenStats.merge`): time falls",
-        "to 1/n, and what travels is the column of statistics (`torchrun`, as the README says).",
-    ]
-    return "\n".join(lines) + "\n"
+def _expected(fitted: dict[str, float], what: str) -> str:
+    return f"expected of {what}: n^{round(fitted['expected_exponent'], 2) + 0.0:.2f}"
 
 
-def describe(size: Size) -> str:
-    return f"{size.layers} layers of {size.hidden}"
+def _short(value: int) -> str:
+    return f"{value / 1e6:.0f}M" if value >= 1_000_000 else str(value)
 
 
 def main() -> None:
@@ -170,11 +284,24 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     arguments = parser.parse_args()
     one_thread()
-    result = measured(arguments.rounds)
-    checked = check(arguments.rounds)
-    write("scale", [], scale=result, check=checked)
-    plot(result, RESULTS / "scale.png")
-    (RESULTS / "estimate.md").write_text(estimate(checked), "utf-8")
+    give_back()
+    result = {}
+    for variable, steps in SERIES.items():
+        result[variable] = measured(steps, arguments.rounds)
+        for kind, found in result[variable]["fit"].items():
+            print(f"{variable}: {kind} ~ n^{found['exponent']}, expected {found['expected_exponent']}, "
+                  f"R2 {found['r2']}, scatter {found['scatter']:.1%}", flush=True)  # fmt: skip
+        loaded.cache_clear()
+        gc.collect()
+    plot(result)
+    checked = check(arguments.rounds) | {"attention": attention(BASE, list(SERIES[BEYOND]), arguments.rounds)}
+    loaded.cache_clear()
+    gc.collect()
+    print(checked, flush=True)
+    spreading = spread()
+    print(spreading, flush=True)
+    write("scale", [], scale=result, check=checked, spread=spreading)
+    (RESULTS / "estimate.md").write_text(estimate(result, checked, spreading), "utf-8")
 
 
 if __name__ == "__main__":
