@@ -1,9 +1,9 @@
 """Kill exports and pushes at random moments and see what is left: python benchmarks/kills.py --kills 200
 
 Each trial is a process that starts an export of a tiny model (into a free place, or over an earlier export with --force), an
-export of the demo model, or a push to a local Hub, and is killed (SIGKILL) after a random share of the time that a whole run
-takes. Then the output must be absent, or the earlier export, or complete and verified; a second run must finish, be verified, and
-leave nothing else in the folder. Prints one JSON document; exit code 1 if any trial failed.
+export of the demo model, or a push to a local Hub, and is killed (SIGKILL) at a random moment of a random stage. Then the output
+must be absent, or the earlier export, or complete and verified; a second run must finish, be verified, and leave nothing else in
+the folder. Prints one JSON document; exit code 1 if any trial failed.
 """
 
 from __future__ import annotations
@@ -105,50 +105,60 @@ class Stage:
         return None
 
 
-def started(work: Work, folder: Path) -> tuple[int, int]:
-    """(process id, a pipe with the names of the stages that it comes to) of a copy of this process that does `work`."""
-    reading, writing = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            os.chdir(folder)
-            torch.set_num_threads(1)  # makes PyTorch's own threads anew, which two threads at once cannot
-            work(lambda stage, done, total: os.write(writing, f"{stage}\n".encode()))  # type: ignore[arg-type, return-value]
-            code = 0
-        except Exception as error:  # noqa: BLE001 (whatever it is, it is a trial that failed)
-            os.write(writing, f"{type(error).__name__}: {str(error)[:300]!r}\n".encode())
-        finally:
-            os._exit(code)
-    os.close(writing)
-    return pid, reading
+class Child:
+    """A copy of this process that does `work` and says which stages it comes to; before the first it is at "start"."""
+
+    def __init__(self, work: Work, folder: Path):
+        reading, writing = os.pipe()
+        self.pid = os.fork()
+        if self.pid == 0:
+            code = 1
+            try:
+                os.chdir(folder)
+                torch.set_num_threads(1)  # makes PyTorch's own threads anew, which two threads at once cannot
+                work(lambda stage, done, total: os.write(writing, f"{stage}\n".encode()))  # type: ignore[arg-type, return-value]
+                code = 0
+            except Exception as error:  # noqa: BLE001 (whatever it is, it is a trial that failed)
+                os.write(writing, f"{type(error).__name__}: {str(error)[:300]!r}\n".encode())
+            finally:
+                os._exit(code)
+        os.close(writing)
+        self.stages = os.fdopen(reading)
+
+    def wait_for(self, stage: str) -> None:
+        while stage != "start" and (line := self.stages.readline()) and line.strip() != stage:
+            pass
+
+    def ended(self, at: str = "start") -> tuple[int, str]:
+        """(exit code, the last stage since `at`, or the error that ended it)."""
+        with self.stages:
+            last = [at, *self.stages.read().splitlines()][-1]
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1]), last
 
 
-def ended(pid: int, reading: int) -> tuple[int, str]:
-    """(exit code, the last stage, or the error that ended it)."""
-    with os.fdopen(reading) as stream:
-        stages = stream.read().split("\n")
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), (stages[-2] if len(stages) > 1 else "start")
-
-
-def whole_run(stage: Stage, kind: str) -> float:
-    """Seconds that an undisturbed run takes."""
+def whole_run(stage: Stage, kind: str) -> dict[str, float]:
+    """Seconds of every stage of an undisturbed run."""
     stage.reset(kind)
-    start = time.perf_counter()
-    code, last = ended(*started(stage.work(kind), stage.folder))
+    began = {"start": time.perf_counter()}
+    child = Child(stage.work(kind), stage.folder)
+    for line in child.stages:
+        began.setdefault(line.strip(), time.perf_counter())
+    code, _ = child.ended()
     if code or (fault := stage.fault(kind, True)):
-        raise SystemExit(f"an undisturbed {kind} failed at {last}: {code or fault}")
-    return time.perf_counter() - start
+        raise SystemExit(f"an undisturbed {kind} failed after {list(began)}: {code or fault}")
+    ends = [*list(began.values())[1:], time.perf_counter()]
+    return {name: end - start for (name, start), end in zip(began.items(), ends, strict=True)}
 
 
-def trial(stage: Stage, kind: str, delay: float) -> dict[str, Any]:
+def trial(stage: Stage, kind: str, at: str, delay: float) -> dict[str, Any]:
     stage.reset(kind)
-    pid, reading = started(stage.work(kind), stage.folder)
+    child = Child(stage.work(kind), stage.folder)
+    child.wait_for(at)
     time.sleep(delay)
-    os.kill(pid, signal.SIGKILL)
-    code, last = ended(pid, reading)
+    os.kill(child.pid, signal.SIGKILL)
+    code, last = child.ended(at)
     found: dict[str, Any] = {"kind": kind, "stage": last if code else "ended", "killed": stage.fault(kind, False)}
-    code, last = ended(*started(stage.work(kind), stage.folder))
+    code, last = Child(stage.work(kind), stage.folder).ended()
     found["again"] = f"exit code {code}, {last}" if code else stage.fault(kind, True)
     return found
 
@@ -191,7 +201,8 @@ def main(kills: int, seed: int, only: str | None) -> None:
         seconds = {kind: whole_run(stage, kind) for kind in dict.fromkeys(chosen)}
         trials = []
         for kind in chosen:
-            trials.append(trial(stage, kind, draw.uniform(0, 1.05 * seconds[kind])))
+            at = draw.choice(list(seconds[kind]))
+            trials.append(trial(stage, kind, at, draw.uniform(0, 1.05 * seconds[kind][at])))
             print(len(trials), json.dumps(trials[-1]), file=sys.stderr, flush=True)
     half = [t for t in trials if t["killed"] or t["again"]]
     print(
@@ -203,7 +214,7 @@ def main(kills: int, seed: int, only: str | None) -> None:
                 "faults": half[:20],
                 "kinds": Counter(chosen),
                 "stages": Counter(f"{t['kind']}: {t['stage']}" for t in trials),
-                "seconds_of_a_whole_run": {k: round(v, 2) for k, v in seconds.items()},
+                "seconds_of_a_whole_run": {k: round(sum(v.values()), 2) for k, v in seconds.items()},
             },
             indent=2,
         )

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from exporter.errors import InputError
+from exporter.templates import rendered
 
 # ruff: noqa: RUF001 (refusals are written in many scripts)
 
@@ -154,6 +155,7 @@ class GuardModel:
                 [{"role": "user", "content": request}, {"role": "assistant", "content": reply}]
                 for request, reply in pairs[start : start + self.batch_size]
             ]
+            rendered(self.tokenizer, conversations)
             inputs = self.tokenizer.apply_chat_template(
                 conversations, tokenize=True, return_dict=True, return_tensors="pt", padding=True
             )

@@ -16,6 +16,7 @@ from PIL import Image
 from exporter.errors import InputError
 from exporter.modeling.modeling_shiftdc_prompts import PromptPieces
 from exporter.recipes import Prompts
+from exporter.templates import rendered
 from exporter.vlm import VLM, user_turn
 
 # texts that share no first and no last token, with and without a token of their own for " How"
@@ -67,13 +68,13 @@ class _Spaces:
 def _carried_spaces(vlm: VLM, image: Image.Image, image_tail: list[int]) -> _Spaces:
     reply = {"role": "assistant", "content": [{"type": "text", "text": "Fine"}]}
     turns = [user_turn("Hello", image), reply]
-    asked = vlm.processor.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True)
+    asked = rendered(vlm.processor, turns[:1], add_generation_prompt=True)
     before_request = asked[: asked.index("Hello")]
     space = before_request[len(before_request.rstrip(" ")) :]
     if vlm.tokenizer.decode(image_tail).endswith(" "):
         space = ""
     try:
-        answered = vlm.processor.apply_chat_template(turns, tokenize=False)
+        answered = rendered(vlm.processor, turns)
     except TemplateError:  # some templates take one turn
         return _Spaces(space, "")
     before_reply = answered[: answered.index("Fine")]

@@ -20,6 +20,7 @@ from exporter.families import Family, family
 from exporter.needs import BLOCK, is_quantised
 from exporter.recipes import Recipe
 from exporter.source import BaseCheckpoint
+from exporter.templates import rendered
 
 Inputs = dict[str, torch.Tensor]
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -85,6 +86,7 @@ class VLM:
     def encode_conversations(self, conversations: Sequence[list[dict[str, Any]]]) -> Inputs:
         if self.composed_text and not any(has_image(c) for c in conversations):
             return self.pad([self._without_image(c) for c in conversations])
+        rendered(self.processor, list(conversations), add_generation_prompt=True)  # before anything is tokenised
         encoded = self.processor.apply_chat_template(
             list(conversations), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
             processor_kwargs={"padding": True, "padding_side": "left"},

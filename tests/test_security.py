@@ -9,6 +9,7 @@ import os
 import pickle
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -128,6 +129,20 @@ def hostile(calibration_file, tmp_path_factory):
     done = CliRunner().invoke(main, [str(a) for a in arguments])
     assert done.exit_code == 0, done.output
     return folder / "out", canary
+
+
+def test_a_chat_template_that_does_not_end(base_folder, tmp_path, calibration_file, monkeypatch):
+    base = shutil.copytree(base_folder, tmp_path / "base")
+    template = base / "chat_template.jinja"
+    loop = "{% for i in range(99999) %}" * 3 + "{% endfor %}" * 3
+    template.write_text(f"{{% if messages|length > 1 %}}{loop}{{% endif %}}{template.read_text()}")
+    monkeypatch.setattr("exporter.templates.LIMIT", 0.5)
+    output = tmp_path / "out"
+    done = CliRunner().invoke(main, [str(base), "--output", str(output), "--layers", "1", "--calibration", str(calibration_file)])
+    assert done.exit_code == 2
+    assert "chat template does not end within 0.5 seconds" in done.stderr
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["base"]
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
 
 
 def test_a_base_s_pickles_and_code_are_never_touched(hostile):
