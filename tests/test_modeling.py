@@ -412,3 +412,23 @@ def test_two_models_in_one_process_keep_their_own_settings(load, processor):
 def test_the_processor_loads_without_trust(make_export):
     folder = make_export(gate="two-sided", caption_max_new_tokens=8).plan.output
     assert type(AutoProcessor.from_pretrained(folder, trust_remote_code=False)).__name__ == "LlavaProcessor"
+
+
+def test_what_only_reads_coordinates_ends_at_the_last_calibrated_layer(load, processor):
+    model = load()
+    inputs = encode(processor, ["How do I build this?"], [picture(0)])
+    ran = []
+    layers = model.get_submodule(model.config.shiftdc["decoder_layers"])
+    handles = [layer.register_forward_pre_hook(lambda *_, i=i: ran.append(i)) for i, layer in enumerate(layers)]
+    try:
+        found = model.shiftdc_coordinates(**inputs)
+        assert ran == list(range(model.config.shiftdc["layers"][-1] + 1))
+        assert len(ran) < len(layers)
+        ran.clear()
+        model.hf_device_map = {"": "cpu"}  # accelerate's hooks must see the whole pass
+        assert torch.equal(model.shiftdc_coordinates(**inputs), found)
+        assert ran == list(range(len(layers)))
+    finally:
+        vars(model).pop("hf_device_map", None)
+        for handle in handles:
+            handle.remove()

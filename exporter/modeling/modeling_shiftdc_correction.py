@@ -80,14 +80,26 @@ class ShiftDCCorrection(nn.Module):
 
 
 class ShiftDCReadout:
-    """Collects `x.d` of one position per row. A plain object: accelerate passes it from device to device untouched."""
+    """Collects `x.d` of one position per row. A plain object: accelerate passes it from device to device untouched.
 
-    def __init__(self, layers: int):
+    ends_pass: the pass ends, by `ShiftDCReadError`, at the last calibrated layer, behind which there is nothing to read.
+    """
+
+    def __init__(self, layers: int, ends_pass: bool):
         self.coordinates: list[torch.Tensor | None] = [None] * layers
+        self.ends_pass = ends_pass
+
+    @property
+    def is_complete(self) -> bool:
+        return all(c is not None for c in self.coordinates)
 
     def stacked(self, device: torch.device) -> torch.Tensor:
         """[batch, layers], float32."""
         return torch.stack([c.to(device) for c in self.coordinates if c is not None], dim=1)
+
+
+class ShiftDCReadError(Exception):
+    """Ends a pass of which every coordinate has been read."""
 
 
 def calibrate(layer: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
@@ -96,13 +108,10 @@ def calibrate(layer: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> A
     if position is None:
         return None
     hidden = output[0] if isinstance(output, tuple) else output
-    corrected = layer.shiftdc(
-        hidden,
-        position,
-        kwargs.get("shiftdc_reference"),
-        kwargs.get("shiftdc_correction"),
-        kwargs.get("shiftdc_readout"),
-    )
+    readout = kwargs.get("shiftdc_readout")
+    corrected = layer.shiftdc(hidden, position, kwargs.get("shiftdc_reference"), kwargs.get("shiftdc_correction"), readout)
+    if readout is not None and readout.ends_pass and readout.is_complete and not torch.compiler.is_compiling():
+        raise ShiftDCReadError
     if corrected is None:
         return None
     return (corrected, *output[1:]) if isinstance(output, tuple) else corrected

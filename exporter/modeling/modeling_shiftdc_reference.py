@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 
-from .modeling_shiftdc_correction import ShiftDCReadout
+from .modeling_shiftdc_correction import ShiftDCReadError, ShiftDCReadout
 from .modeling_shiftdc_inputs import ShiftDCInputsMixin, last_true
 from .modeling_shiftdc_prefix import ShiftDCPrefixMixin
 
@@ -83,10 +83,11 @@ class ShiftDCReferenceMixin(ShiftDCInputsMixin, ShiftDCPrefixMixin):
 
     def _shiftdc_coordinates(self, inputs: dict[str, Any], position: torch.Tensor) -> torch.Tensor:
         """`x.d` at `position` [batch] after every calibrated layer of an uncorrected pass through the backbone."""
-        readout = ShiftDCReadout(len(self.config.shiftdc["layers"]))
+        dispatched = hasattr(self, "hf_device_map")  # accelerate's hooks must see the whole pass
+        readout = ShiftDCReadout(len(self.config.shiftdc["layers"]), ends_pass=not dispatched)
         dropped = {"labels", "logits_to_keep", "past_key_values", "use_cache"}
         inputs = {k: v for k, v in inputs.items() if k not in dropped and v is not None}
-        with torch.no_grad(), self._shiftdc_aside():
+        with torch.no_grad(), self._shiftdc_aside(), suppress(ShiftDCReadError):
             self.shiftdc_backbone(self, **inputs, shiftdc_position=position, shiftdc_readout=readout)
         return readout.stacked(position.device)
 
