@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -266,6 +267,44 @@ def test_what_does_not_pass_stops_and_can_be_resumed(hub, push, refused, of_hub_
     hub.received.clear()
     push(of_hub_base)
     assert not [p for m, p, _ in hub.received if m == "PUT" and p.rsplit("/")[-1] in objects]  # sent once
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault("GET", "/whoami", hang=1),
+        Fault("POST", "/repos/create", hang=1),
+        Fault("PUT", "/_lfs/", hang=1),
+        Fault("POST", "/lfs-files/duplicate", hang=1),
+        Fault("POST", "/commit/", hang=1),
+        Fault("POST", "/commit/", hang=1, late=True),
+    ],
+    ids=lambda f: f"{f.path}{'late' if f.late else ''}",
+)
+def test_killed_at_every_stage_and_pushed_again(hub, push, of_hub_base, tmp_path, fault):
+    hub.faults.append(fault)
+    doomed = Client(hub.url, tmp_path)
+    question = ["push", str(of_hub_base), {"repo_id": REPO, "private": False}, WRITE, False]
+    assert doomed.process.stdin
+    print(json.dumps(question), file=doomed.process.stdin, flush=True)
+    wait_until(lambda: fault.times == 0)
+    doomed.process.kill()
+    doomed.end()
+    if fault.late:  # the server carries it out whether anybody waits or not
+        wait_until(lambda: len(hub.repositories[REPO].commits) == 2)
+    there = hub.files(REPO).keys() - {".gitattributes"} if REPO in hub.repositories else set()
+    assert there == (pushed_files(of_hub_base) if fault.late else set())
+    hub.received.clear()
+    assert bool(push(of_hub_base)["note"]) == fault.late  # nothing was left to do
+    assert hub.files(REPO).keys() - {".gitattributes"} == pushed_files(of_hub_base)
+    assert len(hub.repositories[REPO].commits) == 2
+
+
+def wait_until(there: Callable[[], bool]) -> None:
+    end = time.monotonic() + 60
+    while not there():
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 def test_every_file_is_compared_afterwards(hub, refused, of_hub_base):
