@@ -6,6 +6,7 @@ import gc
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import Generic, TypeVar
 
 import torch
 
@@ -13,6 +14,8 @@ from exporter.errors import InputError
 from exporter.ranks import Ranks
 from exporter.resume import Store
 
+Item = TypeVar("Item")
+Value = TypeVar("Value")
 #: A function from indices to a tensor with one row for each.
 Compute = Callable[[list[int]], torch.Tensor]
 
@@ -33,7 +36,7 @@ class Batches:
         """(indices, what `compute` gives for them) of every batch, in order. Raises InputError if one row is too much."""
         self._stages[stage] += 1
         name = f"{stage}-{self._stages[stage]}"
-        fitting = _Fitting(compute)
+        fitting = Fitting(compute)
         size = self.ranks.size
         for start in range(0, len(batches), size):
             turn = batches[start : start + size]  # one batch a rank
@@ -51,45 +54,48 @@ class Batches:
         values = [self.store.get(name) for name in names]
         return [v if v is not None and len(v) == len(b) else None for v, b in zip(values, turn, strict=True)]
 
-    def _mine(self, compute: Compute, turn: Sequence[list[int]], kept: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+    def _mine(
+        self, fitting: Fitting[int, torch.Tensor], turn: Sequence[list[int]], kept: Sequence[torch.Tensor | None]
+    ) -> torch.Tensor | None:
         rank = self.ranks.rank
-        return compute(turn[rank]) if rank < len(turn) and kept[rank] is None else None
+        if rank >= len(turn) or kept[rank] is not None:
+            return None
+        return torch.cat([value for _, value in fitting(turn[rank])])
 
 
-class _Fitting:
+class Fitting(Generic[Item, Value]):
     """A computation that halves its batches until they fit, and remembers what fits."""
 
-    def __init__(self, compute: Compute) -> None:
+    def __init__(self, compute: Callable[[list[Item]], Value]) -> None:
         self.compute = compute
         self.limit: int | None = None
 
-    def __call__(self, indices: list[int]) -> torch.Tensor:
-        parts: list[torch.Tensor] = []
-        rest = indices
+    def __call__(self, items: list[Item]) -> Iterator[tuple[list[Item], Value]]:
+        """(items, what `compute` gives for them), part by part. Raises InputError if one item is too much."""
+        rest = items
         while rest:
             part = rest[: self.limit]
-            value = self._tried(part)
-            if value is None:
+            found = self._tried(part)
+            if not found:
                 self.limit = len(part) // 2
                 release()
                 continue
-            parts.append(value)
+            yield part, found[0]
             rest = rest[len(part) :]
-        return torch.cat(parts)
 
-    def _tried(self, part: list[int]) -> torch.Tensor | None:
-        """None where memory ran out; by then nothing holds on to what the attempt had allocated."""
+    def _tried(self, part: list[Item]) -> list[Value]:
+        """Empty where memory ran out; by then nothing holds on to what the attempt had allocated."""
         try:
-            return self.compute(part)
+            return [self.compute(part)]
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
             if len(part) == 1:
                 raise InputError(
                     "MODEL: one prompt does not fit into memory beside the weights; "
-                    "try --dtype bfloat16, --load-in-4bit or --device-map auto."
+                    "try --dtype bfloat16, --device-map auto or, where there is one, --load-in-4bit."
                 ) from None
-        return None
+        return []
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -10,13 +10,15 @@ import datetime
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from exporter.batches import Fitting
 from exporter.benchmarks_hub import MM_SAFETYBENCH_8
-from exporter.defences import DEFENCES, Defence, Run, applied
+from exporter.defences import DEFENCES, Answers, Defence, Run, applied
 from exporter.errors import InputError
 from exporter.intervals import Share, paired, share
 from exporter.judges import Judge, begins_as_refusal, is_degenerate
@@ -52,14 +54,19 @@ def collect(
     missing = [questions[i] for i in log.missing(defence.name, questions)]
     done = len(questions) - len(missing)
     progress(defence.name, done, len(questions))
+    fitting = Fitting(partial(_answers, run, defence))
     with applied(run.vlm, defence, blank_shifts):
         for batch in _batches(missing, batch_size):
-            images = None if batch[0].image is None else [q.image() for q in batch if q.image is not None]
-            answers = defence.answer(run, [q.request for q in batch], images)
-            seconds = {stage: spent / len(batch) for stage, spent in answers.seconds.items()}
-            log.append(Reply(defence.name, q.id, text, seconds) for q, text in zip(batch, answers.texts, strict=True))
-            done += len(batch)
-            progress(defence.name, done, len(questions))
+            for part, answers in fitting(batch):
+                seconds = {stage: spent / len(part) for stage, spent in answers.seconds.items()}
+                log.append(Reply(defence.name, q.id, text, seconds) for q, text in zip(part, answers.texts, strict=True))
+                done += len(part)
+                progress(defence.name, done, len(questions))
+
+
+def _answers(run: Run, defence: Defence, batch: list[Question]) -> Answers:
+    images = None if batch[0].image is None else [q.image() for q in batch if q.image is not None]
+    return defence.answer(run, [q.request for q in batch], images)
 
 
 def _batches(questions: Sequence[Question], size: int) -> Iterable[list[Question]]:

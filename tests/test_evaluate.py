@@ -6,6 +6,7 @@ import json
 import shutil
 
 import pytest
+import torch
 from PIL import Image
 
 from exporter import defences as defence_module
@@ -43,6 +44,26 @@ def questions_file(tmp_path):
 def run(checkpoint, questions_file, folder, names=("direct", "shiftdc"), **options):
     settings = {"benchmark": str(questions_file), "output": folder, "max_new_tokens": 3, "batch_size": 3, "attach": False}
     return gather(checkpoint, [DEFENCES[n] for n in names], progress=lambda *_: None, **{**settings, **options})
+
+
+def test_batches_too_large_for_memory_are_halved(checkpoint, questions_file, tmp_path):
+    sizes = []
+
+    def answer(run, requests, images):
+        sizes.append(len(requests))
+        if len(requests) > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return DEFENCES["direct"].answer(run, requests, images)
+
+    limit = 2
+    settings = {"benchmark": str(questions_file), "max_new_tokens": 3, "attach": False, "progress": lambda *_: None}
+    found = gather(checkpoint, [Defence("direct", answer)], output=tmp_path / "halved", batch_size=4, **settings)
+    assert sizes == [4, 2, 2]
+    expected = run(checkpoint, questions_file, tmp_path / "whole", names=("direct",))
+    assert found.results["defences"]["direct"]["asr"] == expected.results["defences"]["direct"]["asr"]
+    limit = 0
+    with pytest.raises(InputError, match="one prompt does not fit into memory"):
+        gather(checkpoint, [Defence("direct", answer)], output=tmp_path / "none", **settings)
 
 
 def question(i, kind, cell, answer=None):
