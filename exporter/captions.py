@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
 
 from exporter.batches import Batches
 from exporter.calibration import CalibrationRow, CalibrationSet, row_image
+from exporter.progress import Progress, silent
 from exporter.recipes import Prompts
 from exporter.vlm import VLM
 
 BATCH = 16
-
-Progress = Callable[[str, int, int], None]
 
 
 @torch.no_grad()
@@ -47,7 +46,7 @@ def captioned(
     prompts: Prompts,
     max_new_tokens: int,
     batch_size: int | None = None,
-    progress: Progress = lambda stage, done, total: None,
+    progress: Progress = silent,
     runner: Batches | None = None,
 ) -> CalibrationSet:
     """The set with a caption in each row that has none."""

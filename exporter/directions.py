@@ -20,6 +20,7 @@ from exporter.activations import LastTokenStats, by_length, last_token_activatio
 from exporter.batches import Batches
 from exporter.calibration import CalibrationRow, CalibrationSet, blank_image, row_image
 from exporter.errors import InputError
+from exporter.progress import Progress, silent
 from exporter.recipes import Prompts
 from exporter.refusal_gradient import find_openers, refusal_gradients
 from exporter.vlm import VLM
@@ -28,8 +29,6 @@ from exporter.vlm import VLM
 RENDERED_IMAGES = 64
 #: Requests per label that are run with a blank image.
 BLANK_IMAGES = 16
-
-Progress = Callable[[str, int, int], None]
 
 
 #: Where directions come from, in words.
@@ -108,7 +107,7 @@ def fit_directions(
     layers: Sequence[int] | None = None,
     batch_size: int | None = None,
     runner: Batches | None = None,
-    progress: Progress = lambda stage, done, total: None,
+    progress: Progress = silent,
 ) -> Directions:
     """Measure directions at `layers` (default: all) from text alone, and how images shift along them.
 

@@ -22,6 +22,7 @@ from exporter.defences import DEFENCES, Answers, Defence, Run, applied
 from exporter.errors import InputError
 from exporter.intervals import Share, paired, share
 from exporter.judges import Judge, begins_as_refusal, is_degenerate
+from exporter.progress import Progress, silent
 from exporter.questions import Benchmark, Question
 from exporter.replies import Reply, ReplyLog
 
@@ -30,12 +31,6 @@ RESULTS = "results.json"
 HEADLINE = ("harmful_image",)
 #: The cells behind the headline over-refusal and utility.
 BENIGN = ("harmless_image", "benign_question_harmful", "benign_question_harmless")
-
-Progress = Callable[[str, int, int], None]
-
-
-def _silent(stage: str, done: int, total: int) -> None:
-    """Show no progress."""
 
 
 @torch.no_grad()
@@ -47,7 +42,7 @@ def collect(
     *,
     batch_size: int = 32,
     blank_shifts: dict[int, float] | None = None,
-    progress: Progress = _silent,
+    progress: Progress = silent,
 ) -> None:
     """Add the replies to `log` that it lacks."""
     questions = {q.id: q for q in benchmark.questions}
@@ -255,7 +250,7 @@ def evaluate(
     *,
     batch_size: int = 32,
     blank_shifts: dict[int, float] | None = None,
-    progress: Progress = _silent,
+    progress: Progress = silent,
 ) -> dict[str, Any]:
     """Collect the replies that are missing, judge all, and write results.json beside the log; returns its content."""
     outcomes = {}

@@ -21,10 +21,11 @@ from exporter.card import render_card
 from exporter.defences import Defence, Run
 from exporter.directions import LayerStatistics
 from exporter.errors import InputError
-from exporter.evaluate import Progress, evaluate
+from exporter.evaluate import evaluate
 from exporter.exported import open_export, read_report
 from exporter.judges import load_judge
 from exporter.manifest import CARD, recorded
+from exporter.progress import Progress
 from exporter.questions import Benchmark
 from exporter.recipes import Recipe
 from exporter.replies import ReplyLog

@@ -19,12 +19,12 @@ from exporter.exported import read_report
 from exporter.hub_errors import HUB_ERRORS, ask, cannot_copy, deadline, passing, patience, reason_of
 from exporter.hub_files import LocalFile, local_files, rewrite, tree
 from exporter.hub_preflight import check_base, check_effect, preflight
+from exporter.progress import Progress, silent
 from exporter.verify import verify
 
 #: Seconds before a commit that was cut off, or refused for now, is tried again. The client itself repeats uploads only.
 WAITS = (1.0, 4.0)
 
-Progress = Callable[[str, int, int], None]
 # what transformers would read: left over from an earlier export, it would change the new one
 _LOADED = (".safetensors", ".json", ".jinja", ".py", ".model", ".onnx", ".onnx_data")
 
@@ -88,7 +88,7 @@ def push(
     create_pr: bool = False,
     revision: str | None = None,
     allow_ineffective: bool = False,
-    progress: Progress = lambda stage, done, total: None,
+    progress: Progress = silent,
 ) -> Pushed:
     """Check, upload in one commit, compare. Raises InputError, PushError, VerificationError; leaves `checkpoint` as it is."""
     report = read_report(checkpoint)

@@ -7,7 +7,7 @@ import importlib.util
 import json
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,18 +21,13 @@ from exporter.manifest import recorded, shipped
 from exporter.onnx_families import GraphFamily, graph_family
 from exporter.onnx_interface import EMBED, GRAPHS, SUFFIXES, graph_file
 from exporter.onnx_trace import export_graphs
+from exporter.progress import Progress, silent
 from exporter.recipes import recorded_recipe
 from exporter.staging import replaced
 
 FOLDER = "onnx"
 #: Packages of the extra `onnx`.
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-
-Progress = Callable[[str, int, int], None]
-
-
-def _silent(stage: str, done: int, total: int) -> None:
-    """Show no progress."""
 
 
 def parse_precisions(text: str) -> tuple[str, ...]:
@@ -55,7 +50,7 @@ def check_family(name: str, config: Mapping[str, Any]) -> GraphFamily:
     return graph_family(name, config)
 
 
-def export_onnx(checkpoint: Path, precisions: Sequence[str], progress: Progress = _silent) -> dict[str, Any]:
+def export_onnx(checkpoint: Path, precisions: Sequence[str], progress: Progress = silent) -> dict[str, Any]:
     """Write CHECKPOINT/onnx and its entry in the report; returns the entry.
 
     Raises InputError, and VerificationError where a precision does not give what PyTorch gives; then nothing is left of it.

@@ -21,7 +21,7 @@ from exporter.batches import Batches, release
 from exporter.calibration import CalibrationSet, load_calibration
 from exporter.captions import captioned
 from exporter.card import render_card
-from exporter.directions import BLANK_IMAGES, Directions, Progress, fit_directions, image_rows, summary
+from exporter.directions import BLANK_IMAGES, Directions, fit_directions, image_rows, summary
 from exporter.errors import InputError, refusing
 from exporter.exported import load_calibrated
 from exporter.families import family
@@ -30,6 +30,7 @@ from exporter.layer_choice import LayerChoice, choose_layers
 from exporter.manifest import CARD, hashes
 from exporter.needs import Needs, needs
 from exporter.probe import PROBE, Probe, record_probe
+from exporter.progress import Progress, silent
 from exporter.prompt_pieces import prompt_pieces
 from exporter.ranks import Ranks, launched
 from exporter.recipes import Recipe, load_recipe, parse_layers, recipe_for_family
@@ -193,7 +194,7 @@ class Measurement:
     sweep: Sweep | None = None
 
 
-def export(plan: Plan, progress: Progress = lambda stage, done, total: None, ranks: Ranks | None = None) -> Export | None:
+def export(plan: Plan, progress: Progress = silent, ranks: Ranks | None = None) -> Export | None:
     """Measure, bake, verify. Writes `plan.output` at the very end, or nothing; None on all ranks but the first."""
     ranks = ranks or Ranks()
     clock = Clock(progress)

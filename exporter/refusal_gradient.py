@@ -7,7 +7,7 @@ the last prompt token, with the norms' statistics held constant (`frozen_norms`)
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +20,7 @@ from exporter.batches import Batches
 from exporter.errors import InputError
 from exporter.frozen_norms import frozen_norms
 from exporter.judges import begins_as_refusal
+from exporter.progress import Progress, silent
 from exporter.vlm import VLM, Inputs
 
 #: How refusals may begin. The model's probabilities decide which of them are its own.
@@ -35,8 +36,6 @@ OWN_TOKENS = 3
 SHARE = 0.1
 #: Prompts on which openers are compared, and on which the model is asked to decline.
 SAMPLE = 8
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -119,7 +118,7 @@ def refusal_gradients(
     openers: Sequence[int],
     batch_size: int | None = None,
     runner: Batches | None = None,
-    progress: Progress = lambda stage, done, total: None,
+    progress: Progress = silent,
 ) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:
     """(indices, gradients, activations) in order of length; both float32 [batch, layers, hidden], on the CPU.
 

@@ -6,16 +6,19 @@ next-token distributions move on benign prompts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
+from exporter.batches import Fitting
 from exporter.calibration import CalibrationRow, row_image
 from exporter.errors import InputError
 from exporter.intervals import Share
 from exporter.judges import begins_as_refusal
+from exporter.progress import Progress, silent
 from exporter.vlm import VLM, Inputs
 
 STRENGTHS = (0.5, 1.0, 1.5)
@@ -27,8 +30,6 @@ MAX_KL = 0.1
 KL_TOKENS = 8
 BATCH = 16
 MAX_NEW_TOKENS = 24
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -100,9 +101,7 @@ def choose(base: Measured, measured: Sequence[Measured]) -> Measured:
 
 
 @torch.no_grad()
-def run_sweep(
-    vlm: VLM, rows: Sequence[CalibrationRow], vary_layers: bool, progress: Progress = lambda stage, done, total: None
-) -> Sweep:
+def run_sweep(vlm: VLM, rows: Sequence[CalibrationRow], vary_layers: bool, progress: Progress = silent) -> Sweep:
     """Measure every candidate on a calibrated model whose layers are those that may be chosen."""
     layers = tuple(vlm.model.config.shiftdc["layers"])
     tried = [Candidate(layers, 0.0), *candidates(layers, vary_layers)]
@@ -134,15 +133,17 @@ class _Batch:
 
 
 def _prepared(vlm: VLM, rows: Sequence[CalibrationRow]) -> list[_Batch]:
-    batches = []
-    for start in range(0, len(rows), BATCH):
-        chunk = rows[start : start + BATCH]
-        inputs = vlm.encode([r.request for r in chunk], [row_image(r) for r in chunk])
-        static = vlm.model.config.shiftdc["reference"] == "static"
-        reference = None if static else vlm.model.shiftdc_reference(**inputs)
-        replies = vlm.model.generate(**inputs, shiftdc=False, max_new_tokens=KL_TOKENS, min_new_tokens=KL_TOKENS, do_sample=False)
-        batches.append(_Batch(inputs, reference, replies))
-    return batches
+    fitting = Fitting(partial(_prepare, vlm))
+    chunks = (list(rows[start : start + BATCH]) for start in range(0, len(rows), BATCH))
+    return [batch for chunk in chunks for _, batch in fitting(chunk)]
+
+
+def _prepare(vlm: VLM, rows: list[CalibrationRow]) -> _Batch:
+    inputs = vlm.encode([r.request for r in rows], [row_image(r) for r in rows])
+    static = vlm.model.config.shiftdc["reference"] == "static"
+    reference = None if static else vlm.model.shiftdc_reference(**inputs)
+    replies = vlm.model.generate(**inputs, shiftdc=False, max_new_tokens=KL_TOKENS, min_new_tokens=KL_TOKENS, do_sample=False)
+    return _Batch(inputs, reference, replies)
 
 
 def _set(vlm: VLM, candidate: Candidate) -> None:
