@@ -70,6 +70,10 @@ class Stage:
         if kind == "export --force":
             shutil.copytree(self.pushed, self.output)
 
+    def temporary(self) -> set[Path]:
+        """Temporary folders."""
+        return set((self.folder / "tmp").glob("*/*"))
+
     def fault(self, kind: str, ended: bool) -> str | None:
         """What is wrong with what a run has left."""
         from exporter.bake import REPORT
@@ -79,8 +83,6 @@ class Stage:
 
         try:
             if kind == "push":
-                if left := sorted(f.name for f in (self.folder / "tmp").glob("shiftdc-*")):
-                    return f"left behind: {left}"
                 files = self.hub.files(REPO) if REPO in self.hub.repositories else {}
                 if REPORT not in files:
                     return (
@@ -158,8 +160,11 @@ def trial(stage: Stage, kind: str, at: str, delay: float) -> dict[str, Any]:
     os.kill(child.pid, signal.SIGKILL)
     code, last = child.ended(at)
     found: dict[str, Any] = {"kind": kind, "stage": last if code else "ended", "killed": stage.fault(kind, False)}
+    left = stage.temporary()
     code, last = Child(stage.work(kind), stage.folder).ended()
     found["again"] = f"exit code {code}, {last}" if code else stage.fault(kind, True)
+    if not code and (still := left & stage.temporary()):
+        found["again"] = f"left behind: {sorted(map(str, still))}"
     return found
 
 

@@ -7,11 +7,12 @@ Unsafe rows may be few or absent. Outputs record name, counts and SHA-256 of a s
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import json
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from exporter.errors import InputError
 from exporter.pictures import PictureError, picture_below, read_picture
 from exporter.reading import LINES_BYTES, TEXT_CHARACTERS, NoFileError, UnreadableError, read_bytes, text_of
+from exporter.temporary import temporary
 
 BUILTIN = "builtin"
 HARMLESS = "harmless"
@@ -257,17 +259,13 @@ def _demo() -> CalibrationSet:
     """The demo's set with its drawings, written to a temporary folder that lasts as long as the process."""
     from exporter.demo.benchmark import write_calibration
 
-    folder = Path(_temporary_folder().name)
+    folder = _until_exit.enter_context(temporary("demo"))
     calibration = read_jsonl(write_calibration(folder))
     return CalibrationSet("demo", calibration.rows, calibration.sha256)
 
 
-_folders: list[tempfile.TemporaryDirectory[str]] = []
-
-
-def _temporary_folder() -> tempfile.TemporaryDirectory[str]:
-    _folders.append(tempfile.TemporaryDirectory(prefix="shiftdc-demo-"))
-    return _folders[-1]
+_until_exit = ExitStack()
+atexit.register(_until_exit.close)
 
 
 def row_image(row: CalibrationRow) -> Image.Image:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +23,7 @@ from exporter.errors import InputError
 from exporter.evaluate import evaluate
 from exporter.exported import open_export, read_report
 from exporter.judges import load_judge
-from exporter.manifest import CARD, recorded
+from exporter.manifest import CARD, recorded, with_hashes
 from exporter.progress import Progress
 from exporter.questions import Benchmark
 from exporter.recipes import Recipe
@@ -167,9 +166,7 @@ def attach_results(checkpoint: Path, report: dict[str, Any], results: dict[str, 
 def write_report_and_card(checkpoint: Path, report: dict[str, Any]) -> None:
     """Write a report, and the card that it gives; the card shows the pictures that are there."""
     card = card_of(checkpoint, report)
-    with tempfile.TemporaryDirectory(prefix="shiftdc-card-") as folder:
-        (Path(folder) / CARD).write_text(card, "utf-8")
-        report = recorded(report, Path(folder), [CARD])
+    report = with_hashes(report, {CARD: hashlib.sha256(card.encode()).hexdigest()})
     write_together(checkpoint, {CARD: card, REPORT: json.dumps(report, indent=2, allow_nan=False) + "\n"})
 
 

@@ -18,7 +18,7 @@ from huggingface_hub.hf_api import RepoFile
 from exporter.bake import REPORT, sha256
 from exporter.errors import InputError
 from exporter.hub_errors import ask
-from exporter.manifest import CARD, shipped
+from exporter.manifest import CARD, shipped, with_hashes
 
 _SNIPPET = re.compile(r'(\.from_pretrained\()"(?:[^"\\\n]|\\.)*"(, trust_remote_code=True\))')
 
@@ -110,6 +110,5 @@ def rewrite(checkpoint: Path, report: dict[str, Any], repo_id: str) -> dict[str,
     """
     text = (checkpoint / CARD).read_text("utf-8")
     card = _SNIPPET.sub(rf'\g<1>"{repo_id}"\g<2>', text).encode()
-    files = {**report["files"], CARD: hashlib.sha256(card).hexdigest()}
-    described = {**report, "files": dict(sorted(files.items()))}
+    described = with_hashes(report, {CARD: hashlib.sha256(card).hexdigest()})
     return {CARD: card, REPORT: (json.dumps(described, indent=2) + "\n").encode()}

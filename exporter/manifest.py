@@ -34,7 +34,12 @@ def _hash(file: Path) -> str:
 
 def recorded(report: dict[str, Any], folder: Path, changed: Iterable[str]) -> dict[str, Any]:
     """The report with the hashes of `changed` paths as they are in `folder` now."""
-    return {**report, "files": dict(sorted({**report["files"], **{p: sha256(folder / p) for p in changed}}.items()))}
+    return with_hashes(report, {p: sha256(folder / p) for p in changed})
+
+
+def with_hashes(report: dict[str, Any], changed: Mapping[str, str]) -> dict[str, Any]:
+    """The report with other hashes of some paths."""
+    return {**report, "files": dict(sorted({**report["files"], **changed}.items()))}
 
 
 def differences(folder: Path, report: dict[str, Any]) -> tuple[list[str], list[str]]:

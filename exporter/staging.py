@@ -15,13 +15,9 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-try:
-    import fcntl
-except ImportError:  # not on Windows: no locks, and leftovers stay
-    fcntl = None  # type: ignore[assignment]
-
 from exporter.bake import REPORT
 from exporter.errors import InputError, WriteError
+from exporter.locks import in_use, lock_of, release, try_lock
 
 #: What temporary siblings are for.
 PURPOSES = ("partial", "sweep", "merged", "offload", "verify")
@@ -94,7 +90,7 @@ def scratch(output: Path, purpose: str) -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        _release(lock)
+        release(lock)
 
 
 def write_together(folder: Path, contents: Mapping[str, bytes | str]) -> None:
@@ -139,7 +135,7 @@ def _remove_if_empty(folder: Path) -> None:
 
 @contextmanager
 def _sibling(place: Path, check: Callable[[], None]) -> Iterator[Path]:
-    with _lock_of(place.parent):  # one run at a time looks around and makes its folder
+    with lock_of(place.parent):  # one run at a time looks around and makes its folder
         _clear_up(place)
         check()  # an earlier export may have come back
         folder, lock = _locked_folder(place, "partial")
@@ -147,14 +143,14 @@ def _sibling(place: Path, check: Callable[[], None]) -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        _release(lock)
+        release(lock)
 
 
 def _clear_up(place: Path) -> None:
     """Remove what killed runs left. Raises InputError where a run is alive."""
     beside = [f for f in place.parent.iterdir() if f.name.startswith(f".{place.name}.") and f.is_dir() and not f.is_symlink()]
     left = [f for f in beside if f.name.startswith(tuple(f".{place.name}.{p}-" for p in PURPOSES))]
-    if any(_in_use(folder) for folder in (*left, place)):  # a run that has swapped holds the lock of its output
+    if any(in_use(folder) for folder in (*left, place)):  # a run that has swapped holds the lock of its output
         raise InputError(f"--output: another run is writing to {place} now; wait for its end, or give another folder.")
     for old in (f for f in beside if f.name.startswith(f".{place.name}.old-")):
         if place.exists():
@@ -184,46 +180,4 @@ def swap(staging: Path, place: Path) -> None:
 def _locked_folder(place: Path, purpose: str) -> tuple[Path, int | None]:
     folder = Path(tempfile.mkdtemp(prefix=f".{place.name}.{purpose}-", dir=place.parent))
     folder.chmod(0o755)
-    return folder, _try_lock(folder)
-
-
-def _in_use(folder: Path) -> bool:
-    if fcntl is None or not folder.is_dir():
-        return False
-    lock = _try_lock(folder)
-    _release(lock)
-    return lock is None
-
-
-def _try_lock(folder: Path) -> int | None:
-    """A descriptor that holds the lock of a folder; None where another process holds it."""
-    if fcntl is None:
-        return None
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        return None
-    except OSError:  # a file system without locks
-        pass
-    return descriptor
-
-
-def _release(descriptor: int | None) -> None:
-    if descriptor is not None:
-        os.close(descriptor)
-
-
-@contextmanager
-def _lock_of(folder: Path) -> Iterator[None]:
-    """Wait for the lock of a folder, which others hold for a moment only."""
-    if fcntl is None:
-        yield
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
+    return folder, try_lock(folder)

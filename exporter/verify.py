@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from exporter.manifest import differences
 from exporter.reading import UnreadableError, read_json
 from exporter.source import INDEX, SINGLE, read_header
 from exporter.staging import scratch
+from exporter.temporary import temporary
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def _names_code(file: Path) -> bool:
 
 def _fresh_process(folder: Path, device_map: str | None, place: Path) -> dict[str, Any]:
     # what is offloaded to disk may be large, and /tmp may be memory
-    with tempfile.TemporaryDirectory(prefix="shiftdc-") if device_map is None else scratch(place, "verify") as modules:
+    with temporary("verify") if device_map is None else scratch(place, "verify") as modules:
         # it needs no access to anything, and is no part of a torchrun
         inherited = {k: v for k, v in os.environ.items() if "TOKEN" not in k and not k.endswith(("RANK", "WORLD_SIZE"))}
         environment = {**inherited, "HF_MODULES_CACHE": str(modules), "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}

@@ -1,0 +1,45 @@
+"""Folders for a while, where the system keeps such: what killed runs left there goes with the next run."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from exporter.locks import in_use, lock_of, release, try_lock
+
+
+@contextmanager
+def temporary(purpose: str) -> Iterator[Path]:
+    """An empty folder of this user's alone, removed at the end."""
+    root = _root()
+    if root is None:
+        with tempfile.TemporaryDirectory(prefix=f"shiftdc-{purpose}-") as name:
+            yield Path(name)
+        return
+    with lock_of(root):  # one run at a time looks around and makes its folder
+        for left in root.iterdir():
+            if not in_use(left):
+                shutil.rmtree(left, ignore_errors=True)
+        folder = Path(tempfile.mkdtemp(prefix=f"{purpose}-", dir=root))
+        lock = try_lock(folder)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        release(lock)
+
+
+def _root() -> Path | None:
+    """The folder that holds them; None where it would be somebody else's, or there are no users."""
+    if not hasattr(os, "getuid"):
+        return None
+    root = Path(tempfile.gettempdir()) / f"shiftdc-{os.getuid()}"
+    with suppress(FileExistsError):
+        root.mkdir(mode=0o700)
+    found = root.lstat()
+    return root if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o077 else None
