@@ -143,10 +143,12 @@ def _fresh_process(folder: Path, device_map: str | None, place: Path) -> dict[st
         inherited = {k: v for k, v in os.environ.items() if "TOKEN" not in k and not k.endswith(("RANK", "WORLD_SIZE"))}
         environment = {**inherited, "HF_MODULES_CACHE": str(modules), "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
         placement = () if device_map is None else (device_map, str(modules))
-        done = subprocess.run(
-            [sys.executable, "-I", verify_worker.__file__, str(folder), *placement],
-            env=environment, capture_output=True, text=True, check=False,
-        )  # fmt: skip
+        reading, writing = os.pipe()  # closed with this process, however it ends, and the other ends with it
+        with os.fdopen(reading), os.fdopen(writing, "w"):
+            done = subprocess.run(
+                [sys.executable, "-I", verify_worker.__file__, str(folder), *placement],
+                env=environment, stdin=reading, capture_output=True, text=True, check=False,
+            )  # fmt: skip
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise VerificationError(f"{folder} does not load in a fresh process with transformers alone: {last}")

@@ -9,7 +9,9 @@ sure beforehand that this is the code of this package.
 from __future__ import annotations
 
 import json
+import os
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -118,5 +120,16 @@ def main(folder: Path, device_map: str | None = None, offload: str | None = None
     return {"failures": failures + more, "parity": parity}
 
 
+def end_with_parent() -> None:
+    """End this process when stdin, which the parent holds open, is closed: a killed parent must not leave a model in memory."""
+
+    def wait() -> None:
+        os.read(0, 1)
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 if __name__ == "__main__":
+    end_with_parent()
     print(json.dumps(main(Path(sys.argv[1]), *sys.argv[2:])))

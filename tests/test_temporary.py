@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import tempfile
 
 import pytest
 from test_staging import answer, child
 
+from exporter import verify_worker
 from exporter.temporary import temporary
 
 
@@ -40,6 +43,19 @@ def test_what_a_killed_run_left_goes_with_the_next_and_what_is_in_use_stays():
     answer(pid, reading)
     with temporary("y"):
         assert not os.path.exists(left)
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_the_process_that_verifies_ends_with_its_parent(make_export, killed):
+    folder = make_export().plan.output
+    reading, writing = os.pipe()
+    command = [sys.executable, verify_worker.__file__, str(folder)]
+    with os.fdopen(writing, "w") as held, subprocess.Popen(command, stdin=reading, stdout=subprocess.PIPE) as process:
+        os.close(reading)
+        if killed:  # what the system does with a killed parent's files
+            held.close()
+        printed, _ = process.communicate()
+    assert (process.returncode, bool(printed)) == ((1, False) if killed else (0, True))
 
 
 @pytest.mark.parametrize("kind", ["link", "file", "open"])
