@@ -13,17 +13,19 @@ import random
 import statistics
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import torch
 from models import SMALL, model
-from side_by_side import memory, one_thread, ratio, row, seconds, write
+from side_by_side import give_back, memory, one_thread, ratio, row, seconds, write
 
 from exporter.activations import LastTokenStats, by_length, last_token_activations
 from exporter.vlm import VLM, Inputs
 
 LENGTHS, FIXED_BATCH = (20, 200), 32
 #: Times that memory is measured, since what the C library keeps differs from one to the next.
-FORKS = 5
+FORKS = 3
 #: LLaVA's own, since the reference procedure computes logits; of a model this small they are a larger share than of a 7B.
 VOCABULARY = 32064
 
@@ -81,22 +83,33 @@ def main() -> None:
     rng = random.Random(0)
     prompts = [[1, *(rng.randrange(5, 8000) for _ in range(rng.randint(*LENGTHS)))] for _ in range(arguments.prompts)]
     vlm = VLM(model(replace(SMALL, vocabulary=VOCABULARY)), None)
-    compared = ways(vlm, prompts)
-    # one after the other in forks, before this process has grown; peaks are those of a batch, so few prompts do
+    bytes_ = peaks(vlm, prompts)
+    found = seconds(ways(vlm, prompts), arguments.rounds, warm=False)
+    write("directions", table(prompts, found, bytes_), seconds=found, bytes=bytes_)
+
+
+def peaks(vlm: VLM, prompts: list[list[int]]) -> dict[str, int]:
+    """Bytes of each way, in forks before this process has grown; they are those of one batch, so few prompts do."""
+
+    def tensors(way: Callable[[], object]) -> None:
+        give_back()
+        way()
+
     few = ways(vlm, prompts[:FIXED_BATCH])
-    peaks = [{name: memory(way) for name, way in few.items()} for _ in range(FORKS)]
-    bytes_ = {name: int(statistics.median(peak[name] for peak in peaks)) for name in few}
-    found = seconds(compared, arguments.rounds, warm=False)
+    found = [{name: memory(partial(tensors, way)) for name, way in few.items()} for _ in range(FORKS)]
+    return {name: int(statistics.median(bytes_[name] for bytes_ in found)) for name in few}
+
+
+def table(prompts: list[list[int]], found: dict[str, list[float]], bytes_: dict[str, int]) -> list[dict[str, Any]]:
     work = f"directions, {len(prompts)} prompts of {LENGTHS[0]}-{LENGTHS[1]} tokens"
     reference = "reference procedure (all hidden states, batches of 32, lm_head)"
-    rows = [
+    return [
         row(f"{work}: time", "bare backbone, same batches", ratio(found["ours"], found["bare"]), 1.05),
         row(f"{work}: peak memory above the weights", "bare backbone, same batches", bytes_["ours"] / bytes_["bare"], 1.05),
         row(f"{work}: speed", reference, ratio(found["reference"], found["ours"]), 2.5, least=True, note=why(prompts)),
         row(f"{work}: memory above the weights", reference, bytes_["reference"] / bytes_["ours"], 10, least=True,
             note=f"{bytes_['reference'] >> 20} against {bytes_['ours'] >> 20} MiB"),
     ]  # fmt: skip
-    write("directions", rows, seconds=found, bytes=bytes_)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from estimate import estimate
 from models import Size, model
-from side_by_side import RESULTS, memory, one_thread, seconds, write
+from side_by_side import MMAP_THRESHOLD, RESULTS, give_back, memory, one_thread, seconds, write
 from spread import spread
 
 from exporter.activations import AUTO_TOKENS, LastTokenStats, by_length, last_token_activations
@@ -38,7 +38,7 @@ BUDGET = AUTO_TOKENS["cpu"]
 FLOAT = 4  # bytes
 LEAST = 8  # tokens; a single one would be multiplied without the buffers of matrix products
 #: Of mallopt(3). glibc raises both thresholds as tensors are freed, up to these limits of its own.
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+_TRIM_THRESHOLD = -1
 _LIMIT = 32 << 20
 
 
@@ -115,17 +115,9 @@ def reading(work: Pass) -> Way:
     return read
 
 
-def give_back() -> None:
-    """From here on every tensor above 64 KiB is a mapping of its own: glibc keeps none of them after it is freed.
-
-    To be called before the heap has grown: its free parts are used first.
-    """
-    ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 1 << 16)
-
-
 def keep() -> None:
     """From here on glibc keeps freed tensors for later ones, as far as it goes by itself where nothing is set."""
-    ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, _LIMIT)
+    ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, _LIMIT)
     ctypes.CDLL(None).mallopt(_TRIM_THRESHOLD, 2 * _LIMIT)
 
 
