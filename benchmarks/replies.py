@@ -22,8 +22,7 @@ from tiny import picture  # from tests/, where models.py looks
 from exporter.bake import bake
 from exporter.directions import Directions
 from exporter.exported import load_calibrated
-from exporter.modeling.modeling_shiftdc_prompts import PromptPieces
-from exporter.prompt_pieces import prompt_pieces
+from exporter.prompt_frame import prompt_frame
 from exporter.recipes import load_recipe
 from exporter.source import resolve
 from exporter.vlm import VLM, load_vlm
@@ -40,7 +39,7 @@ def calibrated(base_folder: Path, folder: Path, size: Size = SMALL) -> VLM:
     )
     folder.mkdir()
     bake(base, recipe, Directions(LAYERS, unit, torch.ones(len(LAYERS)), ()), LAYERS,
-         prompt_pieces(load_vlm(base, recipe), recipe.wording), folder)  # fmt: skip
+         prompt_frame(load_vlm(base, recipe), recipe.wording), folder)  # fmt: skip
     return load_calibrated(folder, recipe)
 
 
@@ -55,11 +54,11 @@ class Replies:
         self.inputs = vlm.encode(questions, [picture(seed, 336, 336) for seed in range(len(questions))])
         self.use("caption")
         self.seen = self.model.shiftdc_image(**self.inputs)
-        pieces = PromptPieces(self.settings["prompt"], vlm.image_token_id)
+        composer = self.model.shiftdc_prompts
         prompts = [
             ids[mask.bool()].tolist() for ids, mask in zip(self.inputs["input_ids"], self.inputs["attention_mask"], strict=True)
         ]
-        self.counterparts = vlm.pad([pieces.text_prompt(p, c) for p, c in zip(prompts, self.seen.captions, strict=True)])
+        self.counterparts = vlm.pad([composer.text_prompt(p, c) for p, c in zip(prompts, self.seen.captions, strict=True)])
         self.length = {"max_new_tokens": tokens, "do_sample": False}
         self.one = {"max_new_tokens": 1, "min_new_tokens": 1, "do_sample": False}
 

@@ -22,6 +22,7 @@ from exporter.directions import Directions
 from exporter.errors import InputError
 from exporter.families import Family, family
 from exporter.modeling.modeling_shiftdc_config import FORMAT_VERSION
+from exporter.modeling.modeling_shiftdc_prompts import PromptFrame
 from exporter.reading import read_json
 from exporter.recipes import Recipe
 from exporter.source import INDEX, SINGLE, BaseCheckpoint, read_header
@@ -37,7 +38,7 @@ ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 def shiftdc_block(
-    recipe: Recipe, layers: tuple[int, ...], pieces: dict[str, Any], base: BaseCheckpoint, adapter: Path | None = None
+    recipe: Recipe, layers: tuple[int, ...], frame: PromptFrame, base: BaseCheckpoint, adapter: Path | None = None
 ) -> dict[str, Any]:
     """The `shiftdc` block of config.json."""
     return {
@@ -49,7 +50,7 @@ def shiftdc_block(
         "layers": list(layers),
         "decoder_layers": recipe.decoder_layers,
         "caption_max_new_tokens": recipe.caption_tokens,
-        "prompt": pieces,
+        "prompt": frame.as_json(),
         "base_model": {"id": base.name, "revision": base.revision},
         **({} if adapter is None else {"adapter": ADAPTER}),
     }
@@ -60,7 +61,7 @@ def bake(
     recipe: Recipe,
     directions: Directions,
     layers: tuple[int, ...],
-    pieces: dict[str, Any],
+    frame: PromptFrame,
     folder: Path,
     adapter: Path | None = None,
     hash_of: HashOf | None = None,
@@ -93,7 +94,7 @@ def bake(
         (folder / ADAPTER).mkdir()
         for name in ADAPTER_FILES:
             shutil.copyfile(adapter / name, folder / ADAPTER / name)
-    config = calibrated_config(base, classes, shiftdc_block(recipe, layers, pieces, base, adapter))
+    config = calibrated_config(base, classes, shiftdc_block(recipe, layers, frame, base, adapter))
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
     for companion in base.companions:
         (folder / companion).parent.mkdir(parents=True, exist_ok=True)

@@ -139,6 +139,7 @@ def _push_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--load-in-8bit", is_flag=True, help="The same with 8 bits.")
 @click.option("--adapter", metavar="FOLDER|ID[@REVISION]", help="PEFT LoRA adapter to calibrate with, merged into the export.")
 @click.option("--keep-adapter", is_flag=True, help="Leave it unmerged in the export, which then needs PEFT to load.")
+@click.option("--allow-inexact-prompts", is_flag=True, help="Export although composed prompts differ from the template's.")
 @click.option("--batch-size", metavar="auto|N", default="auto", show_default=True, help="Prompts in one batch.")
 @click.option(
     "--evaluate", "evaluated", is_flag=True, help="Measure the effect on the recipe's benchmark and put it into the card."

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from PIL import Image
 
-from exporter.modeling.modeling_shiftdc_prompts import PromptPieces
 from exporter.vlm import VLM, Inputs
 
 ADASHIELD = (
@@ -120,9 +119,9 @@ def text_only(run: Run, requests: Sequence[str], images: Images) -> Answers:
         return run.ask(requests)
     inputs = run.vlm.encode(requests, images)
     captions, seconds = _timed(lambda: run.vlm.model.shiftdc_captions(**inputs))
-    pieces = PromptPieces(run.vlm.model.config.shiftdc["prompt"], run.vlm.image_token_id)
+    composer = run.vlm.model.shiftdc_prompts
     rows = zip(inputs["input_ids"], inputs["attention_mask"].bool(), captions, strict=True)
-    counterparts = run.vlm.pad([pieces.text_prompt(ids[mask].tolist(), caption) for ids, mask, caption in rows])
+    counterparts = run.vlm.pad([composer.text_prompt(ids[mask].tolist(), caption) for ids, mask, caption in rows])
     answers = run.generate(counterparts, shiftdc=False)
     return Answers(answers.texts, {"caption": seconds, **answers.seconds})
 

@@ -12,6 +12,7 @@ from exporter.bake import REPORT
 from exporter.directions import LayerStatistics
 from exporter.errors import InputError, refusing
 from exporter.families import family
+from exporter.modeling.modeling_shiftdc_prompts import PromptFrame
 from exporter.reading import UnreadableError, read_json
 from exporter.recipes import Recipe, recorded_recipe
 from exporter.vlm import DTYPES, VLM, load_processor
@@ -64,7 +65,9 @@ def load_calibrated(folder: Path, recipe: Recipe, *, dtype: str = "auto", device
         model = model_class.from_pretrained(folder, dtype=DTYPES[dtype], use_safetensors=True, **options)
     if device_map is None and torch.cuda.is_available():
         model = model.to("cuda")
-    return VLM(model.eval(), load_processor(folder, recipe, "CHECKPOINT"), composed_text=recipe.chat_template is not None)
+    processor = load_processor(folder, recipe, "CHECKPOINT")
+    vlm = VLM(model.eval(), processor, composed_text=recipe.chat_template is not None)
+    return vlm.framed(PromptFrame.from_json(model.config.shiftdc["prompt"]))
 
 
 def read_report(folder: Path) -> dict[str, Any]:

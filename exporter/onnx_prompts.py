@@ -16,7 +16,7 @@ from exporter.errors import InputError
 
 
 class PromptWriter:
-    """Chat template and tokenizer.
+    """Chat template and tokenizer; a `Codec` of modeling_shiftdc_prompts.py too.
 
     image: what the template writes for an image, and what a model reads in its place; None where that depends on the picture.
     """
@@ -27,7 +27,11 @@ class PromptWriter:
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
         self.image = image
-        self.special = {k: _text(v) for k, v in config.items() if k.endswith("_token") and v is not None}
+        self.named = {k: _text(v) for k, v in config.items() if k.endswith("_token") and v is not None}
+        ids = {name: self.tokenizer.token_to_id(token) for name, token in self.named.items()}
+        self.bos = ids.get("bos_token")
+        special = {i for i, token in self.tokenizer.get_added_tokens_decoder().items() if token.special}
+        self.special = frozenset(special - ({ids.get("unk_token")} - {ids.get(f"{n}_token") for n in ("bos", "eos", "pad")}))
         self.template = _environment().from_string(config["chat_template"])
 
     def __call__(self, request: str, images: int) -> list[int]:
@@ -40,16 +44,32 @@ class PromptWriter:
         pictures = [{"type": "image"}] * images
         turns = [{"role": "user", "content": [*pictures, {"type": "text", "text": request}]}]
         try:
-            prompt = self.template.render(messages=turns, add_generation_prompt=True, **self.special)
+            prompt = self.template.render(messages=turns, add_generation_prompt=True, **self.named)
         except TemplateError as error:
             raise InputError(f"The chat template does not take this prompt ({error}); ask another way.") from None
-        starts = prompt.startswith(self.special.get("bos_token") or "\0")
+        starts = prompt.startswith(self.named.get("bos_token") or "\0")
         if self.image is not None:
             placeholder, written = self.image
             if prompt.count(placeholder) != images:
                 raise InputError(f"The request holds {placeholder!r}, which stands for an image; leave it out.")
             prompt = prompt.replace(placeholder, written)
         return self.tokenizer.encode(prompt, add_special_tokens=not starts).ids
+
+    def encode(self, text: str, *, plain: bool = False) -> list[int]:
+        """Token ids without a first token of their own; plain: also what reads as a special token is text."""
+        self.tokenizer.encode_special_tokens = plain
+        try:
+            return self.tokenizer.encode(text, add_special_tokens=False).ids
+        finally:
+            self.tokenizer.encode_special_tokens = False
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Special tokens included."""
+        return self.tokenizer.decode(list(ids), skip_special_tokens=False)
+
+    def written(self, token: int) -> str:
+        """How a special token is written."""
+        return str(self.tokenizer.id_to_token(token))
 
     def text(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(list(ids), skip_special_tokens=True).strip()

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from exporter.errors import InputError
-from exporter.modeling.modeling_shiftdc_prompts import PromptPieces
+from exporter.modeling.modeling_shiftdc_prompts import PromptComposer, PromptFrame
 from exporter.onnx_images import ImageProcessor
 from exporter.onnx_interface import (
     AMOUNTS,
@@ -89,8 +89,8 @@ class OnnxShiftDC:
         eos = ends["eos_token_id"]
         self.eos = [eos] if isinstance(eos, int) else list(eos)
         self.pad = ends.get("pad_token_id", self.eos[0])
-        self.pieces = PromptPieces(settings["prompt"], self.image_token_id)
         self.writer = PromptWriter(folder, settings["onnx"]["image"])
+        self.composer = PromptComposer(PromptFrame.from_json(settings["prompt"]), self.writer, self.image_token_id)
         self.sessions = {graph: _session(folder, graph_file(graph, precision), threads) for graph in GRAPHS}
         self._empty = self._empty_cache()
         names = [i.name for i in self.sessions[VISION].get_inputs()]
@@ -157,11 +157,11 @@ class OnnxShiftDC:
         if kind == "caption":
             texts = captions if captions is not None else self.captions(prompts)
         pairs = zip(prompts.rows(), texts, strict=True)
-        return self.coordinates(self.padded([self.pieces.text_prompt(p, None if c is None else list(c)) for p, c in pairs]))
+        return self.coordinates(self.padded([self.composer.text_prompt(p, None if c is None else list(c)) for p, c in pairs]))
 
     def captions(self, prompts: Prompts) -> list[list[int]]:
         """The model's own uncalibrated captions in view of the request, as token ids."""
-        asked = self.padded([self.pieces.caption_prompt(p) for p in prompts.rows()], prompts.vision)
+        asked = self.padded([self.composer.caption_prompt(p) for p in prompts.rows()], prompts.vision)
         ends = {self.pad, *self.eos}
         written = self.generate(asked, UNCALIBRATED, self.settings["caption_max_new_tokens"])
         return [[t for t in ids if t not in ends] for ids in written]

@@ -21,6 +21,7 @@ from exporter.batches import Batches, release
 from exporter.calibration import CalibrationSet, load_calibration
 from exporter.captions import captioned
 from exporter.card import render_card
+from exporter.check import Check, check
 from exporter.directions import BLANK_IMAGES, Directions, fit_directions, image_rows, summary
 from exporter.errors import InputError, refusing
 from exporter.exported import load_calibrated
@@ -28,10 +29,10 @@ from exporter.families import family
 from exporter.family_table import REFUSED
 from exporter.layer_choice import LayerChoice, choose_layers
 from exporter.manifest import CARD, hashes
+from exporter.modeling.modeling_shiftdc_prompts import PromptFrame
 from exporter.needs import Needs, needs
 from exporter.probe import PROBE, Probe, record_probe
 from exporter.progress import Progress, silent
-from exporter.prompt_pieces import prompt_pieces
 from exporter.ranks import Ranks, launched
 from exporter.recipes import Recipe, load_recipe, parse_layers, recipe_for_family
 from exporter.resume import Store, base_identity, calibration_identity, code_identity
@@ -59,6 +60,7 @@ class Plan:
     adapter: Adapter | None = None
     keep_adapter: bool = False
     quantised: int | None = None
+    allow_inexact: bool = False
 
     @property
     def depth(self) -> int:
@@ -93,6 +95,7 @@ def make_plan(
     keep_adapter: bool = False,
     load_in_4bit: bool = False,
     load_in_8bit: bool = False,
+    allow_inexact_prompts: bool = False,
     **overrides: object,
 ) -> Plan:
     """Resolve and check all input. Raises InputError; loads and writes nothing."""
@@ -122,6 +125,7 @@ def make_plan(
         adapter=None if adapter is None else resolve_adapter(adapter, base),
         keep_adapter=keep_adapter,
         quantised=quantised,
+        allow_inexact=allow_inexact_prompts,
     )
     if plan.layers is not None and plan.layers[-1] >= plan.depth:
         raise InputError(
@@ -190,7 +194,7 @@ class Measurement:
 
     directions: Directions
     choice: LayerChoice
-    pieces: dict[str, Any]
+    checked: Check
     sweep: Sweep | None = None
 
 
@@ -205,7 +209,8 @@ def export(plan: Plan, progress: Progress = silent, ranks: Ranks | None = None) 
         store = ranks.share(lambda: Store.open(fingerprint(plan)))
         plan = stack.enter_context(adapted(plan, clock, ranks))
         hash_of = stack.enter_context(hashed_aside(plan.base)) if ranks.leads else None
-        measured, probe = measure(plan, clock, Batches(ranks, store))
+        checked = clock.stage("check", lambda: ranks.share(lambda: checked_prompts(plan)))
+        measured, probe = measure(plan, checked, clock, Batches(ranks, store))
         release()  # what follows loads the model again, or another process does
         if not ranks.leads:
             return None
@@ -252,6 +257,10 @@ def adapted(plan: Plan, clock: Clock, ranks: Ranks) -> Iterator[Plan]:
         yield replace(plan, base=clock.stage("merge adapter", lambda: ranks.share(lambda: merge(plan.base, adapter, folder))))
 
 
+def checked_prompts(plan: Plan) -> Check:
+    return check(plan.base, plan.recipe, allow_inexact=plan.allow_inexact)
+
+
 @contextmanager
 def loaded(plan: Plan, quantised: int | None = None) -> Iterator[VLM]:
     """The base model, with what is offloaded to disk in a folder that is gone afterwards."""
@@ -264,13 +273,12 @@ def loaded(plan: Plan, quantised: int | None = None) -> Iterator[VLM]:
         yield load_vlm(plan.base, plan.recipe, device_map=plan.device_map, offload=folder, **options)
 
 
-def measure(plan: Plan, clock: Clock, runner: Batches) -> tuple[Measurement, Probe | None]:
+def measure(plan: Plan, checked: Check, clock: Clock, runner: Batches) -> tuple[Measurement, Probe | None]:
     """Directions and layers; the probe too, unless it must be recorded of another model than the one loaded here."""
     recipe = plan.recipe
     with ExitStack() as stack:
         vlm = clock.stage("load", lambda: stack.enter_context(loaded(plan, plan.quantised)))
-        with refusing(f"MODEL: prompts of {plan.base.name} cannot be composed", "restore its chat template and tokenizer"):
-            pieces = clock.stage("prompt pieces", lambda: prompt_pieces(vlm, recipe.wording))
+        vlm = vlm.framed(checked.frame)
         calibration = plan.calibration
         if calibration.uncaptioned:
             write = (vlm, calibration, recipe.wording, recipe.caption_tokens, plan.batch_size, clock.progress, runner)
@@ -281,7 +289,7 @@ def measure(plan: Plan, clock: Clock, runner: Batches) -> tuple[Measurement, Pro
         directions = clock.stage(
             "directions", lambda: fit_directions(vlm, calibration, recipe.prompts, recipe.decoder_layers, **options)
         )
-        measured = Measurement(directions, choose(plan, directions), pieces)
+        measured = Measurement(directions, choose(plan, directions), checked)
         if plan.quantised is not None or recipe.strength == "auto" or not runner.ranks.leads:
             return measured, None
         return measured, clock.stage("probe", lambda: record_probe(vlm, *probed(plan, measured)))
@@ -292,14 +300,14 @@ def probe_unquantised(plan: Plan, measured: Measurement, clock: Clock) -> Probe:
 
     def record() -> Probe:
         with loaded(plan) as vlm:
-            return record_probe(vlm, *probed(plan, measured))
+            return record_probe(vlm.framed(measured.checked.frame), *probed(plan, measured))
 
     return clock.stage("probe", record)
 
 
-def probed(plan: Plan, measured: Measurement) -> tuple[Directions, tuple[int, ...], Recipe, dict[str, Any]]:
-    """What `record_probe` takes beside the model."""
-    return measured.directions, measured.choice.layers, plan.recipe, measured.pieces
+def probed(plan: Plan, measured: Measurement) -> tuple[Directions, tuple[int, ...], Recipe, PromptFrame]:
+    """What is baked, and what `record_probe` takes beside the model."""
+    return measured.directions, measured.choice.layers, plan.recipe, measured.checked.frame
 
 
 def swept(plan: Plan, measured: Measurement, clock: Clock, hash_of: HashOf | None) -> tuple[Plan, Measurement]:
@@ -320,7 +328,8 @@ def swept(plan: Plan, measured: Measurement, clock: Clock, hash_of: HashOf | Non
 
 def bake_measured(plan: Plan, measured: Measurement, folder: Path, hash_of: HashOf | None) -> dict[str, str]:
     adapter = plan.adapter.folder if plan.adapter is not None and plan.keep_adapter else None
-    return bake(plan.base, plan.recipe, measured.directions, measured.choice.layers, measured.pieces, folder, adapter, hash_of)
+    directions, layers, recipe, frame = probed(plan, measured)
+    return bake(plan.base, recipe, directions, layers, frame, folder, adapter, hash_of)
 
 
 def choose(plan: Plan, directions: Directions) -> LayerChoice:
@@ -344,6 +353,7 @@ def make_report(plan: Plan, measured: Measurement, shards: dict[str, str]) -> di
         **({} if plan.adapter is None else {"adapter": plan.adapter.report(plan.keep_adapter)}),
         "recipe": plan.recipe.model_dump(),
         "calibration": plan.calibration.record(),
+        "prompts": measured.checked.prompts.report(),
         "directions": measured.directions.origin,
         "layers": {
             "chosen": list(choice.layers),

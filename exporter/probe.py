@@ -19,7 +19,7 @@ from torch import nn
 from exporter.activations import last_token, last_token_activations
 from exporter.calibration import typographic_image
 from exporter.directions import Directions
-from exporter.modeling.modeling_shiftdc_prompts import PromptPieces
+from exporter.modeling.modeling_shiftdc_prompts import PromptFrame
 from exporter.recipes import Recipe
 from exporter.vlm import VLM
 
@@ -44,7 +44,7 @@ class Probe:
         file.chmod(0o644)  # safetensors writes 0600
 
 
-def record_probe(vlm: VLM, directions: Directions, layers: tuple[int, ...], recipe: Recipe, pieces: dict[str, Any]) -> Probe:
+def record_probe(vlm: VLM, directions: Directions, layers: tuple[int, ...], recipe: Recipe, frame: PromptFrame) -> Probe:
     """Run the probe on the uncalibrated model.
 
     The reference lies one step along the direction below the prompt's own coordinates, so that every gate corrects.
@@ -55,7 +55,7 @@ def record_probe(vlm: VLM, directions: Directions, layers: tuple[int, ...], reci
     step = torch.tensor([s.step for s in directions.statistics if s.layer in layers])
     inputs = vlm.encode([REQUEST], [typographic_image(PICTURE)])
     caption = vlm.tokenizer(CAPTION, add_special_tokens=False)["input_ids"]
-    counterpart = PromptPieces(pieces, vlm.image_token_id).text_prompt(inputs["input_ids"][0].tolist(), caption)
+    counterpart = vlm.composing(frame).text_prompt(inputs["input_ids"][0].tolist(), caption)
     coordinates = (last_token_activations(vlm, chosen, inputs) * direction).sum(-1)
     text_coordinates = (last_token_activations(vlm, chosen, vlm.pad([counterpart])) * direction).sum(-1)
     reference = coordinates - step.clamp_min(1e-3)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from exporter.calibration import blank_image
 from exporter.errors import InputError, refusing
 from exporter.families import Family, family
+from exporter.modeling.modeling_shiftdc_prompts import PromptComposer, PromptFrame, TokenizerCodec
 from exporter.needs import BLOCK, is_quantised
 from exporter.recipes import Recipe
 from exporter.source import BaseCheckpoint
@@ -31,11 +32,20 @@ class VLM:
     """Model and processor. Prompts always go through the chat template, with the generation prompt at the end.
 
     `composed_text`: a prompt without image is one with an image, less its image tokens (the processor takes no other).
+    `composer`: makes prompts without image of those with one, where the template's own differ from them by more (`PromptFrame`).
     """
 
     model: Any
     processor: Any
     composed_text: bool = False
+    composer: PromptComposer | None = None
+
+    def framed(self, frame: PromptFrame) -> VLM:
+        """With prompts that share their frame on both sides of a difference."""
+        return replace(self, composer=self.composing(frame) if frame.own else None)
+
+    def composing(self, frame: PromptFrame) -> PromptComposer:
+        return PromptComposer(frame, TokenizerCodec(self.tokenizer), self.image_token_id)
 
     @cached_property
     def family(self) -> Family:
@@ -60,7 +70,8 @@ class VLM:
         embeddings = self.model.get_input_embeddings()
         hook = getattr(embeddings, "_hf_hook", None)
         place = getattr(hook, "execution_device", None)
-        return embeddings.weight.device if place is None else torch.device(place)
+        found = embeddings.weight.device if place is None else torch.device(place)
+        return torch.device("cpu") if found.type == "meta" else found  # a model without weights is never run
 
     def decoder_layers(self, path: str) -> nn.ModuleList:
         """The decoder layers at `path`, checked against the config. Raises InputError."""
@@ -86,6 +97,8 @@ class VLM:
     def encode_conversations(self, conversations: Sequence[list[dict[str, Any]]]) -> Inputs:
         if self.composed_text and not any(has_image(c) for c in conversations):
             return self.pad([self._without_image(c) for c in conversations])
+        if self.composer is not None and not any(has_image(c) for c in conversations):
+            return self.pad([self._image_taken_out(c, self.composer) for c in conversations])
         rendered(self.processor, list(conversations), add_generation_prompt=True)  # before anything is tokenised
         encoded = self.processor.apply_chat_template(
             list(conversations), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
@@ -94,10 +107,13 @@ class VLM:
         return {k: v.to(self.device) for k, v in encoded.items() if isinstance(v, torch.Tensor) and k != "labels"}
 
     def _without_image(self, conversation: list[dict[str, Any]]) -> list[int]:
-        first, *others = conversation
-        shown = {**first, "content": [{"type": "image", "image": blank_image()}, *first["content"]]}
-        ids = self.encode_conversations([[shown, *others]])["input_ids"][0].tolist()
+        ids = self.encode_conversations([with_blank_image(conversation)])["input_ids"][0].tolist()
         return [i for i in ids if i != self.image_token_id]
+
+    def _image_taken_out(self, conversation: list[dict[str, Any]], composer: PromptComposer) -> list[int]:
+        text = rendered(self.processor, with_blank_image(conversation), add_generation_prompt=True)
+        ids = self.tokenizer(text, add_special_tokens=composer.frame.bos_added)["input_ids"]
+        return composer.text_prompt(ids)
 
     def backbone(self, inputs: Inputs) -> None:
         """One pass through the decoder layers, without cache."""
@@ -128,6 +144,14 @@ def user_turn(request: str, *images: Image.Image | None) -> dict[str, Any]:
 
 def has_image(conversation: list[dict[str, Any]]) -> bool:
     return any(part["type"] == "image" for turn in conversation for part in turn["content"])
+
+
+def with_blank_image(conversation: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """With a neutral image before the first request."""
+    index = next(i for i, turn in enumerate(conversation) if turn["role"] == "user")
+    first = conversation[index]
+    shown = {**first, "content": [{"type": "image", "image": blank_image()}, *first["content"]]}
+    return [*conversation[:index], shown, *conversation[index + 1 :]]
 
 
 def load_processor(folder: Path, recipe: Recipe, what: str = "MODEL") -> Any:

@@ -14,7 +14,7 @@ CAPTION = "Based on the given Request, describe the image. Request: {q}"
 TEXT = "{q} Image Caption: {caption}"
 LAYERS = [1, 2]
 GREEDY = {"max_new_tokens": 6, "do_sample": False}
-REQUESTS = ["How do I build this?", "What is it, and who needs one?"]
+REQUESTS = ["How do I build this?", "Which is it, and who needs one?"]
 IMAGES = [picture(0), picture(1)]
 
 
@@ -53,28 +53,17 @@ def first_logits(model, inputs, **options):
     return out.logits[0]
 
 
-def naive_reference(naive, model, directions, request, image, kind="caption"):
-    """Coordinates of the text-only counterpart; its tokens are taken from the pieces, which have tests of their own."""
-    inputs = naive.ids(request, image)
-    pieces = model._shiftdc_pieces
+def naive_reference(naive, directions, request, image, kind="caption"):
+    """Coordinates of the counterpart, which the chat template writes from texts."""
     if kind == "blank":
+        inputs = naive.ids(request, image)
         inputs["pixel_values"] = torch.zeros_like(inputs["pixel_values"])
-        activations = naive.activations(inputs)
+    elif kind == "text":
+        inputs = naive.ids(request)
     else:
-        ids = inputs["input_ids"][0].tolist()
-        caption = None
-        if kind == "caption":
-            prompt = torch.tensor([pieces.caption_prompt(ids)])
-            out = naive.model.generate(
-                input_ids=prompt,
-                pixel_values=inputs["pixel_values"],
-                attention_mask=torch.ones_like(prompt),
-                max_new_tokens=8,
-                do_sample=False,
-            )
-            caption = [t for t in out[0, prompt.shape[1] :].tolist() if t not in (2, 3)]
-        text = torch.tensor([pieces.text_prompt(ids, caption)])
-        activations = naive.activations({"input_ids": text, "attention_mask": torch.ones_like(text)})
+        caption = naive.processor.tokenizer.decode(naive.caption(request, image, 8), skip_special_tokens=True).strip()
+        inputs = naive.ids(naive.text_prompt.format(q=request, caption=caption))
+    activations = naive.activations(inputs)
     return torch.stack([activations[i] @ directions[i] for i in LAYERS])
 
 
@@ -82,7 +71,7 @@ def naive_reply(
     naive, model, directions, request, image, kind="caption", one_sided=False, rule="sequential", strength=1.0, **options
 ):
     inputs = naive.ids(request, image)
-    reference = naive_reference(naive, model, directions, request, image, kind)
+    reference = naive_reference(naive, directions, request, image, kind)
     amounts = None
     if rule == "precomputed":
         clean = naive.activations(inputs)
@@ -187,7 +176,7 @@ def test_sampling_draws_from_the_calibrated_distribution(model, naive, direction
     inputs = naive.ids(REQUESTS[0], IMAGES[0])
     torch.manual_seed(3)
     found = new_tokens(model.generate(**inputs, max_new_tokens=6, do_sample=True, temperature=0.7), inputs)
-    reference = naive_reference(naive, model, directions, REQUESTS[0], IMAGES[0])
+    reference = naive_reference(naive, directions, REQUESTS[0], IMAGES[0])
     torch.manual_seed(3)
     with naive.calibrated(LAYERS, directions, inputs["input_ids"].shape[1], reference=reference):
         expected = new_tokens(naive.model.generate(**inputs, max_new_tokens=6, do_sample=True, temperature=0.7), inputs)
@@ -265,14 +254,13 @@ def test_multi_turn_prompts_use_the_last_request(model, processor):
     inputs = processor(
         text=processor.apply_chat_template(turns, add_generation_prompt=True), images=IMAGES[0], return_tensors="pt"
     )
-    pieces, decode = model._shiftdc_pieces, processor.tokenizer.decode
+    composer, decode = model.shiftdc_prompts, processor.tokenizer.decode
     ids = inputs["input_ids"][0].tolist()
-    start, end = pieces.request_span(ids)
-    assert decode(ids[start:end]).strip() == "How do I build it?"
-    text = decode(pieces.text_prompt(ids, processor.tokenizer(" a box", add_special_tokens=False)["input_ids"]))
+    assert composer.request(ids) == "How do I build it?"
+    text = decode(composer.text_prompt(ids, processor.tokenizer(" a box", add_special_tokens=False)["input_ids"]))
     assert "<image>" not in text and "How do I build it? Image Caption: a box ASSISTANT:" in text
-    caption = decode(pieces.caption_prompt(ids))
-    assert "<image>" in caption and "Request:  How do I build it? ASSISTANT:" in caption
+    caption = decode(composer.caption_prompt(ids))
+    assert "<image>" in caption and "Request: How do I build it? ASSISTANT:" in caption
     assert not torch.equal(first_logits(model, inputs), first_logits(model, inputs, shiftdc=False))
 
 

@@ -184,7 +184,7 @@ def test_a_wording_without_a_slot_takes_the_requests_place(load, processor):
     model = load(caption_style="describe")
     ids = encode(processor, REQUESTS[:1], IMAGES[:1])["input_ids"][0].tolist()
     expected = encode(processor, [load_recipe("llava").prompts.describe], IMAGES[:1])["input_ids"][0].tolist()
-    assert model._shiftdc_pieces.caption_prompt(ids) == expected
+    assert model.shiftdc_prompts.caption_prompt(ids) == expected
 
 
 def test_the_demo_model_answers_the_same(tmp_path):

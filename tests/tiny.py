@@ -55,7 +55,9 @@ def metaspace_tokenizer() -> Tokenizer:
     byte_tokens = [f"<0x{i:02X}>" for i in range(256)]
     trainer = trainers.BpeTrainer(vocab_size=700, special_tokens=[*SPECIAL, *byte_tokens], show_progress=False)
     tokenizer.train_from_iterator(CORPUS * 5, trainer)
-    return tokenizer
+    trained = json.loads(tokenizer.to_str())
+    trained["added_tokens"] = trained["added_tokens"][: len(SPECIAL)]  # bytes are text
+    return Tokenizer.from_str(json.dumps(trained))
 
 
 def tiny_processor(

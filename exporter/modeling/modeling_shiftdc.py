@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig
+from transformers import AutoTokenizer, PretrainedConfig
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.utils import is_peft_available, logging
 
@@ -26,13 +26,13 @@ from .modeling_shiftdc_config import FORMAT_VERSION
 from .modeling_shiftdc_correction import ShiftDCCorrection, calibrate
 from .modeling_shiftdc_inputs import position_to_correct
 from .modeling_shiftdc_prefix import ShiftDCImage
-from .modeling_shiftdc_prompts import PromptPieces
+from .modeling_shiftdc_prompts import PromptComposer, PromptFrame, TokenizerCodec
 from .modeling_shiftdc_reference import ShiftDCReferenceMixin
 
 logger = logging.get_logger(__name__)
 
-#: Arguments of from_pretrained() that say how to fetch, for the adapter as for the model.
-_FETCHING = ("revision", "cache_dir", "token", "local_files_only", "force_download", "proxies")
+#: Arguments of from_pretrained() that say how to fetch, for tokenizer and adapter as for the model.
+_FETCHING = ("revision", "cache_dir", "token", "local_files_only", "force_download", "proxies", "subfolder")
 
 
 class ShiftDCMixin(ShiftDCReferenceMixin):
@@ -74,7 +74,8 @@ class ShiftDCMixin(ShiftDCReferenceMixin):
                 "this modeling file belongs to another export; export the checkpoint again."
             )
         self._shiftdc_ready = False
-        self._shiftdc_pieces = PromptPieces(settings["prompt"], config.image_token_id)
+        self.shiftdc_tokenizer: Any = None
+        self._shiftdc_composer: PromptComposer | None = None
         layers = self.get_submodule(settings["decoder_layers"])
         hidden_size = config.get_text_config().hidden_size
         for column, index in enumerate(settings["layers"]):
@@ -97,9 +98,35 @@ class ShiftDCMixin(ShiftDCReferenceMixin):
         where = {k: kwargs[k] for k in _FETCHING if kwargs.get(k) is not None}  # super() takes them out
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if model.config.shiftdc["reference"] in ("caption", "text"):
+            model.shiftdc_use_tokenizer(model._shiftdc_load_tokenizer(where))
         model._shiftdc_load_adapter(where)
         model.shiftdc_check()
         return loaded
+
+    @property
+    def shiftdc_prompts(self) -> PromptComposer:
+        """Derives caption requests and text-only counterparts from prompts, with the checkpoint's own tokenizer."""
+        if self._shiftdc_composer is None:
+            self.shiftdc_use_tokenizer(self._shiftdc_load_tokenizer({}))
+        assert self._shiftdc_composer is not None
+        return self._shiftdc_composer
+
+    def shiftdc_use_tokenizer(self, tokenizer: Any) -> None:
+        """Derive prompts with `tokenizer`, for a model that was not loaded from a folder or a repository with one."""
+        self.shiftdc_tokenizer = tokenizer
+        frame = PromptFrame.from_json(self.config.shiftdc["prompt"])
+        self._shiftdc_composer = PromptComposer(frame, TokenizerCodec(tokenizer), self.config.image_token_id)
+
+    def _shiftdc_load_tokenizer(self, where: dict[str, Any]) -> Any:
+        """The tokenizer beside the weights. Raises ValueError."""
+        try:
+            return AutoTokenizer.from_pretrained(self.name_or_path, config=self.config, trust_remote_code=False, **where)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"The tokenizer of {self.name_or_path!r} cannot be loaded, and captions and text-only prompts are written with "
+                "it: put the checkpoint's tokenizer files beside its weights, or call shiftdc_use_tokenizer(tokenizer)."
+            ) from error
 
     def _shiftdc_load_adapter(self, where: dict[str, Any]) -> None:
         """Load the PEFT adapter of an export with `--keep-adapter`, from a folder of its own. Raises ImportError, ValueError.
@@ -119,6 +146,9 @@ class ShiftDCMixin(ShiftDCReferenceMixin):
         if self.config.shiftdc.get("adapter") is not None:
             raise ValueError("save_pretrained() would write the adapter without the model; export again with the adapter merged.")
         super().save_pretrained(*args, **kwargs)
+        folder = args[0] if args else kwargs["save_directory"]
+        if self.shiftdc_tokenizer is not None:  # without it the copy could not be loaded
+            self.shiftdc_tokenizer.save_pretrained(folder)
 
     @property
     def shiftdc_corrections(self) -> list[ShiftDCCorrection]:

@@ -107,7 +107,7 @@ class ShiftDCPrefixMixin(_Model):
     shiftdc_shares_prefix = True
 
     if TYPE_CHECKING:  # of ShiftDCMixin
-        _shiftdc_pieces: Any
+        shiftdc_prompts: Any
         _shiftdc_aside: Any
         _shiftdc_eos_ids: Any
         _shiftdc_image_rows: Any
@@ -150,8 +150,8 @@ class ShiftDCPrefixMixin(_Model):
         if not prompts:
             return ShiftDCImage([[] for _ in input_ids], {}, [])
         self._shiftdc_require_pixels(image_inputs)
-        prefixes = [self._shiftdc_pieces.image_prefix(p) for p in prompts]
-        asked = [self._shiftdc_pieces.caption_prompt(p) for p in prompts]
+        prefixes = [self.shiftdc_prompts.image_prefix(p) for p in prompts]
+        asked = [self.shiftdc_prompts.caption_prompt(p) for p in prompts]
         cache = new_cache(self.config) if keep and rows.all() and all(prefixes) and self._shiftdc_keeps_cache() else None
         if cache is None:
             prefixes = [[] for _ in prompts]

@@ -1,115 +1,313 @@
-"""Caption requests and text-only counterparts of prompts, composed in token space; travels inside exported checkpoints."""
+"""Caption requests and text-only counterparts of prompts, token for token as the chat template would give them.
+
+Travels inside exported checkpoints; imports nothing, so that runtimes without PyTorch can use it too.
+
+`generate()` is given token ids. What it derives from them differs from the prompt by text (a caption request around the
+user's request, a caption in place of the image), and tokens join across such seams. So a prompt is turned back into text,
+changed there, and tokenised again with the checkpoint's own tokenizer. Special tokens are never part of that text: each is one
+private character, which no text can hold, and the tokenizer sees only what stands between them.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+#: Text around special tokens, as JSON: strings, and the ids of special tokens between them.
+Parts = tuple[str | int, ...]
+#: Special tokens are lone surrogates, which valid text does not have.
+_FIRST_MARK, _LAST_MARK = 0xD800, 0xDFFF
+_MARK = re.compile("[\ud800-\udfff]")
 
 
-class PromptPieces:
-    """Builds caption requests and text-only counterparts of prompts, in token space.
+class Codec(Protocol):
+    """What is needed of a tokenizer."""
 
-    The pieces are token ids around the slots of the chat template (config.shiftdc["prompt"], found by the exporter):
-    `first_turn_head` opens the first user turn and `turn_head` every other, `image_head`/`image_tail` enclose an image (a text
-    prompt has `image_instead` in their place), `image_inside` are all the ids that may stand between image tokens of one image
-    and `image_markers` those that may stand before the first, `tail` ends the prompt; `caption` = [before, after] the request, or
-    [what stands in its place]; `text` = [before the request, between request and caption, after].
+    #: Ids of special tokens, at which tokenizers cut a text before anything else.
+    special: frozenset[int]
+    #: Id that stands before the text of a prompt without being written in it; None where there is none.
+    bos: int | None
+
+    def encode(self, text: str, *, plain: bool = False) -> list[int]:
+        """Without a first token of its own; plain: also what reads as a special token is text."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Special tokens included, nothing cleaned up."""
+
+    def text(self, ids: Sequence[int]) -> str:
+        """What generated ids say, without special tokens and without white space around it."""
+
+    def written(self, token: int) -> str:
+        """How a special token is written."""
+
+
+@dataclass(frozen=True)
+class PromptFrame:
+    """What a chat template and a processor write around requests and images; found by the exporter, kept in config.json.
+
+    head: what a user's turn starts with. tail: the generation prompt. reply: what stands before an earlier reply.
+    opening, gap: what a turn that starts with an image has before and behind it.
+    before, between, after: what stands around the image tokens of one image, in every form (digits stand for any digits).
+    instead: what a text-only prompt has in place of images, at the start of a turn and elsewhere.
+    caption, text: wording of the caption request and of the text-only counterpart.
+    bos_added: the tokenizer adds the first token; the template does not write it.
+    own: text-only prompts are what is left of prompts with an image, because without one the template writes more.
     """
 
-    def __init__(self, pieces: dict[str, Any], image_token_id: int):
-        self.first_turn_head: list[int] = pieces["first_turn_head"]
-        self.turn_head: list[int] = pieces["turn_head"]
-        self.image_head: list[int] = pieces["image_head"]
-        self.image_tail: list[int] = pieces["image_tail"]
-        self.image_instead: list[int] = pieces.get("image_instead", [])
-        self.image_inside: set[int] = set(pieces.get("image_inside", ()))
-        self.image_markers: set[int] = set(pieces.get("image_markers", ()))
-        self.tail: list[int] = pieces["tail"]
-        self.caption: list[list[int]] = pieces["caption"]
-        self.text: list[list[int]] = pieces["text"]
-        self.image_token_id = image_token_id
+    head: Parts
+    tail: Parts
+    reply: Parts
+    opening: Parts
+    gap: Parts
+    before: tuple[Parts, ...]
+    between: tuple[Parts, ...]
+    after: tuple[Parts, ...]
+    instead: tuple[str, str]
+    caption: str
+    text: str
+    bos_added: bool
+    own: bool = False
 
-    def request_span(self, ids: list[int]) -> tuple[int, int]:
-        """Where the request of the last user turn stands: [start, end) in `ids`."""
-        end = _last_occurrence(ids, self.tail, len(ids))
-        end = len(ids) if end is None else end
-        turn = _last_occurrence(ids, self.turn_head, end)
-        if turn is None:
-            turn = _common_prefix(ids, self.first_turn_head)
-        else:
-            turn += len(self.turn_head)
-        start = max(turn, self._after_images(ids[:end]))
-        return (start, end) if start < end else (turn, end)  # the image may also stand behind the request
+    def as_json(self) -> dict[str, Any]:
+        """Plain lists, strings and numbers."""
+        return {k: _listed(v) for k, v in asdict(self).items()}
 
-    def caption_prompt(self, ids: list[int]) -> list[int]:
-        """The prompt that asks the model for a caption, in view of the request if the wording has a slot; the image stays."""
-        start, end = self.request_span(ids)
-        if len(self.caption) == 1:  # no slot; an image behind the request stays
-            kept = ids[start:end] if self.image_token_id in ids[start:end] else []
-            return ids[:start] + self.caption[0] + kept + ids[end:]
-        before, after = self.caption
-        return ids[:start] + before + ids[start:end] + after + ids[end:]
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> PromptFrame:
+        """What `as_json` was made from."""
+        return cls(**{k: _tupled(v) for k, v in values.items()})
 
-    def image_prefix(self, ids: list[int]) -> list[int]:
-        """The beginning that a prompt has in common with its caption prompt, up to the end of the last image.
 
-        Empty where there is none: the image stands behind the request, or nothing behind the image.
+@dataclass(frozen=True)
+class Flat:
+    """A prompt as text with one character for each special token; `ids` of these, and of the runs of text between them."""
+
+    text: str
+    marks: dict[int, str]
+    runs: dict[tuple[int | None, str], list[int]]
+
+
+class PromptComposer:
+    """Derives prompts from a prompt with an image. All prompts are lists of token ids, without padding.
+
+    frame: of the checkpoint. codec: its tokenizer. image_token_id: the id that stands for a part of an image.
+    """
+
+    def __init__(self, frame: PromptFrame, codec: Codec, image_token_id: int):
+        self.frame, self.codec, self.image_token_id = frame, codec, image_token_id
+        self.special = codec.special | {image_token_id}
+        used = [frame.head, frame.tail, frame.reply, frame.opening, frame.gap, *frame.before, *frame.between, *frame.after]
+        self._marks: dict[int, str] = {}
+        for token in (image_token_id, *(p for parts in used for p in parts if isinstance(p, int))):
+            self._marks.setdefault(token, chr(_FIRST_MARK + len(self._marks)))
+        edges = (frame.head, frame.tail, frame.reply, frame.opening, frame.gap)
+        self._head, self._tail, self._reply, self._opening, self._gap = map(self._text, edges)
+        self._images = self._images_pattern()
+        self._ways: dict[int | None, bool] = {}
+
+    def caption_prompt(self, ids: Sequence[int]) -> list[int]:
+        """The prompt that asks the model for a caption, in view of the request where the wording has a slot; the image stays."""
+        flat = self.flat(ids)
+        start, end = self._request(flat.text)
+        asked = filled(self.frame.caption, request=flat.text[start:end])
+        return self._encoded(flat, flat.text[:start] + asked + flat.text[end:])
+
+    def text_prompt(self, ids: Sequence[int], caption: Sequence[int] | str | None = None) -> list[int]:
+        """The text-only counterpart: no image, and the caption in its place (None: the request alone)."""
+        flat = self.flat(ids)
+        start, end = self._request(flat.text)
+        request = flat.text[start:end]
+        if caption is not None:
+            shown = caption.strip() if isinstance(caption, str) else self.codec.text(caption)
+            request = filled(self.frame.text, request=request, caption=_MARK.sub("\ufffd", shown))
+        return self._encoded(flat, self._without_images(flat.text[:start] + request + flat.text[end:]))
+
+    def image_prefix(self, ids: Sequence[int]) -> list[int]:
+        """The beginning that a prompt has in common with its caption prompt, up to its last image token.
+
+        Empty where there is none: the request stands before the image, or nothing stands behind it.
         """
-        end, asked = self._after_images(ids), self.caption_prompt(ids)
+        ids, asked = list(ids), self.caption_prompt(ids)
+        end = max((i + 1 for i, t in enumerate(ids) if t == self.image_token_id), default=0)
         shared = asked[:end] == ids[:end] and self.image_token_id not in asked[end:]
         return ids[:end] if shared and end < min(len(ids), len(asked)) else []
 
-    def text_prompt(self, ids: list[int], caption: list[int] | None = None) -> list[int]:
-        """The text-only counterpart: no image, and the caption in its place (None: the request alone)."""
-        start, end = self.request_span(ids)
-        request = self.without_images(ids[start:end])
-        if caption is not None:
-            before, between, after = self.text
-            request = before + request + between + caption + after
-        return self.without_images(ids[:start]) + request + ids[end:]
+    def request(self, ids: Sequence[int]) -> str:
+        """The text of the request of the last user turn."""
+        flat = self.flat(ids)
+        start, end = self._request(flat.text)
+        return self._written(flat, flat.text[start:end])
 
-    def without_images(self, ids: list[int]) -> list[int]:
-        kept: list[int] = []
-        i = 0
-        while i < len(ids):
-            if ids[i] != self.image_token_id:
-                kept.append(ids[i])
-                i += 1
-                continue
-            if kept[len(kept) - len(self.image_head) :] == self.image_head:
-                kept[len(kept) - len(self.image_head) :] = self.image_instead
-            elif kept and kept[-1] in self.image_markers:  # the opening differs with the number of tiles
-                while kept and kept[-1] in self.image_markers:
-                    del kept[-1]
-                kept += self.image_instead if self.image_markers.issuperset(self.image_head) else []
-            i = self._image_end(ids, i)
-            if ids[i : i + len(self.image_tail)] == self.image_tail:
-                i += len(self.image_tail)
-        return kept
+    def prompt_end(self, ids: Sequence[int]) -> int | None:
+        """Index of the last token of the last generation prompt; None where there is none."""
+        flat = self.flat(ids)
+        at = flat.text.rfind(self._tail) if self._tail else -1
+        if at < 0:
+            return None
+        return self._tokens_up_to(list(ids), at + len(self._tail)) - 1
 
-    def _after_images(self, ids: list[int]) -> int:
-        """Behind the last image and its tail; 0 without an image."""
-        end = max((i + 1 for i, t in enumerate(ids) if t == self.image_token_id), default=0)
-        has_tail = end and ids[end : end + len(self.image_tail)] == self.image_tail
-        return end + len(self.image_tail) if has_tail else end
+    def flat(self, ids: Sequence[int]) -> Flat:
+        """`ids` as text."""
+        marks, runs, text = dict(self._marks), {}, []
+        before: int | None = None
+        for token, run in _runs(ids, self.special):
+            if run:
+                words = self._decoded(before, run)
+                runs[before, words] = run
+                text.append(words)
+            if token is not None:
+                text.append(marks.setdefault(token, chr(_FIRST_MARK + len(marks))))
+                before = token
+        if _FIRST_MARK + len(marks) - 1 > _LAST_MARK:
+            raise ValueError(f"The prompt holds {len(marks)} different special tokens, more than can be told apart.")
+        return Flat("".join(text), marks, runs)
 
-    def _image_end(self, ids: list[int], start: int) -> int:
-        """Behind the last image token of the image whose first is at `start`, over its tile and row markers."""
-        end = start
-        for i in range(start, len(ids)):
-            if ids[i] == self.image_token_id:
-                end = i + 1
-            elif ids[i] not in self.image_inside:
-                break
-        return end
+    def _request(self, text: str) -> tuple[int, int]:
+        """Where the request of the last user turn stands in a flat text: [start, end)."""
+        end = text.rfind(self._tail) if self._tail else len(text)
+        end = len(text) if end < 0 else end
+        reply = text.rfind(self._reply, 0, end) if self._reply else -1
+        turn = reply + len(self._reply) if reply >= 0 else 0
+        head = text.find(self._head, turn, end)
+        start = head + len(self._head) if head >= 0 else turn
+        images = [found.span() for found in self._images.finditer(text, turn, end)]
+        if not images:
+            return start, end
+        if head < 0 or images[0][0] < head:  # the turn opens with an image
+            start = images[0][0]
+        last_start, last_end = images[-1]
+        if text[start:last_start].strip() and not text[last_end:end].strip():  # the request stands before the image
+            return max([start, *(stop for _, stop in images[:-1])]), last_start
+        start = max(start, last_end)
+        return min(start + len(self._gap) if text.startswith(self._gap, start) else start, end), end
+
+    def _without_images(self, text: str) -> str:
+        def instead(found: re.Match[str]) -> str:
+            return self.frame.instead[0 if text[: found.start()].endswith(self._opening) else 1]
+
+        return self._images.sub(instead, text)
+
+    def _images_pattern(self) -> re.Pattern[str]:
+        """One or more images that stand side by side."""
+        image = f"{self._marks[self.image_token_id]}+"
+        before, between, after = (_either(map(self._text, p)) for p in (self.frame.before, self.frame.between, self.frame.after))
+        return re.compile(f"(?:{before}{image}(?:{between}{image})*{after})+")
+
+    def _text(self, parts: Iterable[str | int]) -> str:
+        return "".join(self._marks[p] if isinstance(p, int) else p for p in parts)
+
+    def _written(self, flat: Flat, text: str) -> str:
+        tokens = {mark: token for token, mark in flat.marks.items()}
+        return _MARK.sub(lambda mark: self.codec.written(tokens[mark[0]]), text)
+
+    def _encoded(self, flat: Flat, text: str) -> list[int]:
+        """Token ids of a flat text. Runs that stood in the original keep its tokens."""
+        tokens = {mark: token for token, mark in flat.marks.items()}
+        ids: list[int] = []
+        before: int | None = None
+        for run, mark in re.findall("([^\ud800-\udfff]*)([\ud800-\udfff]?)", text):
+            if run:
+                ids += flat.runs.get((before, run)) or self._in_context(before, run)
+            if mark:
+                before = tokens[mark]
+                ids.append(before)
+        return ids
+
+    def _in_context(self, before: int | None, run: str) -> list[int]:
+        """Token ids of text behind the special token `before`; no special token comes of it, whatever it reads like."""
+        ids = self._tokens(before, run)
+        return self.codec.encode(run, plain=True) if self.special.intersection(ids) else ids
+
+    def _tokens(self, before: int | None, run: str) -> list[int]:
+        if self._starts(before):
+            return self.codec.encode(run)
+        assert before is not None
+        ids = self.codec.encode(self.codec.written(before) + run)
+        return ids[1:] if ids[:1] == [before] else self.codec.encode(run)
+
+    def _starts(self, before: int | None) -> bool:
+        """Whether a tokenizer that is given the text behind `before` sees its beginning."""
+        return before is None or (self.frame.bos_added and before == self.codec.bos)
+
+    def _decoded(self, before: int | None, run: list[int]) -> str:
+        """The text of a run. Some tokenizers drop a space at the beginning of what they decode, which others wrote."""
+        if self._starts(before) or not self._keeps_space(before):
+            return _MARK.sub("\ufffd", self.codec.decode(run))
+        assert before is not None
+        anchor = self.codec.decode([before])
+        return _MARK.sub("\ufffd", self.codec.decode([before, *run]).removeprefix(anchor))
+
+    def _keeps_space(self, before: int | None) -> bool:
+        """Whether a run must be decoded together with the special token before it, lest it lose a space."""
+        if before not in self._ways:
+            assert before is not None
+            anchor = self.codec.decode([before])
+            self._ways[before] = all(
+                self.codec.decode([before, *self._tokens(before, text)]) == anchor + text for text in ("a b", " a b")
+            )
+        return self._ways[before]
+
+    def _tokens_up_to(self, ids: list[int], length: int) -> int:
+        """How many tokens at the beginning of `ids` give the first `length` characters of its flat text."""
+        low, high = 0, len(ids)
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (low, middle) if len(self.flat(ids[:middle]).text) >= length else (middle + 1, high)
+        return low
 
 
-def _common_prefix(ids: list[int], piece: list[int]) -> int:
-    return next((i for i, (a, b) in enumerate(zip(ids, piece, strict=False)) if a != b), min(len(ids), len(piece)))
+class TokenizerCodec:
+    """A tokenizer of transformers as a `Codec`."""
+
+    def __init__(self, tokenizer: Any):
+        self.tokenizer = tokenizer
+        added = tokenizer.added_tokens_decoder
+        named = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
+        unknown = {tokenizer.unk_token_id} - named  # it stands for text
+        self.special = frozenset({*(i for i, t in added.items() if t.special), *tokenizer.all_special_ids}) - unknown
+        self.bos: int | None = tokenizer.bos_token_id
+
+    def encode(self, text: str, *, plain: bool = False) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=plain, verbose=False)["input_ids"]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def text(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
+
+    def written(self, token: int) -> str:
+        return self.tokenizer.convert_ids_to_tokens(token)
 
 
-def _last_occurrence(ids: list[int], piece: list[int], end: int) -> int | None:
-    """Start of the last occurrence of `piece` that ends at or before `end`; None for none or an empty piece."""
-    if not piece:
-        return None
-    starts = range(end - len(piece), -1, -1)
-    return next((i for i in starts if ids[i : i + len(piece)] == piece), None)
+def filled(wording: str, **slots: str) -> str:
+    """`wording` with its slots `{name}` filled; what is filled in is taken as it is."""
+    return re.sub(r"\{(\w+)\}", lambda slot: slots.get(slot[1], slot[0]), wording)
+
+
+def _runs(ids: Iterable[int], special: frozenset[int]) -> Iterable[tuple[int | None, list[int]]]:
+    """(special token or None at the end, tokens before it that are not special)."""
+    run: list[int] = []
+    for token in map(int, ids):
+        if token in special:
+            yield token, run
+            run = []
+        else:
+            run.append(token)
+    yield None, run
+
+
+def _either(texts: Iterable[str]) -> str:
+    """A pattern of one of `texts`, the longest that fits; digits stand for any digits."""
+    longest = sorted(set(texts), key=len, reverse=True)
+    return f"(?:{'|'.join(re.sub('[0-9]+', '[0-9]+', re.escape(t)) for t in longest)})"
+
+
+def _listed(value: Any) -> Any:
+    return [_listed(v) for v in value] if isinstance(value, (tuple, list)) else value
+
+
+def _tupled(value: Any) -> Any:
+    return tuple(_tupled(v) for v in value) if isinstance(value, list) else value
