@@ -20,7 +20,7 @@ from exporter.families import Family, family
 from exporter.needs import BLOCK, is_quantised
 from exporter.recipes import Recipe
 from exporter.source import BaseCheckpoint
-from exporter.templates import rendered
+from exporter.templates import encoded
 
 Inputs = dict[str, torch.Tensor]
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -86,12 +86,9 @@ class VLM:
     def encode_conversations(self, conversations: Sequence[list[dict[str, Any]]]) -> Inputs:
         if self.composed_text and not any(has_image(c) for c in conversations):
             return self.pad([self._without_image(c) for c in conversations])
-        rendered(self.processor, list(conversations), add_generation_prompt=True)  # before anything is tokenised
-        encoded = self.processor.apply_chat_template(
-            list(conversations), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
-            processor_kwargs={"padding": True, "padding_side": "left"},
-        )  # fmt: skip
-        return {k: v.to(self.device) for k, v in encoded.items() if isinstance(v, torch.Tensor) and k != "labels"}
+        padding = {"padding": True, "padding_side": "left"}
+        inputs = encoded(self.processor, conversations, return_tensors="pt", processor_kwargs=padding)
+        return {k: v.to(self.device) for k, v in inputs.items() if isinstance(v, torch.Tensor) and k != "labels"}
 
     def _without_image(self, conversation: list[dict[str, Any]]) -> list[int]:
         first, *others = conversation
