@@ -8,6 +8,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -169,7 +170,8 @@ def export_command(
     with libraries_quiet(), joined() as ranks:
         from exporter.pipeline import export, make_plan, plan_needs
 
-        plan = ranks.gather(lambda: make_plan(model, batch_size=_batch_size(batch_size), **options))[ranks.rank]
+        options |= {"batch_size": _batch_size(batch_size), "announce": partial(_announce, quiet=quiet or not ranks.leads)}
+        plan = ranks.gather(lambda: make_plan(model, **options))[ranks.rank]
         if with_onnx:
             from exporter.onnx_export import check_family
 
@@ -199,6 +201,11 @@ def export_command(
             _push(plan.output, str(repo_id), quiet=quiet, as_json=False, silent=as_json, **options)
     if as_json:
         click.echo(json.dumps({"output": str(plan.output), **done.report}, indent=2))
+
+
+def _announce(line: str, *, quiet: bool) -> None:
+    if not quiet:
+        click.echo(printable(line), err=True)
 
 
 def _preflight(plan: Any, repo_id: str | None, *, private: bool, create_pr: bool, measured: bool) -> str:

@@ -54,6 +54,7 @@ def export_text(done: Export) -> str:
     if (adapter := done.report.get("adapter")) is not None:
         lines.append(f"  adapter {adapter['id']}: {'merged' if adapter['merged'] else 'kept apart, needs PEFT to load'}")
     lines.append(f"  verified in a fresh process: {done.verification.tensors} base tensors bitwise equal, probe reproduced")
+    lines += [f"  transformers says of the base: {printable(line)}" for line in done.report["warnings"]]
     if done.report["resumed_batches"]:
         lines.append(f"  went on from an interrupted run: {done.report['resumed_batches']} batches were there already")
     lines += [

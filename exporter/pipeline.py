@@ -30,16 +30,26 @@ from exporter.layer_choice import LayerChoice, choose_layers
 from exporter.manifest import CARD, hashes
 from exporter.needs import Needs, needs
 from exporter.probe import PROBE, Probe, record_probe
+from exporter.processors import check_same, load_processor, pin
 from exporter.progress import Progress, silent
 from exporter.prompt_pieces import prompt_pieces
 from exporter.ranks import Ranks, launched
 from exporter.recipes import Recipe, load_recipe, parse_layers, recipe_for_family
 from exporter.resume import Store, base_identity, calibration_identity, code_identity
-from exporter.source import DEMO, BaseCheckpoint, resolve
+from exporter.source import (
+    DEMO,
+    Announce,
+    BaseCheckpoint,
+    BaseFiles,
+    check_path,
+    resolve_small,
+    resolve_weights,
+    unannounced,
+)
 from exporter.staging import check_output, scratch, staged
 from exporter.sweep import Sweep, run_sweep
 from exporter.verify import Verification, verify
-from exporter.vlm import VLM, check_quantisation, load_vlm
+from exporter.vlm import VLM, check_quantisation, check_widths, load_vlm
 
 T = TypeVar("T")
 
@@ -66,8 +76,7 @@ class Plan:
 
     @property
     def layers(self) -> range | None:
-        """The layers asked for; None for auto."""
-        return None if self.recipe.layers == "auto" else parse_layers(self.recipe.layers)
+        return parsed_layers(self.recipe)
 
 
 @dataclass(frozen=True)
@@ -93,28 +102,51 @@ def make_plan(
     keep_adapter: bool = False,
     load_in_4bit: bool = False,
     load_in_8bit: bool = False,
+    announce: Announce = unannounced,
     **overrides: object,
 ) -> Plan:
-    """Resolve and check all input. Raises InputError; loads and writes nothing."""
-    base = resolve(model, revision)
+    """Resolve and check all input. Raises InputError; loads no weights and writes nothing.
+
+    What small files can tell comes first: weights on the Hub are fetched last, and `announce` is told their size before.
+    """
+    files = resolve_small(model, revision)
     quantised = _quantised(load_in_4bit, load_in_8bit)
-    check_quantisation(quantised, base)
+    check_quantisation(quantised, files)
     if device_map is not None and launched() > 1:
         raise InputError(
             "--device-map: under torchrun every process loads the model on a device of its own; leave one of them out."
         )
     if keep_adapter and adapter is None:
         raise InputError("--keep-adapter: there is no adapter to keep; give --adapter too.")
-    default = load_recipe(recipe or recipe_name(base))
+    default = load_recipe(recipe or recipe_name(files))
     chosen = default.with_overrides(**overrides)
-    if chosen.family != base.model_type:
-        raise InputError(f"Recipe: it is for family {chosen.family!r}, and {base.name} is a {base.model_type!r}; choose another.")
-    check_supported(base, chosen)
-    plan = Plan(
+    if chosen.family != files.model_type:
+        raise InputError(
+            f"Recipe: it is for family {chosen.family!r}, and {files.name} is a {files.model_type!r}; choose another."
+        )
+    check_supported(files, chosen)
+    calibration = load_calibration(chosen.calibration, default.calibration)
+    if chosen.strength == "auto" and not calibration.select("held_out", "unsafe"):
+        raise InputError("--strength auto: it needs held-out unsafe rows, and the calibration set has none; give --strength X.")
+    layers, depth = parsed_layers(chosen), int(text_config(files)["num_hidden_layers"])
+    if layers is not None and layers[-1] >= depth:
+        raise InputError(
+            f"--layers: {chosen.layers} ends at {layers[-1]}, and {files.name} has decoder layers 0 to {depth - 1}; "
+            "both ends are included."
+        )
+    output = output or Path(f"{files.short_name}-shiftdc")
+    check_path(output.resolve(), "--output")
+    check_output(output, force)
+    if output.resolve().is_relative_to(files.folder):
+        raise InputError(f"--output: {output} lies in the base model's folder; give another folder.")
+    load_processor(files.folder, chosen)
+    base = resolve_weights(files, announce)
+    check_widths(quantised, base)
+    return Plan(
         base=base,
         recipe=chosen,
-        calibration=load_calibration(chosen.calibration, default.calibration),
-        output=output or Path(f"{base.short_name}-shiftdc"),
+        calibration=calibration,
+        output=output,
         force=force,
         dtype=dtype,
         device_map=device_map,
@@ -123,20 +155,14 @@ def make_plan(
         keep_adapter=keep_adapter,
         quantised=quantised,
     )
-    if plan.layers is not None and plan.layers[-1] >= plan.depth:
-        raise InputError(
-            f"--layers: {chosen.layers} ends at {plan.layers[-1]}, and {base.name} has decoder layers 0 to {plan.depth - 1}; "
-            "both ends are included."
-        )
-    if chosen.strength == "auto" and not plan.calibration.select("held_out", "unsafe"):
-        raise InputError("--strength auto: it needs held-out unsafe rows, and the calibration set has none; give --strength X.")
-    check_output(plan.output, force)
-    if plan.output.resolve().is_relative_to(base.folder):
-        raise InputError(f"--output: {plan.output} lies in the base model's folder; give another folder.")
-    return plan
 
 
-def check_supported(base: BaseCheckpoint, recipe: Recipe) -> None:
+def parsed_layers(recipe: Recipe) -> range | None:
+    """The layers asked for; None for auto."""
+    return None if recipe.layers == "auto" else parse_layers(recipe.layers)
+
+
+def check_supported(base: BaseFiles, recipe: Recipe) -> None:
     """Raise InputError where the family, or this checkpoint of it, cannot be calibrated."""
     if not base.has_chat_template and recipe.chat_template is None:
         raise InputError(
@@ -169,7 +195,7 @@ def plan_needs(plan: Plan) -> Needs:
     )  # fmt: skip
 
 
-def recipe_name(base: BaseCheckpoint) -> str:
+def recipe_name(base: BaseFiles) -> str:
     """The recipe that fits a checkpoint. Raises InputError."""
     if base.name == DEMO:
         return DEMO
@@ -191,6 +217,7 @@ class Measurement:
     directions: Directions
     choice: LayerChoice
     pieces: dict[str, Any]
+    notices: tuple[str, ...] = ()
     sweep: Sweep | None = None
 
 
@@ -281,7 +308,7 @@ def measure(plan: Plan, clock: Clock, runner: Batches) -> tuple[Measurement, Pro
         directions = clock.stage(
             "directions", lambda: fit_directions(vlm, calibration, recipe.prompts, recipe.decoder_layers, **options)
         )
-        measured = Measurement(directions, choose(plan, directions), pieces)
+        measured = Measurement(directions, choose(plan, directions), pieces, vlm.notices)
         if plan.quantised is not None or recipe.strength == "auto" or not runner.ranks.leads:
             return measured, None
         return measured, clock.stage("probe", lambda: record_probe(vlm, *probed(plan, measured)))
@@ -320,7 +347,11 @@ def swept(plan: Plan, measured: Measurement, clock: Clock, hash_of: HashOf | Non
 
 def bake_measured(plan: Plan, measured: Measurement, folder: Path, hash_of: HashOf | None) -> dict[str, str]:
     adapter = plan.adapter.folder if plan.adapter is not None and plan.keep_adapter else None
-    return bake(plan.base, plan.recipe, measured.directions, measured.choice.layers, measured.pieces, folder, adapter, hash_of)
+    written = bake(plan.base, plan.recipe, measured.directions, measured.choice.layers, measured.pieces, folder, adapter, hash_of)
+    processor = load_processor(plan.base.folder, plan.recipe)
+    pin(processor, folder)
+    check_same(processor, folder, plan.recipe)
+    return written
 
 
 def choose(plan: Plan, directions: Directions) -> LayerChoice:
@@ -360,6 +391,7 @@ def make_report(plan: Plan, measured: Measurement, shards: dict[str, str]) -> di
         "device": str(torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"),
         "dtype": plan.dtype,
         "measured_quantised": plan.quantised,  # bits; the exported weights are never quantised
+        "warnings": list(measured.notices),  # what transformers said of the base's files
     }
 
 
@@ -367,7 +399,7 @@ def write_report(folder: Path, report: dict[str, Any]) -> None:
     (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n", "utf-8")
 
 
-def text_config(base: BaseCheckpoint) -> dict[str, Any]:
+def text_config(base: BaseFiles) -> dict[str, Any]:
     """The language model's part of config.json, with the class's defaults filled in."""
     from transformers import AutoConfig
 
