@@ -8,6 +8,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -170,7 +171,8 @@ def export_command(
     with libraries_quiet(), joined() as ranks:
         from exporter.pipeline import export, make_plan, plan_needs
 
-        plan = ranks.gather(lambda: make_plan(model, batch_size=_batch_size(batch_size), **options))[ranks.rank]
+        options |= {"batch_size": _batch_size(batch_size), "announce": partial(_announce, quiet=quiet or not ranks.leads)}
+        plan = ranks.gather(lambda: make_plan(model, **options))[ranks.rank]
         if with_onnx:
             from exporter.onnx_export import check_family
 
@@ -202,6 +204,11 @@ def export_command(
         click.echo(json.dumps({"output": str(plan.output), **done.report}, indent=2))
 
 
+def _announce(line: str, *, quiet: bool) -> None:
+    if not quiet:
+        click.echo(printable(line), err=True)
+
+
 def _preflight(plan: Any, repo_id: str | None, *, private: bool, create_pr: bool, measured: bool) -> str:
     from exporter.hub_preflight import check_base, preflight
 
@@ -218,6 +225,26 @@ def _batch_size(text: str) -> int | None:
     if not re.fullmatch(r"0*[1-9][0-9]{0,8}", text):
         raise InputError(f"--batch-size: expected auto or a whole number from 1, found {text!r}.")
     return int(text)
+
+
+@main.command("check")
+@click.argument("model")
+@click.option("--recipe", metavar="NAME|FILE", help="Recipe [default: the model family's].")
+@click.option("--revision", help="Branch, tag or commit of a Hub model.")
+@_json_option
+def check_command(model: str, recipe: str | None, revision: str | None, as_json: bool) -> None:
+    """Tell whether MODEL can be calibrated, from its small files alone."""
+    with libraries_quiet():
+        from exporter.check import check, recipe_of
+        from exporter.source import resolve_small
+
+        files = resolve_small(model, revision)
+        chosen = recipe_of(files, recipe)
+        found = check(files, chosen, allow_inexact=True)
+    document = console.check_document(files, chosen, found)
+    click.echo(json.dumps(document, indent=2) if as_json else console.check_text(document))
+    if not found.prompts.exact:
+        raise InputError(f"MODEL: {files.name} is exported only with --allow-inexact-prompts: its composed prompts differ.")
 
 
 @main.command()

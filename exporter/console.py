@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,10 +12,13 @@ from rich.table import Table
 from exporter.errors import printable
 
 if TYPE_CHECKING:  # none of these is needed to print the help
+    from exporter.check import Check
     from exporter.comparison import Comparison
     from exporter.hub import Pushed, PushPlan
     from exporter.needs import Needs
     from exporter.pipeline import Export, Plan
+    from exporter.recipes import Recipe
+    from exporter.source import SmallFiles
     from exporter.verify import Verification
 
 
@@ -31,6 +35,7 @@ def plan_document(plan: Plan, needed: Needs, repo_id: str | None) -> dict[str, A
         "rule": plan.recipe.rule,
         "gate": plan.recipe.gate,
         "strength": plan.recipe.strength,
+        "prompts": str(plan.checked.prompts),
         "calibration": plan.calibration.summary(),
         "weights": f"{plan.base.size / 1e9:.2f} GB in {len(plan.base.shards)} safetensors files, hard-linked where possible",
         "adapter": None if plan.adapter is None else plan.adapter.report(plan.keep_adapter),
@@ -38,6 +43,30 @@ def plan_document(plan: Plan, needed: Needs, repo_id: str | None) -> dict[str, A
         "disk": needed.disk,
         "uploads": repo_id or "none",
     }
+
+
+def check_document(files: SmallFiles, recipe: Recipe, found: Check) -> dict[str, Any]:
+    """What can be told of a checkpoint from its small files."""
+    return {
+        "model": files.name,
+        "revision": files.revision,
+        "family": recipe.family,
+        "decoder layers": f"{recipe.decoder_layers}.0 to .{found.depth - 1}",
+        "prompts": str(found.prompts),
+        "differences": [dataclasses.asdict(d) for d in found.prompts.differences],
+        "weights": {"files": len(files.weights), "bytes": sum(files.weights.values())},
+        "notes": list(recipe.notes),
+    }
+
+
+def check_text(document: dict[str, Any]) -> str:
+    weights = document["weights"]
+    facts = {
+        **{key: document[key] for key in ("model", "revision", "family", "decoder layers", "prompts")},
+        "weights": f"{weights['bytes'] / 1e9:.2f} GB in {weights['files']} files",
+    }
+    notes = [f"note: {note}" for note in document["notes"]]
+    return "\n".join([*(f"{key + ':':16}{printable(str(value))}" for key, value in facts.items() if value is not None), *notes])
 
 
 def plan_text(plan: Plan, needed: Needs, repo_id: str | None) -> str:
@@ -54,6 +83,7 @@ def export_text(done: Export) -> str:
     if (adapter := done.report.get("adapter")) is not None:
         lines.append(f"  adapter {adapter['id']}: {'merged' if adapter['merged'] else 'kept apart, needs PEFT to load'}")
     lines.append(f"  verified in a fresh process: {done.verification.tensors} base tensors bitwise equal, probe reproduced")
+    lines += [f"  transformers says of the base: {printable(line)}" for line in done.report["warnings"]]
     if done.report["resumed_batches"]:
         lines.append(f"  went on from an interrupted run: {done.report['resumed_batches']} batches were there already")
     lines += [

@@ -155,10 +155,8 @@ class GuardModel:
                 [{"role": "user", "content": request}, {"role": "assistant", "content": reply}]
                 for request, reply in pairs[start : start + self.batch_size]
             ]
-            rendered(self.tokenizer, conversations)
-            inputs = self.tokenizer.apply_chat_template(
-                conversations, tokenize=True, return_dict=True, return_tensors="pt", padding=True
-            )
+            texts = rendered(self.tokenizer, conversations, "--judge")
+            inputs = self.tokenizer(texts, add_special_tokens=False, return_tensors="pt", padding=True)
             out = self.model.generate(**inputs, max_new_tokens=8, do_sample=False)[:, inputs["input_ids"].shape[1] :]
             verdicts += [self._found_safe(self.tokenizer.decode(row, skip_special_tokens=True)) for row in out]
         return verdicts

@@ -21,26 +21,34 @@ from exporter.batches import Batches, release
 from exporter.calibration import CalibrationSet, load_calibration
 from exporter.captions import captioned
 from exporter.card import render_card
-from exporter.check import Check, check
+from exporter.check import Check, check, recipe_of
 from exporter.directions import BLANK_IMAGES, Directions, fit_directions, image_rows, summary
 from exporter.errors import InputError, refusing
 from exporter.exported import load_calibrated
 from exporter.families import family
-from exporter.family_table import REFUSED
 from exporter.layer_choice import LayerChoice, choose_layers
 from exporter.manifest import CARD, hashes
 from exporter.modeling.modeling_shiftdc_prompts import PromptFrame
 from exporter.needs import Needs, needs
 from exporter.probe import PROBE, Probe, record_probe
+from exporter.processors import check_same, load_processor, pin
 from exporter.progress import Progress, silent
 from exporter.ranks import Ranks, launched
-from exporter.recipes import Recipe, load_recipe, parse_layers, recipe_for_family
+from exporter.recipes import Recipe, parse_layers
 from exporter.resume import Store, base_identity, calibration_identity, code_identity
-from exporter.source import DEMO, BaseCheckpoint, resolve
+from exporter.source import (
+    Announce,
+    BaseCheckpoint,
+    BaseFiles,
+    check_path,
+    resolve_small,
+    resolve_weights,
+    unannounced,
+)
 from exporter.staging import check_output, scratch, staged
 from exporter.sweep import Sweep, run_sweep
 from exporter.verify import Verification, verify
-from exporter.vlm import VLM, check_quantisation, load_vlm
+from exporter.vlm import VLM, check_quantisation, check_widths, load_vlm
 
 T = TypeVar("T")
 
@@ -51,6 +59,7 @@ class Plan:
 
     base: BaseCheckpoint
     recipe: Recipe
+    checked: Check
     calibration: CalibrationSet
     output: Path
     force: bool
@@ -60,7 +69,6 @@ class Plan:
     adapter: Adapter | None = None
     keep_adapter: bool = False
     quantised: int | None = None
-    allow_inexact: bool = False
 
     @property
     def depth(self) -> int:
@@ -68,8 +76,7 @@ class Plan:
 
     @property
     def layers(self) -> range | None:
-        """The layers asked for; None for auto."""
-        return None if self.recipe.layers == "auto" else parse_layers(self.recipe.layers)
+        return parsed_layers(self.recipe)
 
 
 @dataclass(frozen=True)
@@ -96,28 +103,47 @@ def make_plan(
     load_in_4bit: bool = False,
     load_in_8bit: bool = False,
     allow_inexact_prompts: bool = False,
+    announce: Announce = unannounced,
     **overrides: object,
 ) -> Plan:
-    """Resolve and check all input. Raises InputError; loads and writes nothing."""
-    base = resolve(model, revision)
+    """Resolve and check all input. Raises InputError; loads no weights and writes nothing.
+
+    What small files can tell comes first: weights on the Hub are fetched last, and `announce` is told their size before.
+    """
+    files = resolve_small(model, revision)
     quantised = _quantised(load_in_4bit, load_in_8bit)
-    check_quantisation(quantised, base)
+    check_quantisation(quantised, files)
     if device_map is not None and launched() > 1:
         raise InputError(
             "--device-map: under torchrun every process loads the model on a device of its own; leave one of them out."
         )
     if keep_adapter and adapter is None:
         raise InputError("--keep-adapter: there is no adapter to keep; give --adapter too.")
-    default = load_recipe(recipe or recipe_name(base))
+    default = recipe_of(files, recipe)
     chosen = default.with_overrides(**overrides)
-    if chosen.family != base.model_type:
-        raise InputError(f"Recipe: it is for family {chosen.family!r}, and {base.name} is a {base.model_type!r}; choose another.")
-    check_supported(base, chosen)
-    plan = Plan(
+    calibration = load_calibration(chosen.calibration, default.calibration)
+    if chosen.strength == "auto" and not calibration.select("held_out", "unsafe"):
+        raise InputError("--strength auto: it needs held-out unsafe rows, and the calibration set has none; give --strength X.")
+    layers, depth = parsed_layers(chosen), int(text_config(files)["num_hidden_layers"])
+    if layers is not None and layers[-1] >= depth:
+        raise InputError(
+            f"--layers: {chosen.layers} ends at {layers[-1]}, and {files.name} has decoder layers 0 to {depth - 1}; "
+            "both ends are included."
+        )
+    output = output or Path(f"{files.short_name}-shiftdc")
+    check_path(output.resolve(), "--output")
+    check_output(output, force)
+    if output.resolve().is_relative_to(files.folder):
+        raise InputError(f"--output: {output} lies in the base model's folder; give another folder.")
+    checked = check(files, chosen, allow_inexact=allow_inexact_prompts)
+    base = resolve_weights(files, announce)
+    check_widths(quantised, base)
+    return Plan(
         base=base,
         recipe=chosen,
-        calibration=load_calibration(chosen.calibration, default.calibration),
-        output=output or Path(f"{base.short_name}-shiftdc"),
+        checked=checked,
+        calibration=calibration,
+        output=output,
         force=force,
         dtype=dtype,
         device_map=device_map,
@@ -125,33 +151,12 @@ def make_plan(
         adapter=None if adapter is None else resolve_adapter(adapter, base),
         keep_adapter=keep_adapter,
         quantised=quantised,
-        allow_inexact=allow_inexact_prompts,
     )
-    if plan.layers is not None and plan.layers[-1] >= plan.depth:
-        raise InputError(
-            f"--layers: {chosen.layers} ends at {plan.layers[-1]}, and {base.name} has decoder layers 0 to {plan.depth - 1}; "
-            "both ends are included."
-        )
-    if chosen.strength == "auto" and not plan.calibration.select("held_out", "unsafe"):
-        raise InputError("--strength auto: it needs held-out unsafe rows, and the calibration set has none; give --strength X.")
-    check_output(plan.output, force)
-    if plan.output.resolve().is_relative_to(base.folder):
-        raise InputError(f"--output: {plan.output} lies in the base model's folder; give another folder.")
-    return plan
 
 
-def check_supported(base: BaseCheckpoint, recipe: Recipe) -> None:
-    """Raise InputError where the family, or this checkpoint of it, cannot be calibrated."""
-    if not base.has_chat_template and recipe.chat_template is None:
-        raise InputError(
-            f"MODEL: {base.name} has no chat template (looked for chat_template.jinja, chat_template.json and "
-            "tokenizer_config.json); the method compares prompts as the model was trained to see them, so add one to the "
-            "checkpoint."
-        )
-    with refusing(f"MODEL: the config.json of {base.name} cannot be used", "restore it"):
-        reason = family(recipe.family).config.shiftdc_unsupported(base.config)
-    if reason is not None:
-        raise InputError(f"MODEL: {base.name} cannot be calibrated: {reason}.")
+def parsed_layers(recipe: Recipe) -> range | None:
+    """The layers asked for; None for auto."""
+    return None if recipe.layers == "auto" else parse_layers(recipe.layers)
 
 
 def _quantised(load_in_4bit: bool, load_in_8bit: bool) -> int | None:
@@ -173,28 +178,13 @@ def plan_needs(plan: Plan) -> Needs:
     )  # fmt: skip
 
 
-def recipe_name(base: BaseCheckpoint) -> str:
-    """The recipe that fits a checkpoint. Raises InputError."""
-    if base.name == DEMO:
-        return DEMO
-    if (reason := REFUSED.get(base.model_type)) is not None:
-        raise InputError(f"MODEL: {base.name} cannot be calibrated: {reason}.")
-    name = recipe_for_family(base.model_type)
-    if name is None:
-        raise InputError(
-            f"MODEL: {base.name} is of family {base.model_type!r}, for which there is no recipe; "
-            "'shiftdc-export recipes' lists the families supported."
-        )
-    return name
-
-
 @dataclass(frozen=True)
 class Measurement:
     """What was measured of the base model, which is released afterwards."""
 
     directions: Directions
     choice: LayerChoice
-    checked: Check
+    notices: tuple[str, ...] = ()
     sweep: Sweep | None = None
 
 
@@ -209,8 +199,7 @@ def export(plan: Plan, progress: Progress = silent, ranks: Ranks | None = None) 
         store = ranks.share(lambda: Store.open(fingerprint(plan)))
         plan = stack.enter_context(adapted(plan, clock, ranks))
         hash_of = stack.enter_context(hashed_aside(plan.base)) if ranks.leads else None
-        checked = clock.stage("check", lambda: ranks.share(lambda: checked_prompts(plan)))
-        measured, probe = measure(plan, checked, clock, Batches(ranks, store))
+        measured, probe = measure(plan, clock, Batches(ranks, store))
         release()  # what follows loads the model again, or another process does
         if not ranks.leads:
             return None
@@ -257,10 +246,6 @@ def adapted(plan: Plan, clock: Clock, ranks: Ranks) -> Iterator[Plan]:
         yield replace(plan, base=clock.stage("merge adapter", lambda: ranks.share(lambda: merge(plan.base, adapter, folder))))
 
 
-def checked_prompts(plan: Plan) -> Check:
-    return check(plan.base, plan.recipe, allow_inexact=plan.allow_inexact)
-
-
 @contextmanager
 def loaded(plan: Plan, quantised: int | None = None) -> Iterator[VLM]:
     """The base model, with what is offloaded to disk in a folder that is gone afterwards."""
@@ -273,12 +258,12 @@ def loaded(plan: Plan, quantised: int | None = None) -> Iterator[VLM]:
         yield load_vlm(plan.base, plan.recipe, device_map=plan.device_map, offload=folder, **options)
 
 
-def measure(plan: Plan, checked: Check, clock: Clock, runner: Batches) -> tuple[Measurement, Probe | None]:
+def measure(plan: Plan, clock: Clock, runner: Batches) -> tuple[Measurement, Probe | None]:
     """Directions and layers; the probe too, unless it must be recorded of another model than the one loaded here."""
     recipe = plan.recipe
     with ExitStack() as stack:
         vlm = clock.stage("load", lambda: stack.enter_context(loaded(plan, plan.quantised)))
-        vlm = vlm.framed(checked.frame)
+        vlm = vlm.framed(plan.checked.frame)
         calibration = plan.calibration
         if calibration.uncaptioned:
             write = (vlm, calibration, recipe.wording, recipe.caption_tokens, plan.batch_size, clock.progress, runner)
@@ -289,7 +274,7 @@ def measure(plan: Plan, checked: Check, clock: Clock, runner: Batches) -> tuple[
         directions = clock.stage(
             "directions", lambda: fit_directions(vlm, calibration, recipe.prompts, recipe.decoder_layers, **options)
         )
-        measured = Measurement(directions, choose(plan, directions), checked)
+        measured = Measurement(directions, choose(plan, directions), vlm.notices)
         if plan.quantised is not None or recipe.strength == "auto" or not runner.ranks.leads:
             return measured, None
         return measured, clock.stage("probe", lambda: record_probe(vlm, *probed(plan, measured)))
@@ -300,14 +285,14 @@ def probe_unquantised(plan: Plan, measured: Measurement, clock: Clock) -> Probe:
 
     def record() -> Probe:
         with loaded(plan) as vlm:
-            return record_probe(vlm.framed(measured.checked.frame), *probed(plan, measured))
+            return record_probe(vlm.framed(plan.checked.frame), *probed(plan, measured))
 
     return clock.stage("probe", record)
 
 
 def probed(plan: Plan, measured: Measurement) -> tuple[Directions, tuple[int, ...], Recipe, PromptFrame]:
     """What is baked, and what `record_probe` takes beside the model."""
-    return measured.directions, measured.choice.layers, plan.recipe, measured.checked.frame
+    return measured.directions, measured.choice.layers, plan.recipe, plan.checked.frame
 
 
 def swept(plan: Plan, measured: Measurement, clock: Clock, hash_of: HashOf | None) -> tuple[Plan, Measurement]:
@@ -329,7 +314,11 @@ def swept(plan: Plan, measured: Measurement, clock: Clock, hash_of: HashOf | Non
 def bake_measured(plan: Plan, measured: Measurement, folder: Path, hash_of: HashOf | None) -> dict[str, str]:
     adapter = plan.adapter.folder if plan.adapter is not None and plan.keep_adapter else None
     directions, layers, recipe, frame = probed(plan, measured)
-    return bake(plan.base, recipe, directions, layers, frame, folder, adapter, hash_of)
+    written = bake(plan.base, recipe, directions, layers, frame, folder, adapter, hash_of)
+    processor = load_processor(plan.base.folder, plan.recipe)
+    pin(processor, folder)
+    check_same(processor, folder, plan.recipe)
+    return written
 
 
 def choose(plan: Plan, directions: Directions) -> LayerChoice:
@@ -353,7 +342,7 @@ def make_report(plan: Plan, measured: Measurement, shards: dict[str, str]) -> di
         **({} if plan.adapter is None else {"adapter": plan.adapter.report(plan.keep_adapter)}),
         "recipe": plan.recipe.model_dump(),
         "calibration": plan.calibration.record(),
-        "prompts": measured.checked.prompts.report(),
+        "prompts": plan.checked.prompts.report(),
         "directions": measured.directions.origin,
         "layers": {
             "chosen": list(choice.layers),
@@ -370,6 +359,7 @@ def make_report(plan: Plan, measured: Measurement, shards: dict[str, str]) -> di
         "device": str(torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"),
         "dtype": plan.dtype,
         "measured_quantised": plan.quantised,  # bits; the exported weights are never quantised
+        "warnings": list(measured.notices),  # what transformers said of the base's files
     }
 
 
@@ -377,7 +367,7 @@ def write_report(folder: Path, report: dict[str, Any]) -> None:
     (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n", "utf-8")
 
 
-def text_config(base: BaseCheckpoint) -> dict[str, Any]:
+def text_config(base: BaseFiles) -> dict[str, Any]:
     """The language model's part of config.json, with the class's defaults filled in."""
     from transformers import AutoConfig
 

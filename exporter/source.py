@@ -1,14 +1,17 @@
 """The base checkpoint: where it lies, what it is, and that it can be exported, all from file headers.
 
-Nothing is loaded here and nothing in the base folder is ever written.
+First its small files (`resolve_small`), by which most that is wrong can be told; then its weights (`resolve_weights`). Nothing is
+loaded here and nothing in the base folder is ever written.
 """
 
 from __future__ import annotations
 
+import glob
 import math
 import os
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,14 +23,31 @@ from exporter.reading import HEADER_BYTES, UnreadableError, parse_json, read_jso
 DEMO = "demo"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+#: What transformers reads of a tokenizer, an image, video or audio processor, and of templates.
+PROCESSING = (
+    "tokenizer.json", "tokenizer.*.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "vocab.txt", "merges.txt", "tekken.json", "tokenizer.model", "tokenizer.model.v*", "tiktoken.model", "spiece.model",
+    "spm.model", "sentencepiece.model", "sentencepiece.bpe.model", "processor_config.json", "preprocessor_config.json",
+    "video_preprocessor_config.json", "chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja",
+)  # fmt: skip
+#: Folders of a processor's parts, named as the processor's attributes: qformer_tokenizer, video_processor.
+PARTS = ("*tokenizer*", "*processor*", "*feature_extractor*")
 #: What is copied beside the weights: text and processing, never code, never other weights.
 COMPANIONS = (
-    "tokenizer*.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt",
-    "merges.txt", "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json", "chat_template.*",
-    "additional_chat_templates/*.jinja", "generation_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*",
+    *PROCESSING, *(f"{part}/{name}" for part in PARTS for name in PROCESSING), "generation_config.json", "LICENSE*", "NOTICE*",
+    "USE_POLICY*",
 )  # fmt: skip
-#: What is fetched from the Hub.
-DOWNLOADED = ("config.json", "*.safetensors", "model.safetensors.index.json", "README.md", *COMPANIONS)
+#: What is fetched from the Hub before anything large.
+SMALL = ("config.json", INDEX, "README.md", *COMPANIONS)
+#: More tensors than any checkpoint has in one file: what is assumed of one that is not fetched yet.
+MOST_TENSORS = 10_000
+
+#: Called with a line for the user.
+Announce = Callable[[str], None]
+
+
+def unannounced(line: str) -> None:
+    """Tell nobody."""
 
 
 @dataclass(frozen=True)
@@ -45,14 +65,13 @@ class TensorHeader:
 
 
 @dataclass(frozen=True)
-class BaseCheckpoint:
-    """A checkpoint on disk that passed the checks of `resolve`."""
+class BaseFiles:
+    """A checkpoint's small files on disk."""
 
     name: str
     revision: str | None
     folder: Path
     config: Mapping[str, Any]
-    shards: tuple[Path, ...]
 
     @property
     def model_type(self) -> str:
@@ -61,15 +80,6 @@ class BaseCheckpoint:
     @property
     def short_name(self) -> str:
         return self.name.rstrip("/").rsplit("/", 1)[-1]
-
-    @cached_property
-    def headers(self) -> dict[Path, dict[str, TensorHeader]]:
-        return {shard: read_header(shard) for shard in self.shards}
-
-    @cached_property
-    def size(self) -> int:
-        """Bytes of all tensors."""
-        return sum(t.bytes for header in self.headers.values() for t in header.values())
 
     @cached_property
     def companions(self) -> tuple[Path, ...]:
@@ -87,20 +97,76 @@ class BaseCheckpoint:
         return any("chat_template" in _read_json(f) for f in files if f.is_file())
 
 
-def resolve(model: str, revision: str | None = None) -> BaseCheckpoint:
+@dataclass(frozen=True)
+class SmallFiles(BaseFiles):
+    """The small files, and the names and bytes of those with the weights, which may yet be fetched."""
+
+    weights: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class BaseCheckpoint(BaseFiles):
+    """A checkpoint on disk that passed the checks of `resolve`."""
+
+    shards: tuple[Path, ...]
+
+    @cached_property
+    def headers(self) -> dict[Path, dict[str, TensorHeader]]:
+        return {shard: read_header(shard) for shard in self.shards}
+
+    @cached_property
+    def size(self) -> int:
+        """Bytes of all tensors."""
+        return sum(t.bytes for header in self.headers.values() for t in header.values())
+
+
+def resolve(model: str, revision: str | None = None, announce: Announce = unannounced) -> BaseCheckpoint:
     """Find MODEL (`demo`, a folder or a Hub id) and check that it can be exported. Raises InputError."""
+    return resolve_weights(resolve_small(model, revision), announce)
+
+
+def resolve_small(model: str, revision: str | None = None) -> SmallFiles:
+    """Find MODEL and check its small files; of a model on the Hub no weights are fetched. Raises InputError."""
     if not model or "\0" in model:
         raise InputError("MODEL: it is no name; give a Hub id (owner/name), an existing folder, or 'demo'.")
     if model == DEMO:
         folder, revision = Path(__file__).parent / "demo" / "model", None
     elif _is_folder(model):
         folder, revision = Path(model).resolve(), None
+        check_path(folder, "MODEL")
     elif (os.sep in model and model.count("/") != 1) or model.startswith((".", "~")):
         raise InputError(f"MODEL: there is no folder {model}; give a Hub id (owner/name), an existing folder, or 'demo'.")
     else:
-        folder, revision = download(model, revision, DOWNLOADED, "MODEL")
+        folder, revision = download(model, revision, SMALL, "MODEL")
     name = folder.name if model != DEMO and revision is None else model
-    return _checked(name, revision, folder)
+    config = _config(name, folder)
+    here = {f.name: f.stat().st_size for f in folder.iterdir() if f.is_file()}
+    listed = here if revision is None or _has_weights(folder, here) else _listed(name, revision) | here
+    files = SmallFiles(name, revision, folder, config, {n: listed[n] for n in _weights(folder, listed)})
+    _check_config(files, _most_tensors(folder, files.weights))
+    return files
+
+
+def resolve_weights(files: SmallFiles, announce: Announce = unannounced) -> BaseCheckpoint:
+    """Fetch the weights that are not on disk yet, after `announce` was told their size, and check them. Raises InputError."""
+    absent = [name for name in files.weights if not (files.folder / name).exists()]
+    if absent and files.revision is not None:
+        size = sum(files.weights[name] for name in absent)
+        announce(
+            f"{files.name}: fetching {size / 1e9:.2f} GB of weights in {len(absent)} {'file' if len(absent) == 1 else 'files'}."
+        )
+        download(files.name, files.revision, [glob.escape(name) for name in absent], "MODEL")
+    base = BaseCheckpoint(files.name, files.revision, files.folder, files.config, _shards(files.folder, files.weights))
+    _check_config(base, sum(map(len, base.headers.values())))
+    return base
+
+
+def check_path(path: Path, option: str) -> None:
+    """Raise InputError for a path that tokenizers and safetensors cannot open."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{option}: the path {path} is not UTF-8, so that its tokenizer cannot be opened; rename it.") from None
 
 
 def _is_folder(path: str) -> bool:
@@ -112,18 +178,46 @@ def _is_folder(path: str) -> bool:
 
 def download(model: str, revision: str | None, patterns: Sequence[str], option: str) -> tuple[Path, str]:
     """The files of a Hub model that match `patterns`, and their commit. Raises InputError, which names `option`."""
-    from httpx2 import HTTPError  # what huggingface_hub speaks HTTP with
     from huggingface_hub import snapshot_download
+
+    with _asking(model, revision, option):
+        folder = Path(snapshot_download(model, revision=revision, allow_patterns=list(patterns)))
+    return folder, folder.name  # a snapshot folder is named after its commit
+
+
+def _has_weights(folder: Path, here: Collection[str]) -> bool:
+    """Whether a folder of the local cache needs nothing more from the Hub."""
+    return SINGLE in here or (INDEX in here and set(_weight_map(folder).values()) <= set(here))
+
+
+def _listed(model: str, revision: str) -> dict[str, int]:
+    """The files at the top of a Hub model with their bytes; of none where only the local cache may be used."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import OfflineModeIsEnabled
+    from huggingface_hub.hf_api import RepoFile
+
+    with _asking(model, revision, "MODEL"):
+        try:
+            return {f.path: f.size for f in HfApi().list_repo_tree(model, revision=revision) if isinstance(f, RepoFile)}
+        except OfflineModeIsEnabled:
+            return {}
+
+
+@contextmanager
+def _asking(model: str, revision: str | None, option: str) -> Iterator[None]:
+    """Around requests to the Hub: what may go wrong becomes one sentence."""
+    from httpx2 import HTTPError  # what huggingface_hub speaks HTTP with
     from huggingface_hub.errors import (
         GatedRepoError,
         HFValidationError,
         LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
 
     try:
-        folder = Path(snapshot_download(model, revision=revision, allow_patterns=list(patterns)))
+        yield
     except GatedRepoError:
         raise InputError(f"{option}: {model} is gated; accept its terms on its page and log in with 'hf auth login'.") from None
     except RevisionNotFoundError:
@@ -135,7 +229,7 @@ def download(model: str, revision: str | None, patterns: Sequence[str], option: 
         ) from None
     except HFValidationError:
         raise InputError(f"{option}: {model!r} is neither an existing folder nor a Hub id of the form owner/name.") from None
-    except LocalEntryNotFoundError:
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled):
         raise InputError(
             f"{option}: {model} is not in the local cache and the Hub cannot be reached; check the connection."
         ) from None
@@ -145,10 +239,9 @@ def download(model: str, revision: str | None, patterns: Sequence[str], option: 
         ) from None
     except (HTTPError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:  # answers that are none
         raise InputError(f"{option}: {model} cannot be fetched from the Hub ({type(error).__name__}); try again.") from None
-    return folder, folder.name  # a snapshot folder is named after its commit
 
 
-def _checked(name: str, revision: str | None, folder: Path) -> BaseCheckpoint:
+def _config(name: str, folder: Path) -> dict[str, Any]:
     if not (folder / "config.json").exists():
         raise InputError(f"MODEL: {folder} holds no config.json; give the folder of a transformers checkpoint.")
     config = _read_json(folder / "config.json")
@@ -157,22 +250,29 @@ def _checked(name: str, revision: str | None, folder: Path) -> BaseCheckpoint:
         raise InputError(f"MODEL: {folder / 'config.json'} names no model_type; give a transformers checkpoint.")
     if model_type.startswith("shiftdc_"):
         raise InputError(f"MODEL: {name} is calibrated already (model_type {model_type}); give its base model instead.")
-    checkpoint = BaseCheckpoint(name, revision, folder, config, _shards(folder))
-    _check_config(checkpoint)
-    return checkpoint
+    return config
 
 
-def _shards(folder: Path) -> tuple[Path, ...]:
-    """The safetensors files of a checkpoint, each checked to lie in `folder` and to hold the tensors that the index says."""
-    if (folder / SINGLE).exists():  # transformers prefers it to an index
-        return _checked_shards(folder, {SINGLE})
-    if not (folder / INDEX).exists():
-        pickles = sorted(f.name for f in folder.glob("*.bin"))
+def _weights(folder: Path, listed: Collection[str]) -> list[str]:
+    """Names of the files with the weights that transformers would load, out of those that are `listed`."""
+    if SINGLE in listed:  # transformers prefers it to an index
+        return [SINGLE]
+    if INDEX not in listed:
+        pickles = sorted(name for name in listed if name.endswith(".bin"))
         found = f"found only pickle files ({pickles[0]}, ...), which can run code when loaded" if pickles else "found none"
         raise InputError(
             f"MODEL: {folder} holds no safetensors weights ({SINGLE} or {INDEX} expected, {found}); "
             "convert the checkpoint with save_pretrained() or take a revision that has safetensors."
         )
+    names = sorted(set(_weight_map(folder).values()))
+    for name in names:
+        if name not in listed:
+            raise InputError(f"MODEL: {folder / INDEX} names {name}, which is missing; fetch the checkpoint again.")
+    return names
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    """Which file each tensor is in, by the index: safetensors files of the same folder."""
     weight_map = _read_json(folder / INDEX, unique=True).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
         raise InputError(f"MODEL: {folder / INDEX} has no usable weight_map; fetch the checkpoint again.")
@@ -182,9 +282,16 @@ def _shards(folder: Path) -> tuple[Path, ...]:
                 f"MODEL: {folder / INDEX} names {file!r}, expected safetensors files of the same folder; "
                 "do not use this checkpoint."
             )
-        if not (folder / file).exists():
-            raise InputError(f"MODEL: {folder / INDEX} names {file}, which is missing; fetch the checkpoint again.")
-    shards = _checked_shards(folder, set(weight_map.values()))
+    return weight_map
+
+
+def _shards(folder: Path, names: Collection[str]) -> tuple[Path, ...]:
+    """The safetensors files of a checkpoint, each checked to lie in `folder` and to hold the tensors that the index says."""
+    for name in names:
+        if not (folder / name).exists():
+            raise InputError(f"MODEL: {folder} lacks {name}, which holds weights; fetch the checkpoint again.")
+    shards = _checked_shards(folder, set(names))
+    weight_map = {} if SINGLE in names else _weight_map(folder)
     for shard in shards:
         missing = {k for k, v in weight_map.items() if v == shard.name} - read_header(shard).keys()
         if missing:
@@ -222,9 +329,14 @@ def _check_inside(folder: Path, file: Path) -> None:
         raise InputError(f"MODEL: {file} is a link that leads out of the checkpoint, to {real}; copy that file in its place.")
 
 
-def _check_config(base: BaseCheckpoint) -> None:
+def _most_tensors(folder: Path, weights: Collection[str]) -> int:
+    if SINGLE not in weights:
+        return len(_weight_map(folder))
+    return (len(read_header(folder / SINGLE)) if (folder / SINGLE).exists() else 0) or MOST_TENSORS
+
+
+def _check_config(base: BaseFiles, tensors: int) -> None:
     """Raise InputError for a config.json that asks for foreign code, or for more layers than there can be weights of."""
-    tensors = sum(map(len, base.headers.values()))
     for path, value in _entries(base.config):
         key, where = path.rsplit(".", 1)[-1], f"MODEL: {path} in {base.folder / 'config.json'}"
         if key.endswith(("attn_implementation", "experts_implementation")) and "/" in str(value):

@@ -119,7 +119,7 @@ def _code(folder: Path, report: dict[str, Any]) -> list[str]:
           for name in sorted(ours.keys() | there.keys())
           if name not in ours or name not in there or there[name].read_bytes() != ours[name].read_bytes()),
         *named,
-        *(f"{f.relative_to(folder)} names code (auto_map)" for f in sorted(folder.glob("*.json")) if _names_code(f)),
+        *(f"{f.relative_to(folder)} names code (auto_map)" for f in sorted(folder.rglob("*.json")) if _names_code(f)),
     ]  # fmt: skip
 
 

@@ -12,16 +12,19 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import nn
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText
 
 from exporter.calibration import blank_image
 from exporter.errors import InputError, refusing
 from exporter.families import Family, family
 from exporter.modeling.modeling_shiftdc_prompts import PromptComposer, PromptFrame, TokenizerCodec
 from exporter.needs import BLOCK, is_quantised
+from exporter.notices import noticed
+from exporter.processors import load_processor as load_processor
+from exporter.processors import load_with_notices
 from exporter.recipes import Recipe
-from exporter.source import BaseCheckpoint
-from exporter.templates import rendered
+from exporter.source import BaseCheckpoint, BaseFiles
+from exporter.templates import encoded, rendered
 
 Inputs = dict[str, torch.Tensor]
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -33,12 +36,14 @@ class VLM:
 
     `composed_text`: a prompt without image is one with an image, less its image tokens (the processor takes no other).
     `composer`: makes prompts without image of those with one, where the template's own differ from them by more (`PromptFrame`).
+    `notices`: what transformers said while it loaded them.
     """
 
     model: Any
     processor: Any
     composed_text: bool = False
     composer: PromptComposer | None = None
+    notices: tuple[str, ...] = ()
 
     def framed(self, frame: PromptFrame) -> VLM:
         """With prompts that share their frame on both sides of a difference."""
@@ -99,12 +104,9 @@ class VLM:
             return self.pad([self._without_image(c) for c in conversations])
         if self.composer is not None and not any(has_image(c) for c in conversations):
             return self.pad([self._image_taken_out(c, self.composer) for c in conversations])
-        rendered(self.processor, list(conversations), add_generation_prompt=True)  # before anything is tokenised
-        encoded = self.processor.apply_chat_template(
-            list(conversations), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
-            processor_kwargs={"padding": True, "padding_side": "left"},
-        )  # fmt: skip
-        return {k: v.to(self.device) for k, v in encoded.items() if isinstance(v, torch.Tensor) and k != "labels"}
+        padding = {"padding": True, "padding_side": "left"}
+        inputs = encoded(self.processor, conversations, return_tensors="pt", processor_kwargs=padding)
+        return {k: v.to(self.device) for k, v in inputs.items() if isinstance(v, torch.Tensor) and k != "labels"}
 
     def _without_image(self, conversation: list[dict[str, Any]]) -> list[int]:
         ids = self.encode_conversations([with_blank_image(conversation)])["input_ids"][0].tolist()
@@ -154,34 +156,6 @@ def with_blank_image(conversation: list[dict[str, Any]]) -> list[dict[str, Any]]
     return [*conversation[:index], shown, *conversation[index + 1 :]]
 
 
-def load_processor(folder: Path, recipe: Recipe, what: str = "MODEL") -> Any:
-    """The processor with its tokenizer, with the recipe's chat template if it gives one. Raises InputError."""
-    with refusing(f"{what}: the processor in {folder} cannot be loaded", "restore its files"):
-        try:
-            processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
-        except ImportError as error:
-            if (remedy := _remedy(error)) is None:
-                raise
-            raise InputError(f"{what}: the processor in {folder} cannot be loaded: {remedy}") from None
-    if not hasattr(processor, "tokenizer"):  # transformers falls back on what it finds
-        raise InputError(f"{what}: {folder} has no processor of images and text (processor_config.json); restore its files.")
-    if recipe.chat_template is not None:
-        processor.chat_template = recipe.chat_template
-    if getattr(processor.image_processor, "do_pan_and_scan", None):
-        raise InputError(
-            f"{what}: do_pan_and_scan is on in the preprocessor_config.json of {folder}, and prompts with sentences between "
-            "crops cannot be composed; set it to false."
-        )
-    return processor
-
-
-def _remedy(error: ImportError) -> str | None:
-    """What to do where a package is missing that only some families' processors need."""
-    if "torchvision" in str(error).lower():
-        return "it needs torchvision; run 'pip install torchvision', from the index that torch came from."
-    return "it needs num2words; run 'pip install num2words'." if "num2words" in str(error) else None
-
-
 def load_vlm(
     base: BaseCheckpoint,
     recipe: Recipe,
@@ -197,11 +171,12 @@ def load_vlm(
     offload: folder for weights that `device_map` leaves on disk. quantised: 4 or 8 bits, by bitsandbytes. adapter: a PEFT
     adapter's folder, added and not merged.
     """
-    processor = load_processor(base.folder, recipe)
+    processor, notices = load_with_notices(base.folder, recipe)
     options: dict[str, Any] = {} if device_map is None else {"device_map": device_map, "offload_folder": offload}
     if quantised is not None:
         options["quantization_config"] = _quantisation(quantised, dtype, base)
-    with refusing(f"MODEL: {base.name} cannot be loaded as {recipe.family}", "fetch it again, or give another model"):
+    loading = refusing(f"MODEL: {base.name} cannot be loaded as {recipe.family}", "fetch it again, or give another model")
+    with noticed(f"MODEL: {base.name}", base.folder) as said, loading:
         model, report = AutoModelForImageTextToText.from_pretrained(
             base.folder, dtype=DTYPES[dtype], trust_remote_code=False, use_safetensors=True, output_loading_info=True, **options
         )
@@ -215,7 +190,7 @@ def load_vlm(
             )
     if device_map is None and quantised is None and torch.cuda.is_available():
         model = model.to("cuda")
-    vlm = VLM(model.eval(), processor, composed_text=recipe.chat_template is not None)
+    vlm = VLM(model.eval(), processor, recipe.chat_template is not None, notices=(*notices, *said))
     _check_answers(vlm, base.name)
     return vlm
 
@@ -233,7 +208,7 @@ def _check_answers(vlm: VLM, name: str) -> None:
         )
 
 
-def check_quantisation(quantised: int | None, base: BaseCheckpoint) -> None:
+def check_quantisation(quantised: int | None, base: BaseFiles) -> None:
     """Raise InputError where a quantised base cannot be had."""
     if quantised is None:
         return
@@ -242,11 +217,17 @@ def check_quantisation(quantised: int | None, base: BaseCheckpoint) -> None:
         raise InputError(f"{option}: it needs bitsandbytes, which is not installed; pip install 'shiftdc-export[quantized]'.")
     if "quantization_config" in base.config:
         raise InputError(f"{option}: {base.name} is stored quantised already; leave the option out.")
+
+
+def check_widths(quantised: int | None, base: BaseCheckpoint) -> None:
+    """Raise InputError where bitsandbytes does not take the widths of the base's matrices."""
+    if quantised is None:
+        return
     linear = [(name, t) for header in base.headers.values() for name, t in header.items() if is_quantised(name, t)]
     odd = [f"{name} {list(t.shape)}" for name, t in linear if t.shape[1] % BLOCK]
     if quantised == 4 and odd and not torch.cuda.is_available():
         raise InputError(
-            f"{option}: on a CPU bitsandbytes takes widths that are multiples of {BLOCK}, found {odd[0]}; leave it out."
+            f"--load-in-4bit: on a CPU bitsandbytes takes widths that are multiples of {BLOCK}, found {odd[0]}; leave it out."
         )
 
 

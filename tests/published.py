@@ -77,7 +77,8 @@ def llava(folder: Path) -> Path:
     text = {**TEXT, "model_type": "llama", "vocab_size": 32064, "max_position_embeddings": 4096, "num_key_value_heads": 4}
     vision = {**VISION, "model_type": "clip_vision_model", "image_size": 336, "patch_size": 14, "projection_dim": 32}
     config = {
-        "architectures": ["LlavaForConditionalGeneration"], "model_type": "llava", "ignore_index": -100, "image_token_index": 32000,
+        "architectures": ["LlavaForConditionalGeneration"], "model_type": "llava", "ignore_index": -100,
+        "image_token_index": 32000,
         "pad_token_id": 32001, "projector_hidden_act": "gelu", "text_config": text, "tie_word_embeddings": False,
         "torch_dtype": "float32", "vision_config": vision, "vision_feature_layer": -2,
         "vision_feature_select_strategy": "default", "vocab_size": 32064,
@@ -149,7 +150,8 @@ def mllama(folder: Path, template: str | None = None) -> Path:
     }  # fmt: skip
     write(folder, "preprocessor_config.json", images)
     image = words.convert_tokens_to_ids("<|image|>")
-    decoder = {**TEXT, "model_type": "mllama_text_model", "vocab_size": image, "num_hidden_layers": 5, "cross_attention_layers": [1],
+    decoder = {**TEXT, "model_type": "mllama_text_model", "vocab_size": image, "num_hidden_layers": 5,
+               "cross_attention_layers": [1],
                "pad_token_id": words.pad_token_id, "max_position_embeddings": 2048,
                "rope_scaling": {"rope_type": "default", "rope_theta": 500000.0}}  # fmt: skip
     grids = [[1, 1], [1, 2], [1, 3], [1, 4], [2, 1], [2, 2], [3, 1], [4, 1]]
@@ -168,12 +170,14 @@ def mllama(folder: Path, template: str | None = None) -> Path:
 
 def mllama_first(folder: Path) -> Path:
     """Llama 3.2 Vision as it came out: the same headers, and no system block."""
-    header = "{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' }}"
-    parts = "{% for c in m['content'] %}{% if c['type'] == 'image' %}{{ '<|image|>' }}{% else %}{{ c['text'] }}{% endif %}{% endfor %}"
-    turns = f"{{% for m in messages %}}{{% if loop.first %}}{{{{ bos_token }}}}{{% endif %}}{header}{parts}{{{{ '<|eot_id|>' }}}}{{% endfor %}}"
-    return mllama(
-        folder, turns + "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+    turns = (
+        "{% for m in messages %}{% if loop.first %}{{ bos_token }}{% endif %}"
+        "{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' }}"
+        "{% for c in m['content'] %}{% if c['type'] == 'image' %}{{ '<|image|>' }}{% else %}{{ c['text'] }}{% endif %}{% endfor %}"
+        "{{ '<|eot_id|>' }}{% endfor %}"
     )
+    prompt = "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+    return mllama(folder, turns + prompt)
 
 
 def qwen3_vl(folder: Path) -> Path:
@@ -185,8 +189,8 @@ def qwen3_vl(folder: Path) -> Path:
     config["text_config"] |= {**TEXT, "head_dim": 8, "dtype": "float32"}
     config["text_config"]["rope_scaling"] |= {"mrope_section": [2, 1, 1]}
     config["vision_config"] |= {
-        "depth": 2, "hidden_size": 32, "num_heads": 4, "intermediate_size": 64, "out_hidden_size": 32, "num_position_embeddings": 16,
-        "deepstack_visual_indexes": [0, 1], "initializer_range": 0.3,
+        "depth": 2, "hidden_size": 32, "num_heads": 4, "intermediate_size": 64, "out_hidden_size": 32,
+        "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1], "initializer_range": 0.3,
     }  # fmt: skip
     config["text_config"]["initializer_range"] = 0.3
     return with_weights(folder, config, [151645, 151643], 151643)

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 import transformers
+from conftest import ALL_REQUESTS
 from naive import Naive
 from tiny import picture
 from tiny_families import EOS, FAMILIES, IMAGE, PAD, tiny_family
@@ -221,7 +222,7 @@ def test_the_directions_are_those_of_the_method(naive, directions, calibration_f
 def test_composed_prompts_are_the_templates_own(vlm, exported):
     frame = prompt_frame(vlm, exported.plan.recipe.wording)
     assert frame.as_json() == json.loads((exported.plan.output / "config.json").read_text())["shiftdc"]["prompt"]
-    found = check_prompts(vlm.framed(frame), frame)
+    found = check_prompts(vlm.framed(frame), frame, ALL_REQUESTS)
     assert found.exact and found.compared >= 400, str(found)
 
 

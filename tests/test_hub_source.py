@@ -10,6 +10,7 @@ import sys
 
 import pytest
 from hub import COMMIT, serve
+from tiny import save_tiny_llava
 
 
 @pytest.fixture
@@ -40,6 +41,70 @@ def test_a_hub_id_is_fetched_and_exported(hub, tmp_path, calibration_file):
     fetched = {f.name for f in (tmp_path / "cache").rglob("*")}
     assert "config.json" in fetched
     assert not fetched & {"pytorch_model.bin", "modeling_evil.py"}
+
+
+@pytest.fixture
+def sharded(tmp_path):
+    """Shards with an index, and beside them what other programs load: the same weights in one file, graphs, the maker's own."""
+    folder = save_tiny_llava(tmp_path / "sharded", sharded=True)
+    for other in (
+        "consolidated.safetensors",
+        "onnx/model.safetensors",
+        "onnx/tokenizer.json",
+        "original/tokenizer.model",
+        "params.json",
+    ):
+        (folder / other).parent.mkdir(exist_ok=True)
+        (folder / other).write_bytes(b"not asked for")
+    (folder / "qformer_tokenizer").mkdir()
+    (folder / "qformer_tokenizer" / "vocab.txt").write_text("a")
+    return folder
+
+
+def fetched(cache):
+    """Paths below the snapshot."""
+    snapshot = next(cache.rglob("snapshots/*"))
+    return {f.relative_to(snapshot).as_posix() for f in snapshot.rglob("*") if not f.is_dir()}
+
+
+def test_what_the_index_and_the_processor_need_is_fetched_and_nothing_else(sharded, tmp_path):
+    with serve({"org/sharded": sharded}) as url:
+        done = run(url, tmp_path, "org/sharded", "--dry-run")
+        assert done.returncode == 0, done.stderr
+        there = fetched(tmp_path / "cache")
+        shards = {f.name for f in sharded.glob("model-*.safetensors")}
+        assert len(shards) > 2
+        assert {f for f in there if f.endswith(".safetensors")} == shards
+        assert "qformer_tokenizer/vocab.txt" in there
+        assert not {f for f in there if f.startswith(("onnx", "original", "params", "consolidated"))}
+        size = sum((sharded / name).stat().st_size for name in shards)
+        assert f"org/sharded: fetching {size / 1e9:.2f} GB of weights in {len(shards)} files.\n" in done.stderr
+        again = run(url, tmp_path, "org/sharded", "--dry-run")
+        assert (again.returncode, "fetching" in again.stderr) == (0, False)
+    offline = run("http://127.0.0.1:9", tmp_path, "org/sharded", "--dry-run")
+    assert offline.returncode == 0, offline.stderr
+
+
+def test_one_file_wins_over_an_index(hub, tmp_path):
+    done = run(hub, tmp_path, "org/tiny", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert "in 1 file.\n" in done.stderr
+
+
+@pytest.mark.parametrize("broken", ["processor class", "tokenizer", "config", "weights"])
+def test_what_small_files_tell_is_told_before_weights_are_fetched(sharded, tmp_path, broken):
+    name, content = {
+        "processor class": ("processor_config.json", '{"processor_class": "MyVLProcessor"}'),
+        "tokenizer": ("tokenizer.json", '{"model": 1}'),
+        "config": ("config.json", '{"model_type": "llava", "image_token_index": "x", "text_config": 3}'),
+        "weights": ("model.safetensors.index.json", '{"weight_map": {"a": "absent.safetensors"}}'),
+    }[broken]
+    (sharded / name).write_text(content)
+    with serve({"org/sharded": sharded}) as url:
+        done = run(url, tmp_path, "org/sharded", "--output", tmp_path / "out")
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert not [f for f in fetched(tmp_path / "cache") if f.endswith(".safetensors")]
 
 
 @pytest.mark.parametrize(

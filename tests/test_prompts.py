@@ -6,13 +6,15 @@ import json
 from types import SimpleNamespace
 
 import pytest
+import torch
+from conftest import ALL_REQUESTS as REQUESTS
 from tiny import TEMPLATE, byte_level_tokenizer, metaspace_tokenizer, picture, tiny_processor
 from tiny_families import tiny_family
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from exporter.errors import InputError
 from exporter.modeling.modeling_shiftdc_prompts import PromptComposer, PromptFrame, TokenizerCodec
-from exporter.prompt_check import CAPTIONS, REQUESTS, check_prompts, images_kept
+from exporter.prompt_check import CAPTIONS, check_prompts, images_kept
 from exporter.prompt_frame import prompt_frame
 from exporter.recipes import load_recipe
 from exporter.vlm import VLM
@@ -52,7 +54,7 @@ def _pieces(text: str) -> list[str]:
 def vlm_with(tokenizer: Tokenizer, template: str = TEMPLATE) -> VLM:
     """A processor without a model."""
     config = SimpleNamespace(image_token_id=4, model_type="llava")
-    weight = SimpleNamespace(device="cpu")
+    weight = SimpleNamespace(device=torch.device("cpu"))
     model = SimpleNamespace(config=config, get_input_embeddings=lambda: SimpleNamespace(weight=weight))
     return VLM(model, tiny_processor(template, tokenizer))
 
@@ -72,8 +74,8 @@ def vlm(request):
 
 def test_composed_prompts_are_the_templates_own(vlm):
     frame = prompt_frame(vlm, PROMPTS)
-    found = check_prompts(vlm, frame)
-    assert found.exact and found.compared == 6 * 4 * len(REQUESTS), str(found)
+    found = check_prompts(vlm, frame, REQUESTS)
+    assert found.exact and found.compared == 6 * 4 * (len(REQUESTS) + 2), str(found)
 
 
 @pytest.mark.parametrize("wording", ["{request}", "Describe the image.", "{request} Describe it.", "Request:{request}"])
@@ -180,9 +182,8 @@ def test_a_system_block_of_text_prompts_alone_is_left_out():
     frame = prompt_frame(vlm, PROMPTS)
     assert frame.own and "Today" not in json.dumps(frame.as_json())
     framed = vlm.framed(frame)
-    assert "Today" in vlm.tokenizer.decode(vlm.token_ids("How?")) and "Today" not in framed.tokenizer.decode(
-        framed.token_ids("How?")
-    )
+    assert "Today" in vlm.tokenizer.decode(vlm.token_ids("How?"))
+    assert "Today" not in vlm.tokenizer.decode(framed.token_ids("How?"))
     assert framed.token_ids("How?") == framed.composing(frame).text_prompt(framed.token_ids("How?", IMAGE))
     found = check_prompts(framed, frame, REQUESTS[:10])
     assert found.exact, str(found)

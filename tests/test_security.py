@@ -142,7 +142,7 @@ def test_a_chat_template_that_does_not_end(base_folder, tmp_path, calibration_fi
     assert done.exit_code == 2
     assert "chat template does not end within 0.5 seconds" in done.stderr
     assert sorted(f.name for f in tmp_path.iterdir()) == ["base"]
-    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+    assert signal.getitimer(signal.ITIMER_PROF) == (0, 0)
 
 
 def test_a_base_s_pickles_and_code_are_never_touched(hostile):

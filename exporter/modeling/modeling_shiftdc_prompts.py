@@ -105,7 +105,7 @@ class PromptComposer:
         edges = (frame.head, frame.tail, frame.reply, frame.opening, frame.gap)
         self._head, self._tail, self._reply, self._opening, self._gap = map(self._text, edges)
         self._images = self._images_pattern()
-        self._ways: dict[int | None, bool] = {}
+        self._ways: dict[int, bool] = {}
 
     def caption_prompt(self, ids: Sequence[int]) -> list[int]:
         """The prompt that asks the model for a caption, in view of the request where the wording has a slot; the image stays."""
@@ -159,7 +159,7 @@ class PromptComposer:
                 text.append(words)
             if token is not None:
                 text.append(marks.setdefault(token, chr(_FIRST_MARK + len(marks))))
-                before = token
+                before = self._context(token, first=not runs)
         if _FIRST_MARK + len(marks) - 1 > _LAST_MARK:
             raise ValueError(f"The prompt holds {len(marks)} different special tokens, more than can be told apart.")
         return Flat("".join(text), marks, runs)
@@ -207,13 +207,19 @@ class PromptComposer:
         tokens = {mark: token for token, mark in flat.marks.items()}
         ids: list[int] = []
         before: int | None = None
+        read_any = False
         for run, mark in re.findall("([^\ud800-\udfff]*)([\ud800-\udfff]?)", text):
             if run:
                 ids += flat.runs.get((before, run)) or self._in_context(before, run)
             if mark:
-                before = tokens[mark]
-                ids.append(before)
+                read_any = read_any or bool(run)
+                before = self._context(tokens[mark], first=not read_any)
+                ids.append(tokens[mark])
         return ids
+
+    def _context(self, token: int, *, first: bool) -> int | None:
+        """What text behind `token` is tokenised after: None where the tokenizer that adds this token sees its first text."""
+        return None if first and self.frame.bos_added and token == self.codec.bos else token
 
     def _in_context(self, before: int | None, run: str) -> list[int]:
         """Token ids of text behind the special token `before`; no special token comes of it, whatever it reads like."""
@@ -221,28 +227,21 @@ class PromptComposer:
         return self.codec.encode(run, plain=True) if self.special.intersection(ids) else ids
 
     def _tokens(self, before: int | None, run: str) -> list[int]:
-        if self._starts(before):
+        if before is None:
             return self.codec.encode(run)
-        assert before is not None
         ids = self.codec.encode(self.codec.written(before) + run)
         return ids[1:] if ids[:1] == [before] else self.codec.encode(run)
 
-    def _starts(self, before: int | None) -> bool:
-        """Whether a tokenizer that is given the text behind `before` sees its beginning."""
-        return before is None or (self.frame.bos_added and before == self.codec.bos)
-
     def _decoded(self, before: int | None, run: list[int]) -> str:
         """The text of a run. Some tokenizers drop a space at the beginning of what they decode, which others wrote."""
-        if self._starts(before) or not self._keeps_space(before):
+        if before is None or not self._keeps_space(before):
             return _MARK.sub("\ufffd", self.codec.decode(run))
-        assert before is not None
         anchor = self.codec.decode([before])
         return _MARK.sub("\ufffd", self.codec.decode([before, *run]).removeprefix(anchor))
 
-    def _keeps_space(self, before: int | None) -> bool:
+    def _keeps_space(self, before: int) -> bool:
         """Whether a run must be decoded together with the special token before it, lest it lose a space."""
         if before not in self._ways:
-            assert before is not None
             anchor = self.codec.decode([before])
             self._ways[before] = all(
                 self.codec.decode([before, *self._tokens(before, text)]) == anchor + text for text in ("a b", " a b")
