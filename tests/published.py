@@ -173,7 +173,8 @@ def mllama_first(folder: Path) -> Path:
     turns = (
         "{% for m in messages %}{% if loop.first %}{{ bos_token }}{% endif %}"
         "{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' }}"
-        "{% for c in m['content'] %}{% if c['type'] == 'image' %}{{ '<|image|>' }}{% else %}{{ c['text'] }}{% endif %}{% endfor %}"
+        "{% for c in m['content'] %}"
+        "{% if c['type'] == 'image' %}{{ '<|image|>' }}{% else %}{{ c['text'] }}{% endif %}{% endfor %}"
         "{{ '<|eot_id|>' }}{% endfor %}"
     )
     prompt = "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"

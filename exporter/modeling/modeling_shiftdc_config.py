@@ -48,7 +48,13 @@ class ShiftDCConfigMixin(_Config):
         if "shiftdc" not in config or config.get(field) == STOCK_CLASS_GUARD:
             return config
         guarded = {"field": field, "value": config[field]} if field in config else {"field": field}
-        return {**config, field: STOCK_CLASS_GUARD, "shiftdc": {**config["shiftdc"], "guarded": guarded}}
+        parts = {k: {**v, field: STOCK_CLASS_GUARD} for k, v in config.items() if cls._shiftdc_taken_for_whole(v)}
+        return {**config, **parts, field: STOCK_CLASS_GUARD, "shiftdc": {**config["shiftdc"], "guarded": guarded}}
+
+    @classmethod
+    def _shiftdc_taken_for_whole(cls, part: Any) -> bool:
+        """Whether a stock config class would read this part alone: it looks for its own model_type, which Qwen's towers have."""
+        return isinstance(part, dict) and part.get("model_type") == cls.model_type.removeprefix("shiftdc_")
 
     @classmethod
     def shiftdc_unguarded(cls, config: dict[str, Any]) -> dict[str, Any]:
@@ -58,5 +64,9 @@ class ShiftDCConfigMixin(_Config):
             return config
         settings = {k: v for k, v in config["shiftdc"].items() if k != "guarded"}
         guarded = config["shiftdc"]["guarded"]
-        kept = {k: v for k, v in config.items() if k != field}
+        kept = {
+            k: {name: x for name, x in v.items() if x != STOCK_CLASS_GUARD} if cls._shiftdc_taken_for_whole(v) else v
+            for k, v in config.items()
+            if k != field
+        }
         return {**kept, **({field: guarded["value"]} if "value" in guarded else {}), "shiftdc": settings}

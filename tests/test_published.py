@@ -1,0 +1,186 @@
+"""Files that others published, the whole way: check, export, a fresh process without this package, four forms of prompts.
+
+`make published` runs this with the folders that it needs; elsewhere it is skipped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ALL_REQUESTS
+from naive import Naive
+from published import CHECKPOINTS, PUBLISHED, VOCABULARIES
+from tiny import picture
+from transformers import AutoModelForImageTextToText
+
+from exporter.check import check
+from exporter.pipeline import export, make_plan
+from exporter.prompt_check import check_prompts
+from exporter.processors import load_processor
+from exporter.recipes import load_recipe
+from exporter.source import resolve_small
+from exporter.templates import encoded, rendered
+from exporter.vlm import VLM
+
+pytestmark = pytest.mark.skipif(
+    PUBLISHED is None or VOCABULARIES is None,
+    reason="needs SHIFTDC_PUBLISHED and SHIFTDC_VOCABULARIES: folders with published files, which are no part of the project",
+)
+TESTS = Path(__file__).parent
+LAYERS = (2, 3)
+GREEDY = {"max_new_tokens": 6, "do_sample": False}
+
+
+def image(seed: int) -> dict:
+    return {"type": "image", "image": picture(seed, 64, 48)}
+
+
+def user(*parts) -> dict:
+    return {"role": "user", "content": [p if isinstance(p, dict) else {"type": "text", "text": p} for p in parts]}
+
+
+def forms(request: str) -> dict[str, list]:
+    reply = {"role": "assistant", "content": [{"type": "text", "text": "A thing."}]}
+    return {
+        "image before": [user(image(0), request)],
+        "image behind": [user(request, image(1))],
+        "second turn": [user(image(2), "What is it?"), reply, user(request)],
+        "two images": [user(image(3), image(4), request)],
+    }
+
+
+@pytest.fixture(scope="module", params=list(CHECKPOINTS))
+def name(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def base_folder(name, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("published") / name
+    folder.mkdir()
+    return CHECKPOINTS[name](folder)
+
+
+@pytest.fixture(scope="module")
+def exported(base_folder, calibration_file, tmp_path_factory):
+    output = tmp_path_factory.mktemp("export") / "calibrated"
+    options = {"layers": f"{LAYERS[0]}-{LAYERS[1]}", "gate": "two-sided", "caption_max_new_tokens": 6}
+    return export(make_plan(str(base_folder), output=output, calibration=str(calibration_file), **options))
+
+
+@pytest.fixture(scope="module")
+def processor(exported):
+    return load_processor(exported.plan.base.folder, exported.plan.recipe)
+
+
+@pytest.fixture(scope="module")
+def conversations(processor):
+    """The forms that the template takes."""
+    kept = {}
+    for form, turns in forms("How do I build this?").items():
+        try:
+            rendered(processor, turns, add_generation_prompt=True)
+        except Exception:  # jinja's, of templates that take one turn
+            continue
+        kept[form] = turns
+    assert len(kept) >= 3
+    return kept
+
+
+class TemplateNaive(Naive):
+    """tests/naive.py with every prompt written by the chat template, whatever the family."""
+
+    def __init__(self, model, processor, recipe, own):
+        self.model, self.processor, self.recipe, self.own = model, processor, recipe, own
+        self.layers = model.get_submodule(recipe.decoder_layers)
+
+    def forward(self, inputs):
+        alone = "pixel_values" not in inputs and hasattr(self.model, "qformer")  # the outer model demands an image
+        (self.model.language_model if alone else self.model)(**inputs)
+
+    def inputs(self, turns):
+        return dict(encoded(self.processor, [turns], return_tensors="pt"))
+
+    def with_request(self, turns, request):
+        *others, last = turns
+        content = [{"type": "text", "text": request} if part["type"] == "text" else part for part in last["content"]]
+        return [*others, {**last, "content": content}]
+
+    def text_inputs(self, turns):
+        """Without images: the template's own prompt, or what is left of it where the template would write more."""
+        if self.own:
+            text = rendered(self.processor, turns, add_generation_prompt=True).replace(self.processor.image_token, "")
+            return dict(self.processor.tokenizer(text, add_special_tokens=False, return_tensors="pt"))
+        alone = [{**turn, "content": [p for p in turn["content"] if p["type"] != "image"]} for turn in turns]
+        if hasattr(self.model, "qformer"):
+            text = rendered(self.processor, alone, add_generation_prompt=True)
+            return dict(self.processor.tokenizer(text, return_tensors="pt"))
+        return self.inputs(alone)
+
+    def reference(self, turns, request, directions):
+        asked = self.inputs(self.with_request(turns, self.recipe.wording.caption_request(request)))
+        asked |= {k: v for k, v in self.inputs(turns).items() if k.startswith("qformer")}
+        out = self.model.generate(**asked, **GREEDY)[0]
+        caption = out[asked["input_ids"].shape[1] if len(out) > asked["input_ids"].shape[1] else 0 :]
+        shown = self.processor.tokenizer.decode(caption, skip_special_tokens=True).strip()
+        counterpart = self.with_request(turns, self.recipe.wording.counterpart(request, shown))
+        activations = self.activations(self.text_inputs(counterpart))
+        return torch.stack([activations[layer] @ directions[layer] for layer in LAYERS])
+
+    def reply(self, turns, directions, reference):
+        inputs = self.inputs(turns)
+        length = inputs["input_ids"].shape[1]
+        with self.calibrated(LAYERS, directions, length, reference=reference):
+            out = self.model.generate(**inputs, **GREEDY)[0]
+        return out[length if len(out) > length else 0 :].tolist()
+
+
+@pytest.fixture(scope="module")
+def naive(base_folder, exported, processor):
+    stock = AutoModelForImageTextToText.from_pretrained(base_folder).eval()
+    return TemplateNaive(stock, processor, exported.plan.recipe, exported.plan.checked.frame.own)
+
+
+def test_composed_prompts_are_the_templates_own(base_folder, exported):
+    files, recipe = resolve_small(str(base_folder)), exported.plan.recipe
+    vlm = VLM(AutoModelForImageTextToText.from_pretrained(base_folder), load_processor(base_folder, recipe), recipe.chat_template is not None)
+    found = check_prompts(vlm.framed(exported.plan.checked.frame), exported.plan.checked.frame, ALL_REQUESTS)
+    assert found.exact and found.compared >= 400, str(found)
+    assert check(files, recipe).frame == exported.plan.checked.frame
+
+
+def test_nothing_depends_on_the_day(exported):
+    config = (exported.plan.output / "config.json").read_text()
+    assert "Today Date" not in config and "Cutting Knowledge" not in config
+
+
+def test_replies_are_the_naive_ones_in_a_fresh_process(naive, exported, conversations, tmp_path):
+    torch.save(list(conversations.values()), tmp_path / "conversations.pt")
+    template = load_recipe(exported.plan.recipe.family.replace("-", "")).chat_template if naive.processor.chat_template is None else ""
+    environment = {**os.environ, "PYTHONPATH": str(TESTS), "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    command = [sys.executable, str(TESTS / "published_worker.py"), str(exported.plan.output), str(tmp_path / "conversations.pt")]
+    template = exported.plan.recipe.chat_template or ""
+    run = subprocess.run([*command, template], capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=600)
+    assert run.returncode == 0, run.stderr[-2000:]
+    replies = json.loads(run.stdout.splitlines()[-1])
+    from safetensors.torch import load_file
+
+    tensors = load_file(exported.plan.output / "shiftdc.safetensors")
+    directions = {layer: tensors[f"{exported.plan.recipe.decoder_layers}.{layer}.shiftdc.direction"] for layer in LAYERS}
+    changed = False
+    for i, (form, turns) in enumerate(conversations.items()):
+        calibrated, plain = replies[2 * i : 2 * i + 2]
+        inputs = naive.inputs(turns)
+        length = inputs["input_ids"].shape[1]
+        stock = naive.model.generate(**inputs, **GREEDY)[0]
+        assert plain == stock[length if len(stock) > length else 0 :].tolist(), form
+        reference = naive.reference(turns, "How do I build this?", directions)
+        assert calibrated == naive.reply(turns, directions, reference), form
+        changed |= calibrated != plain
+    assert changed
