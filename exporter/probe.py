@@ -1,7 +1,7 @@
 """The probe: one benign prompt with its image, and what the model must answer to it, calibrated and not.
 
 It is recorded from the stock model with hooks of its own, so that reproducing it checks the shipped modeling code against an
-independent implementation.
+independent implementation; and with its picture and the prompt's text, so that the export's own processor can remake the inputs.
 """
 
 from __future__ import annotations
@@ -9,10 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
@@ -20,8 +23,11 @@ from exporter.activations import last_token, last_token_activations
 from exporter.calibration import typographic_image
 from exporter.directions import Directions
 from exporter.modeling.modeling_shiftdc_prompts import PromptFrame
+from exporter.processors import ODD_TEXT, tokenizers
 from exporter.recipes import Recipe
-from exporter.vlm import VLM
+from exporter.templates import rendered
+from exporter.verify_worker import libraries
+from exporter.vlm import VLM, user_turn
 
 PROBE = Path("assets") / "shiftdc_probe.safetensors"
 REQUEST, CAPTION, PICTURE = "What is shown in the image?", "a sign with the word hello", "hello"
@@ -33,14 +39,17 @@ class Probe:
 
     `input.*` as forward() takes them; `caption_ids` [n]; float32 `coordinates` and `text_coordinates` [1, layers] of the prompt
     and of its text-only counterpart; `reference` [1, layers]; `logits` and `calibrated_logits` [vocabulary] of the next token.
+    `picture` uint8, a PNG file; `tokens.*` of the odd text, by each of the processor's tokenizers. `texts`: `request`, the
+    `prompt` that the chat template makes of it, `odd_text`, the `day` of the template's clock, and the `libraries` at work.
     """
 
     tensors: dict[str, torch.Tensor]
     dtype: str
+    texts: dict[str, str]
 
     def save(self, file: Path) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
-        save_file(self.tensors, file, metadata={"format": "pt", "dtype": self.dtype})
+        save_file(self.tensors, file, metadata={"format": "pt", "dtype": self.dtype, **self.texts})
         file.chmod(0o644)  # safetensors writes 0600
 
 
@@ -53,7 +62,8 @@ def record_probe(vlm: VLM, directions: Directions, layers: tuple[int, ...], reci
     chosen = [modules[i] for i in layers]
     direction = torch.stack([directions.of(i)[0] for i in layers])
     step = torch.tensor([s.step for s in directions.statistics if s.layer in layers])
-    inputs = vlm.encode([REQUEST], [typographic_image(PICTURE)])
+    picture = typographic_image(PICTURE)
+    inputs = vlm.encode([REQUEST], [picture])
     caption = vlm.tokenizer(CAPTION, add_special_tokens=False)["input_ids"]
     counterpart = vlm.composing(frame).text_prompt(inputs["input_ids"][0].tolist(), caption)
     coordinates = (last_token_activations(vlm, chosen, inputs) * direction).sum(-1)
@@ -73,9 +83,23 @@ def record_probe(vlm: VLM, directions: Directions, layers: tuple[int, ...], reci
         "logits": _next_logits(vlm, inputs),
         "calibrated_logits": calibrated,
     }
-    tensors = {**{f"input.{k}": v for k, v in inputs.items()}, **results}
+    tensors = {**{f"input.{k}": v for k, v in inputs.items()}, **results, **_processed(vlm, picture)}
     dtype = str(vlm.model.dtype).removeprefix("torch.")
-    return Probe({k: v.cpu().contiguous() for k, v in tensors.items()}, dtype)
+    return Probe({k: v.cpu().contiguous() for k, v in tensors.items()}, dtype, _texts(vlm, picture))
+
+
+def _processed(vlm: VLM, picture: Image.Image) -> dict[str, torch.Tensor]:
+    """What the processor was given, and what its tokenizers make of an odd text."""
+    tokens = {f"tokens.{name}": torch.tensor(t(ODD_TEXT)["input_ids"]) for name, t in tokenizers(vlm.processor).items()}
+    file = BytesIO()
+    picture.save(file, "PNG")
+    return {"picture": torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8), **tokens}
+
+
+def _texts(vlm: VLM, picture: Image.Image) -> dict[str, str]:
+    prompt = rendered(vlm.processor, [[user_turn(REQUEST, picture)]], add_generation_prompt=True)[0]
+    day = datetime.now().astimezone().date().isoformat()
+    return {"request": REQUEST, "prompt": prompt, "odd_text": ODD_TEXT, "day": day, "libraries": libraries()}
 
 
 @torch.no_grad()

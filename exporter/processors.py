@@ -97,7 +97,13 @@ def _remedy(error: ImportError) -> str | None:
 
 def _unused_settings(folder: Path, processor: Any) -> list[str]:
     """What stands in processor_config.json and no part of the processor takes; transformers passes it over in silence."""
-    taken = {*type(processor).__init__.__code__.co_varnames, *type(processor).get_attributes(), "processor_class", "auto_map"}
+    taken = {
+        *type(processor).__init__.__code__.co_varnames,
+        *type(processor).get_attributes(),
+        "processor_class",
+        "auto_map",
+        "custom_pipelines",
+    }
     unused = sorted(_settings(folder / PROCESSOR).keys() - taken - {"chat_template", "image_processor", "video_processor"})
     named = named_class(folder)
     another = named is not None and named.removesuffix("Fast") != type(processor).__name__

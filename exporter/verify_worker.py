@@ -10,35 +10,125 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import sys
 import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import datetime
+from importlib import metadata
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from PIL import Image
 from safetensors import safe_open
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.utils import chat_template_utils
 
 #: Largest difference of logits, relative to their largest magnitude, that another machine or kernel may cause.
 TOLERANCE = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 8e-2}
+#: The same for pixels, where another library or processor made them; where the same did, they are equal bit for bit.
+PIXEL_TOLERANCE = 2e-2
+#: A template that puts out the prompt as it was recorded.
+AS_RECORDED = "{{ messages[0]['prompt'] }}"
+
+
+def libraries() -> str:
+    """What pixels depend on."""
+    names = ("numpy", "pillow", "tokenizers", "torch", "torchvision", "transformers")
+    return ", ".join([f"{name} {_version(name)}" for name in names] + [platform.machine()])
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "absent"
+
+
+@contextmanager
+def on_the_day(day: str) -> Iterator[None]:
+    """Templates that write a date write this one."""
+
+    class Clock(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> Any:
+            return datetime.fromisoformat(day)
+
+    clock, chat_template_utils.datetime = chat_template_utils.datetime, Clock
+    try:
+        yield
+    finally:
+        chat_template_utils.datetime = clock
+
+
+def remakes_inputs(folder: Path, probe: dict[str, torch.Tensor], texts: Mapping[str, str]) -> list[str]:
+    """The export's processor, however it is loaded, makes the recorded inputs of the recorded request and picture."""
+    if "picture" not in probe:
+        return ["its probe is of an earlier version, without the picture and the prompt; export again"]
+    found: list[str] = []
+    for trusted in (False, True):
+        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=trusted)
+        found += [f for f in _remade(processor, probe, texts) if f not in found]
+    return found
+
+
+def _remade(processor: Any, probe: dict[str, torch.Tensor], texts: Mapping[str, str]) -> list[str]:
+    failures = []
+    for name, expected in probe.items():
+        if name.startswith("tokens."):
+            tokenizer = name.removeprefix("tokens.")
+            if getattr(processor, tokenizer)(texts["odd_text"])["input_ids"] != expected.tolist():
+                failures.append(f"its {tokenizer} gives other tokens than the base model's")
+    picture = Image.open(BytesIO(probe["picture"].numpy().tobytes()))
+    content = [{"type": "image", "image": picture}, {"type": "text", "text": texts["request"]}]
+    turn = {"role": "user", "content": content, "prompt": texts["prompt"]}
+    if processor.chat_template is not None:  # of some families it is the recipe's
+        with on_the_day(texts["day"]):
+            prompt = processor.apply_chat_template([turn], add_generation_prompt=True, tokenize=False)
+        if prompt != texts["prompt"]:
+            failures.append("its chat template gives another prompt than the base model's")
+    inputs = processor.apply_chat_template(
+        [[turn]], chat_template=AS_RECORDED, tokenize=True, return_dict=True, return_tensors="pt",
+        processor_kwargs={"padding": True, "padding_side": "left"},
+    )  # fmt: skip
+    tolerance = 0.0 if texts["libraries"] == libraries() else PIXEL_TOLERANCE
+    for name, expected in probe.items():
+        if name.startswith("input."):
+            key = name.removeprefix("input.")
+            if not _same(inputs.get(key), expected, tolerance):
+                failures.append(f"its processor makes other {key} than the base model's (recorded with {texts['libraries']})")
+    return failures
+
+
+def _same(found: object, expected: torch.Tensor, tolerance: float) -> bool:
+    if not isinstance(found, torch.Tensor) or found.shape != expected.shape or found.dtype != expected.dtype:
+        return False
+    if not expected.is_floating_point() or not tolerance:
+        return torch.equal(found, expected)
+    return _difference(found, expected) <= tolerance
 
 
 def refuses_uncalibrated_loading(folder: Path, architecture: str) -> list[str]:
     """Neither the stock class nor the Auto class without trust may give a model."""
     ways = {
-        f"the stock class {architecture}": getattr(transformers, architecture),
-        "AutoModelForImageTextToText without trust_remote_code": AutoModelForImageTextToText,
+        f"the stock class {architecture}": (getattr(transformers, architecture), "calibrated by ShiftDC"),
+        "AutoModelForImageTextToText without trust_remote_code": (AutoModelForImageTextToText, "trust_remote_code"),
     }
-    return [f"{name} loads it without an error, uncalibrated" for name, cls in ways.items() if _loads(cls, folder)]
+    return [f"{name} {wrong}" for name, way in ways.items() if (wrong := _not_refused(*way, folder))]
 
 
-def _loads(cls: Any, folder: Path) -> bool:
+def _not_refused(cls: Any, reason: str, folder: Path) -> str | None:
+    """What is wrong unless `cls` refuses the folder for the `reason` that stands in its error, or in that error's cause."""
     try:
         cls.from_pretrained(folder, trust_remote_code=False)
-    except Exception:  # noqa: BLE001 (any error will do: what must not happen is success)
-        return False
-    return True
+    except Exception as error:  # noqa: BLE001 (transformers' own, of many types)
+        told = f"{error} {error.__cause__}"
+        return None if reason in told else f"does not refuse it as calibrated, but fails with {type(error).__name__}"
+    return "loads it without an error, uncalibrated"
 
 
 def _difference(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -100,8 +190,10 @@ def main(folder: Path, device_map: str | None = None, offload: str | None = None
     report = json.loads((folder / "shiftdc_report.json").read_text("utf-8"))
     failures = refuses_uncalibrated_loading(folder, report["base_model"]["architecture"])
     with safe_open(folder / "assets" / "shiftdc_probe.safetensors", "pt") as stored:
-        dtype = stored.metadata()["dtype"]
+        recorded = stored.metadata()
         probe = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (no mapping)
+    failures += remakes_inputs(folder, probe, recorded)
+    dtype = recorded["dtype"]
     placement = {} if device_map is None else {"device_map": device_map, "offload_folder": offload}
     model, loading = AutoModelForImageTextToText.from_pretrained(
         folder, trust_remote_code=True, dtype=getattr(torch, dtype), output_loading_info=True, **placement

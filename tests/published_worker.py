@@ -1,6 +1,6 @@
 """Replies of an export in a process that never sees this package: one JSON list on stdout.
 
-    python published_worker.py EXPORT CONVERSATIONS.pt TEMPLATE
+python published_worker.py EXPORT CONVERSATIONS.pt TEMPLATE
 """
 
 from __future__ import annotations
@@ -8,8 +8,8 @@ from __future__ import annotations
 import json
 import sys
 
-import with_torchvision  # noqa: F401, I001 (before transformers)
 import torch
+import with_torchvision  # noqa: F401 (before transformers)
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 

@@ -89,6 +89,17 @@ def test_every_family_s_processor_is_the_same_in_an_export(base_of, tmp_path, na
     check_same(processor, export, recipe)
 
 
+@pytest.mark.parametrize("family", [tiny_families.aya_vision, tiny_families.idefics3])
+def test_tags_that_are_ordinary_text(tmp_path, family):
+    built, recipe = family(plain_tags=True), load_recipe(family.__name__)
+    built.processor.save_pretrained(tmp_path / "base")
+    built.model.config.save_pretrained(tmp_path / "base")
+    processor, export = load_processor(tmp_path / "base", recipe), exported(tmp_path / "base", tmp_path / "export")
+    assert len(processor.tokenizer("TILE_GLOBAL <global-img> <row_1_col_1>")["input_ids"]) > 8
+    pin(processor, export)
+    check_same(processor, export, recipe)
+
+
 class TestTokenizerClass:
     """transformers takes tokenizer.json as it is for LLaVA's model_type, and another normalizer for any other."""
 

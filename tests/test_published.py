@@ -21,8 +21,8 @@ from transformers import AutoModelForImageTextToText
 
 from exporter.check import check
 from exporter.pipeline import export, make_plan
-from exporter.prompt_check import check_prompts
 from exporter.processors import load_processor
+from exporter.prompt_check import check_prompts
 from exporter.recipes import load_recipe
 from exporter.source import resolve_small
 from exporter.templates import encoded, rendered
@@ -149,7 +149,11 @@ def naive(base_folder, exported, processor):
 
 def test_composed_prompts_are_the_templates_own(base_folder, exported):
     files, recipe = resolve_small(str(base_folder)), exported.plan.recipe
-    vlm = VLM(AutoModelForImageTextToText.from_pretrained(base_folder), load_processor(base_folder, recipe), recipe.chat_template is not None)
+    vlm = VLM(
+        AutoModelForImageTextToText.from_pretrained(base_folder),
+        load_processor(base_folder, recipe),
+        recipe.chat_template is not None,
+    )
     found = check_prompts(vlm.framed(exported.plan.checked.frame), exported.plan.checked.frame, ALL_REQUESTS)
     assert found.exact and found.compared >= 400, str(found)
     assert check(files, recipe).frame == exported.plan.checked.frame
@@ -162,7 +166,9 @@ def test_nothing_depends_on_the_day(exported):
 
 def test_replies_are_the_naive_ones_in_a_fresh_process(naive, exported, conversations, tmp_path):
     torch.save(list(conversations.values()), tmp_path / "conversations.pt")
-    template = load_recipe(exported.plan.recipe.family.replace("-", "")).chat_template if naive.processor.chat_template is None else ""
+    template = (
+        load_recipe(exported.plan.recipe.family.replace("-", "")).chat_template if naive.processor.chat_template is None else ""
+    )
     environment = {**os.environ, "PYTHONPATH": str(TESTS), "HF_MODULES_CACHE": str(tmp_path / "modules")}
     command = [sys.executable, str(TESTS / "published_worker.py"), str(exported.plan.output), str(tmp_path / "conversations.pt")]
     template = exported.plan.recipe.chat_template or ""

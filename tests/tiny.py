@@ -21,7 +21,8 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 IMAGE_SIZE, PATCH = 28, 14
-# the wording of the published llava-hf template
+# chat_template.json of huggingface.co/llava-hf/llava-1.5-7b-hf, as in FriendliAI/llava-1.5-7b-hf, without its marks for training,
+# and with turns of plain text
 TEMPLATE = (
     "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': '}}{% endif %}"
     "{% if message['content'] is string %}{{ message['content'] + ' ' }}{% else %}"

@@ -1,8 +1,12 @@
-"""Tiny random-weight checkpoints of the families beside LLaVA-1.5: real architecture, processor class and kind of template."""
+"""Tiny random-weight checkpoints of the families beside LLaVA-1.5: real architecture, processor class and kind of template.
+
+Templates say in our words what the published ones do, for the parts that a test reaches; the comment of each names where that was
+read. `transformers/` is its repository, `hf/` huggingface.co.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -10,7 +14,7 @@ from typing import Any
 
 import torch
 from tiny import TEMPLATE, byte_level_tokenizer
-from tokenizers import AddedToken, processors
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import (
     AyaVisionConfig,
     AyaVisionForConditionalGeneration,
@@ -61,37 +65,48 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 #: Ids of tiny.SPECIAL.
 EOS, PAD, IMAGE = 2, 3, 4
-# the wording of the published templates, for the parts that a test reaches
+# chat_template.json of hf/llava-hf/llava-v1.6-mistral-7b-hf, as quoted in openvinotoolkit/openvino.genai's tokenizer tests; the
+# processor's is older, `<s>` comes from the tokenizer. bakLlava-v1-hf: the same without a system turn, and `<\\s>` for `</s>`
 MISTRAL = (
-    "{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' }}"
+    "{% for m in messages %}"
+    "{% if m['role'] == 'system' %}{{ '<<SYS>>\n' + m['content'][0]['text'] + '\n<</SYS>>\n\n' }}"
+    "{% elif m['role'] == 'user' %}{{ '[INST] ' }}"
     "{% for c in m['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
     "{% for c in m['content'] | selectattr('type', 'equalto', 'text') %}{{ c['text'] }}{% endfor %}{{ ' [/INST]' }}"
     "{% else %}{{ ' ' + m['content'][0]['text'] + '</s> ' }}{% endif %}{% endfor %}"
 )
+# hf/mlx-community/aya-vision-32b-4bit, commit 7d532308: a system block of its own before any other, with an image and without
 AYA = (
-    "{{ bos_token }}{% for m in messages %}<|START_OF_TURN_TOKEN|>"
-    "{{ '<|USER_TOKEN|>' if m['role'] == 'user' else '<|CHATBOT_TOKEN|><|START_RESPONSE|>' }}"
+    "{{ bos_token }}<|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|>You look at pictures.<|END_OF_TURN_TOKEN|>"
+    "{% for m in messages %}<|START_OF_TURN_TOKEN|>"
+    "{{ m['role'] | replace('user', '<|USER_TOKEN|>') | replace('assistant', '<|CHATBOT_TOKEN|><|START_RESPONSE|>')"
+    " | replace('system', '<|SYSTEM_TOKEN|>') }}"
     "{% for c in m['content'] %}{% if c['type'] == 'image' %}<image>{% endif %}{% endfor %}"
     "{% for c in m['content'] %}{% if c['type'] == 'text' %}{{ c['text'] }}{% endif %}{% endfor %}"
-    "{% if m['role'] != 'user' %}<|END_RESPONSE|>{% endif %}<|END_OF_TURN_TOKEN|>{% endfor %}"
+    "{% if m['role'] == 'assistant' %}<|END_RESPONSE|>{% endif %}<|END_OF_TURN_TOKEN|>{% endfor %}"
     "{% if add_generation_prompt %}<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|><|START_RESPONSE|>{% endif %}"
 )
+# transformers/src/transformers/models/gemma3/convert_gemma3_weights.py: the system's text begins the first user turn, and white
+# space around every text is taken away
 GEMMA = (
-    "{{ bos_token }}{% for m in messages %}"
+    "{{ bos_token }}{% set first, turns = '', messages %}{% if messages[0]['role'] == 'system' %}"
+    "{% set first, turns = messages[0]['content'][0]['text'] + '\n\n', messages[1:] %}{% endif %}{% for m in turns %}"
     "{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}"
-    "{{ '<start_of_turn>' + ('model' if m['role'] == 'assistant' else m['role']) + '\n' }}"
+    "{{ '<start_of_turn>' + ('model' if m['role'] == 'assistant' else m['role']) + '\n' + (first if loop.first else '') }}"
     "{% for c in m['content'] %}{% if c['type'] == 'image' %}{{ '<start_of_image>' }}"
     "{% else %}{{ c['text'] | trim }}{% endif %}{% endfor %}{{ '<end_of_turn>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
 )
+# mistral.rs chat_templates/idefics3.json; transformers/tests/models/idefics3/test_processing_idefics3.py. In the published
+# vocabulary, Llama 3's, the tags of rows, columns and the whole image are ordinary text of several tokens (`plain_tags`)
 IDEFICS = (
     "<|begin_of_text|>{% for m in messages %}{{ m['role'] | capitalize }}"
     "{% if m['content'][0]['type'] == 'image' %}{{ ':' }}{% else %}{{ ': ' }}{% endif %}"
     "{% for c in m['content'] %}{% if c['type'] == 'text' %}{{ c['text'] }}{% else %}{{ '<image>' }}{% endif %}{% endfor %}"
     "<end_of_utterance>\n{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
 )
-
-
+# the first of two templates of hf/meta-llama/Llama-3.2-11B-Vision-Instruct, as in hf/huihui-ai/Llama-3.2-11B-Vision-Instruct-
+# abliterated; the present one has a system block with dates where no image is in the conversation
 LLAMA = (
     "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' }}"
     "{% for c in m['content'] %}{% if c['type'] == 'image' %}<|image|>{% else %}{{ c['text'] }}{% endif %}{% endfor %}"
@@ -119,10 +134,13 @@ class TinyFamily:
         return folder
 
 
-def tokenizer(*special: str, bos: bool = True, newlines: bool = False, **named: str) -> PreTrainedTokenizerFast:
-    """tiny's byte-level tokenizer with more special tokens; `named` become attributes (`image_token=...`)."""
+def tokenizer(
+    *special: str, bos: bool = True, newlines: bool = False, added: Sequence[str] = (), **named: str
+) -> PreTrainedTokenizerFast:
+    """tiny's byte-level tokenizer with more special tokens, and `added` ones; `named` become attributes (`image_token=...`)."""
     trained = byte_level_tokenizer()
     trained.add_special_tokens([*special, *named.values()])
+    trained.add_tokens([AddedToken(token, normalized=False) for token in added])
     if newlines:  # Gemma's tokenizer has a token for each run of newlines
         trained.add_tokens([AddedToken("\n" * n, normalized=False) for n in (2, 3, 4)])
     if bos:
@@ -170,11 +188,15 @@ def llava_next_vicuna() -> TinyFamily:
     return llava_next(TEMPLATE)
 
 
-def aya_vision() -> TinyFamily:
-    tiles = [f"TILE_{i}" for i in range(1, 5)]
-    turns = ["<|START_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>", "<|USER_TOKEN|>", "<|CHATBOT_TOKEN|>"]
+def aya_vision(plain_tags: bool = False) -> TinyFamily:
+    """plain_tags: TILE_1 and TILE_GLOBAL are ordinary text of several tokens, as published, in Aya Expanse's vocabulary.
+
+    There, of the marks of a turn only that at its end is special.
+    """
+    tiles = [] if plain_tags else ["TILE_GLOBAL", *(f"TILE_{i}" for i in range(1, 5))]
+    turns = ["<|START_OF_TURN_TOKEN|>", "<|USER_TOKEN|>", "<|CHATBOT_TOKEN|>", "<|SYSTEM_TOKEN|>"]
     marks = ["<|START_RESPONSE|>", "<|END_RESPONSE|>", "<|START_OF_IMG|>", "<|END_OF_IMG|>", "<|IMG_PATCH|>"]
-    words = tokenizer(*turns, *marks, "<|IMG_LINE_BREAK|>", "TILE_GLOBAL", *tiles)
+    words = tokenizer("<|END_OF_TURN_TOKEN|>", *marks, "<|IMG_LINE_BREAK|>", *tiles, added=turns)
     images = GotOcr2ImageProcessorPil(size={"height": 28, "width": 28}, crop_to_patches=True, min_patches=1, max_patches=4)
     processor = AyaVisionProcessor(images, words, patch_size=7, img_size=28, downsample_factor=2, chat_template=AYA)
     text = Cohere2Config(**text_sizes(len(words)), sliding_window=16, logit_scale=1.0)
@@ -209,9 +231,11 @@ def image_token_types(image: int, ids: torch.Tensor, given: dict[str, torch.Tens
     return {"token_type_ids": (ids == image).long()}
 
 
-def idefics3() -> TinyFamily:
+def idefics3(plain_tags: bool = False) -> TinyFamily:
+    """plain_tags: those of rows, columns and the whole image are ordinary text of several tokens, as published."""
     cells = [f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)]
-    around = ["<|begin_of_text|>", "<fake_token_around_image>", "<end_of_utterance>", "<global-img>"]
+    around = ["<|begin_of_text|>", "<fake_token_around_image>", "<end_of_utterance>"]
+    cells = [] if plain_tags else ["<global-img>", *cells]
     words = tokenizer(*around, *cells, bos=False)
     images = Idefics3ImageProcessorPil(size={"longest_edge": 56}, max_image_size={"longest_edge": 28})
     processor = Idefics3Processor(images, words, image_seq_len=4, chat_template=IDEFICS)
@@ -281,12 +305,34 @@ def blip_2() -> TinyFamily:
     return TinyFamily(processor, model, "language_model.model.decoder.layers", recipe="blip2")
 
 
+def bert_tokenizer() -> PreTrainedTokenizerFast:
+    """BERT's uncased words, and `[DEC]` to begin a text with, as the Q-Former's.
+
+    transformers/src/transformers/models/instructblip/convert_instructblip_original_to_pytorch.py
+    """
+    marks = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]"]
+    pieces = [
+        *"abcdefghijklmnopqrstuvwxyz0123456789?.,:'",
+        *(f"##{c}" for c in "abcdefghijklmnopqrstuvwxyz0123456789"),
+        "what",
+        "is",
+    ]
+    trained = Tokenizer(models.WordPiece({w: i for i, w in enumerate([*marks, *pieces])}, unk_token="[UNK]"))
+    trained.normalizer = normalizers.BertNormalizer(lowercase=True)
+    trained.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    trained.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=trained, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]", mask_token="[MASK]",
+        bos_token="[DEC]", truncation_side="left",
+    )  # fmt: skip
+
+
 def instructblip() -> TinyFamily:
-    words = tokenizer()
+    words, asked = tokenizer(), bert_tokenizer()
     images = BlipImageProcessorPil(size={"height": 28, "width": 28})
-    processor = InstructBlipProcessor(images, words, tokenizer(), num_query_tokens=4)
+    processor = InstructBlipProcessor(images, words, asked, num_query_tokens=4)
     config = InstructBlipConfig(
-        vision_config={**vision_sizes(28, 14)}, qformer_config=qformer_sizes(vocab_size=len(words)),
+        vision_config={**vision_sizes(28, 14)}, qformer_config=qformer_sizes(vocab_size=len(asked)),
         text_config=LlamaConfig(**text_sizes(len(words))).to_dict(), num_query_tokens=4, image_token_index=IMAGE,
     )  # fmt: skip
     model = with_queries(InstructBlipForConditionalGeneration(config))

@@ -48,7 +48,7 @@ from transformers import (
 )
 from transformers.models.internvl.video_processing_internvl import InternVLVideoProcessor
 
-# the wording of the published templates, for the parts that a test reaches
+# chat_template.json of a tune of hf/Qwen/Qwen3-VL-8B-Instruct
 QWEN3 = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% for c in m['content'] %}"
     "{% if c['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
@@ -56,7 +56,9 @@ QWEN3 = (
     "{% elif 'text' in c %}{{ c['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+# tokenizer_config.json of hf/Qwen/Qwen2.5-VL-7B-Instruct, in huggingface.js packages/jinja/test/e2e.test.js
 QWEN2 = "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}" + QWEN3
+# transformers/tests/models/llava_onevision/test_processing_llava_onevision.py
 ONEVISION = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + ' ' }}"
     "{% for c in m['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>' }}{% endfor %}"
@@ -64,12 +66,15 @@ ONEVISION = (
     "{% for c in m['content'] | selectattr('type', 'equalto', 'text') %}{{ '\n' + c['text'] }}{% endfor %}"
     "{{ '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+# transformers/src/transformers/models/internvl/convert_internvl_weights_to_hf.py
 INTERNVL = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% for c in m['content'] %}"
     "{% if c['type'] == 'image' %}{{ '<IMG_CONTEXT>\n' }}{% elif c['type'] == 'video' %}{{ '<video>\n' }}"
     "{% elif c['type'] == 'text' %}{{ c['text'] }}{% endif %}{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+# transformers/src/transformers/models/smolvlm/processing_smolvlm.py for videos; chat_template.json of hf/HuggingFaceTB/SmolVLM2-*
+# is the same without the branch for them. Its vocabulary has all tags of rows and columns as special tokens, and no <video>
 SMOLVLM = (
     "<|im_start|>{% for m in messages %}{{ m['role'] | capitalize }}"
     "{% if m['content'][0]['type'] == 'image' %}{{ ':' }}{% else %}{{ ': ' }}{% endif %}"
@@ -77,6 +82,7 @@ SMOLVLM = (
     "{% elif c['type'] == 'image' %}{{ '<image>' }}{% elif c['type'] == 'video' %}{{ '<video>' }}{% endif %}{% endfor %}"
     "<end_of_utterance>\n{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
 )
+# chat_template.json of hf/mistral-community/pixtral-12b, refs/pr/27; a system turn would go into the last user's
 PIXTRAL = (
     "{{ bos_token }}{% for m in messages %}"
     "{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}"
@@ -84,6 +90,7 @@ PIXTRAL = (
     "{% if c['type'] == 'text' %}{{ c['text'] }}{% elif c['type'] == 'image' %}{{ '[IMG]' }}{% endif %}{% endfor %}"
     "{{ '[/INST]' }}{% else %}{{ m['content'][0]['text'] + eos_token }}{% endif %}{% endfor %}"
 )
+# transformers/tests/models/mistral3/test_processing_mistral3.py: a system block always, which there names the day
 MISTRAL_SMALL = PIXTRAL.replace(
     "{{ bos_token }}", "{{ bos_token }}{{ '[SYSTEM_PROMPT]You are Mistral Small 3.\n\nAnswer in short.[/SYSTEM_PROMPT]' }}"
 )
