@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from exporter.directions import Directions
 from exporter.modeling.modeling_shiftdc_prompts import PromptFrame
 from exporter.processors import ODD_TEXT, tokenizers
 from exporter.recipes import Recipe
-from exporter.templates import rendered
+from exporter.templates import DAY, rendered
 from exporter.verify_worker import libraries
 from exporter.vlm import VLM, user_turn
 
@@ -98,8 +97,7 @@ def _processed(vlm: VLM, picture: Image.Image) -> dict[str, torch.Tensor]:
 
 def _texts(vlm: VLM, picture: Image.Image) -> dict[str, str]:
     prompt = rendered(vlm.processor, [[user_turn(REQUEST, picture)]], add_generation_prompt=True)[0]
-    day = datetime.now().astimezone().date().isoformat()
-    return {"request": REQUEST, "prompt": prompt, "odd_text": ODD_TEXT, "day": day, "libraries": libraries()}
+    return {"request": REQUEST, "prompt": prompt, "odd_text": ODD_TEXT, "day": DAY, "libraries": libraries()}
 
 
 @torch.no_grad()

@@ -10,9 +10,12 @@ from contextlib import contextmanager
 from typing import Any
 
 from exporter.errors import InputError
+from exporter.verify_worker import on_the_day
 
 #: Seconds of computing for the text of one batch of prompts, which takes milliseconds.
 LIMIT = 10.0
+#: The day that templates write, if they write one: nothing in a checkpoint depends on when it was made.
+DAY = "2025-01-01"
 #: A template that puts out what another one has made already.
 _AS_RENDERED = "{{ messages[0]['rendered'] }}"
 
@@ -22,7 +25,7 @@ def rendered(processor: Any, conversation: Sequence[Any], what: str = "MODEL", *
 
     what: whose template it is, for the message.
     """
-    with _limited(what):
+    with _limited(what), on_the_day(DAY):
         return processor.apply_chat_template(conversation, tokenize=False, **options)
 
 

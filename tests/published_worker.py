@@ -29,8 +29,9 @@ def main(folder: str, conversations: str, template: str) -> None:
     replies = []
     for turns in torch.load(conversations, weights_only=False):
         inputs = processor.apply_chat_template(
-            turns, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-        )
+            turns, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+            processor_kwargs={"padding": True},  # without it LLaVA-1.5's published tokenizer.json cuts prompts at 1024 tokens
+        )  # fmt: skip
         length = inputs["input_ids"].shape[1]
         for options in ({}, {"shiftdc": False}):
             out = model.generate(**inputs, max_new_tokens=6, do_sample=False, **options)
