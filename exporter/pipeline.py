@@ -96,6 +96,8 @@ def make_plan(
     **overrides: object,
 ) -> Plan:
     """Resolve and check all input. Raises InputError; loads and writes nothing."""
+    if output is not None:
+        check_output(output, force)  # before anything is fetched
     base = resolve(model, revision)
     quantised = _quantised(load_in_4bit, load_in_8bit)
     check_quantisation(quantised, base)
