@@ -19,8 +19,9 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from exporter.bake import ADAPTER_FILES, duplicate, place, sha256
+from exporter.bake import ADAPTER_FILES, sha256
 from exporter.errors import InputError
+from exporter.placing import duplicate, lend
 from exporter.source import INDEX, BaseCheckpoint, TensorHeader, download, read_header
 
 CONFIG, WEIGHTS = ADAPTER_FILES
@@ -104,11 +105,11 @@ def _check_base(name: str, config: dict[str, Any], base: BaseCheckpoint) -> None
 
 
 def merge(base: BaseCheckpoint, adapter: Adapter, folder: Path) -> BaseCheckpoint:
-    """Write the merged checkpoint into the empty `folder`: shards without a changed tensor, and all other files, as they are."""
+    """Write the merged checkpoint into the empty `folder`, which is there for a while: what has no changed tensor is lent."""
     targets = _targets(adapter, base)
     changed = {target.shard for target in targets}
     for shard in base.shards:
-        (duplicate if shard in changed else place)(shard, folder / shard.name)
+        (duplicate if shard in changed else lend)(shard, folder / shard.name)
     for target in targets:
         merged = _merged(target)
         _overwrite(folder / target.shard.name, base.headers[target.shard][target.key], merged)
@@ -117,7 +118,7 @@ def merge(base: BaseCheckpoint, adapter: Adapter, folder: Path) -> BaseCheckpoin
         if (base.folder / file).is_file():
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(base.folder / file, folder / file)
-    return replace(base, folder=folder, shards=tuple(folder / shard.name for shard in base.shards))
+    return replace(base, folder=folder, shards=tuple(folder / shard.name if shard in changed else shard for shard in base.shards))
 
 
 def changed_shards(adapter: Adapter, base: BaseCheckpoint) -> set[Path]:
