@@ -15,15 +15,15 @@ from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from PIL import Image, ImageDraw, ImageFont
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from exporter.errors import InputError
-from exporter.pictures import PictureError, picture_below, read_picture
-from exporter.reading import LINES_BYTES, TEXT_CHARACTERS, NoFileError, UnreadableError, read_bytes, text_of
+from exporter.pictures import PictureError, path_as_text, picture_below, read_picture
+from exporter.reading import LINES_BYTES, TEXT_CHARACTERS, NoFileError, UnreadableError, parse_json, read_bytes, text_of
 from exporter.temporary import temporary
 
 BUILTIN = "builtin"
@@ -41,7 +41,9 @@ class CalibrationRow(BaseModel):
     label: Literal["safe", "unsafe"]
     request: str = Field(min_length=1, max_length=TEXT_CHARACTERS)
     caption: str = Field(default="", min_length=1, max_length=TEXT_CHARACTERS)  # empty until the model has written one
-    image: Path | Callable[[], Image.Image] | None = None  # a function where it is no file
+    image: Annotated[Path | Callable[[], Image.Image] | None, BeforeValidator(path_as_text)] = (
+        None  # a function where it is no file
+    )
     category: str | None = None
     split: Literal["fit", "held_out"] = "fit"
 
@@ -177,10 +179,14 @@ def read_jsonl(file: Path) -> CalibrationSet:
 def _row(line: str, where: str, folder: Path) -> CalibrationRow:
     try:
         row = CalibrationRow.model_validate_json(line)
+        parse_json(line, unique=True)
+    except UnreadableError as error:
+        raise InputError(f"--calibration: {where}: {error}; correct the line.") from None
     except ValidationError as error:
         first = error.errors(include_input=False)[0]  # the text of a request never reaches an error
         key = ".".join(map(str, first["loc"])) or "the line"
-        raise InputError(f"--calibration: {where}: {key}: {first['msg']}; correct the line.") from None
+        message = first["msg"].removeprefix("Value error, ")
+        raise InputError(f"--calibration: {where}: {key}: {message}; correct the line.") from None
     if row.image is None:
         if not row.caption:
             raise InputError(f"--calibration: {where}: the row has neither caption nor image; add one of them.")

@@ -46,6 +46,13 @@ def _rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def path_as_text(value: object) -> object:
+    """For models of rows, before the value is taken for a path. Raises ValueError."""
+    if isinstance(value, bool | int | float | list | dict):
+        raise ValueError("must be a path, as text")
+    return value
+
+
 def picture_below(folder: Path, path: Path) -> Path:
     """`path` below `folder`, links followed. Raises PictureError."""
     try:
