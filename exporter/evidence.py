@@ -69,10 +69,10 @@ def gather(
     Replies, results.json and pictures go to `output` (default ./<checkpoint>-evaluation). Only figures and pictures are attached.
     """
     report = read_report(checkpoint)
+    named_judge = load_judge(judge)  # before benchmarks are fetched
     calibrated = report["calibration"]
     whole = load_benchmark(benchmark, split=split, revision=calibrated_revision(calibrated, benchmark))
     found = of_categories(unseen(whole, calibrated), categories).limited(limit)
-    named_judge = load_judge(judge)
     folder = output or Path(f"{checkpoint.name}-evaluation")
     log = ReplyLog(folder, settings(checkpoint, report, found, max_new_tokens, dtype))
     vlm = open_export(checkpoint, dtype=dtype, device_map=device_map)
