@@ -47,7 +47,8 @@ def choose_layers(statistics: Sequence[LayerStatistics], depth: int) -> LayerCho
     if not runs:
         raise InputError(
             f"--layers auto: no decoder layer qualifies: {_misses(statistics, best, depth)}; "
-            "the model may not be aligned, or the calibration rows too few or too mixed; give --layers A-B to calibrate all the same."
+            "the model may not be aligned, or the calibration rows are too few or too mixed; "
+            "give --layers A-B to calibrate all the same."
         )
     longest = max(reversed(runs), key=len)
     left_out |= {layer: "not in the longest run" for run in runs if run is not longest for layer in run}
