@@ -59,7 +59,8 @@ def test_what_failed_is_named_layer_by_layer_the_nearest_miss_first():
         "layer 5 by split-half cosine 0.780 (expected 0.8), "
         "layer 4 by held-out AUROC 0.500 (expected 0.9) and split-half cosine 0.790 (expected 0.8), "
         "layer 3 by split-half cosine 0.200 (expected 0.8), layer 7 by separation 0.400 (expected 2); "
-        "the model may not be aligned, or the calibration rows are too few or too mixed; give --layers A-B to calibrate all the same."
+        "the model may not be aligned, or the calibration rows are too few or too mixed; "
+        "give --layers A-B to calibrate all the same."
     )
 
 
