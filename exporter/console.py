@@ -67,11 +67,11 @@ def export_text(done: Export) -> str:
 
 def _placed(way: str, size: int) -> str:
     """What was done so that writing into the export leaves the base alone, and what it cost."""
-    gb = f"{size / 1e9:.2f} GB"
+    amount = f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.2f} MB"
     return {
-        "clone": f"cloned by the file system: {gb} that take no room until they are changed",
-        "link": f"linked to the Hub cache: {gb} that take no room, read-only there and here",
-        "copy": f"copied: {gb} of new files",
+        "clone": f"cloned by the file system: {amount} that take no room until they are changed",
+        "link": f"linked to the Hub cache: {amount} that take no room, read-only there and here",
+        "copy": f"copied: {amount} of new files",
     }[way]
 
 

@@ -145,6 +145,12 @@ CASES = [
     Case("evaluate 0 questions", lambda w: ["evaluate", w.whole_export, "--limit", "0"], ("--limit", "see --help")),
     Case("evaluate into a diary", lambda w: (w.file("e/replies.jsonl", "my diary"), [
         "evaluate", w.whole_export, "--output", "e", "--limit", "1", "--quiet"])[1], ("--output: ", "no log of replies", "give another")),
+    *(
+        Case(f"evaluate over {name}", lambda w, name=name: (w.file(f"e/{name}", "mine"), [
+            "evaluate", w.whole_export, "--output", "e", "--limit", "1", "--quiet"])[1],
+            (f"--output: e holds {name}", "may be somebody's", "give another"))
+        for name in ("results.json", "layers.png", "attack_success.png")
+    ),
     Case("replies with numbers for texts", lambda w: (w.file("e/replies.jsonl", '{"settings": {}}\n{"defence": 1}\n{}\n'), [
         "evaluate", w.whole_export, "--output", "e", "--limit", "1", "--quiet"])[1], ("e/replies.jsonl, line 2", "give another")),
 ]  # fmt: skip
