@@ -168,7 +168,7 @@ def _push_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--push", "pushed", is_flag=True, help="Upload the export to the Hub and check what is there.")
 @_push_options
 @click.option("--dry-run", is_flag=True, help="Print the plan and touch nothing.")
-@click.option("--force", is_flag=True, help="Replace an earlier export in --output.")
+@click.option("--force", is_flag=True, help="Replace an earlier export in --output, and nothing of yours.")
 @_quiet_option
 @_json_option
 def export_command(

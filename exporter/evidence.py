@@ -21,7 +21,7 @@ from exporter.calibration_hub import calibrated_revision, unseen
 from exporter.card import render_card
 from exporter.defences import Defence, Run
 from exporter.directions import LayerStatistics
-from exporter.errors import InputError
+from exporter.errors import InputError, printable
 from exporter.evaluate import RESULTS, evaluate
 from exporter.exported import open_export, read_report
 from exporter.judges import load_judge
@@ -194,7 +194,7 @@ def _keep_edited(checkpoint: Path, report: dict[str, Any]) -> None:
         return
     kept = free_name(checkpoint / f".edited-{CARD}")
     shutil.copyfile(card, kept)
-    log.warning("%s was edited, and is written anew; what it was is kept in %s.", card, kept)
+    log.warning("%s", printable(f"{card} was edited, and is written anew; what it was is kept in {kept}."))
 
 
 def card_of(checkpoint: Path, report: dict[str, Any]) -> str:

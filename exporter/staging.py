@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 
 from exporter.bake import REPORT
 from exporter.earlier import NOTHING, Contents, contents, few, listed, remove
-from exporter.errors import InputError, WriteError
+from exporter.errors import InputError, WriteError, printable
 from exporter.locks import in_use, lock_of, release, try_lock
 from exporter.marker import is_marked, mark, unmark
 from exporter.mounts import is_mount_point
@@ -252,10 +252,11 @@ def _discard(place: Path, old: Path, before: Contents | None) -> None:
         with suppress(UnreadableError):  # without a report nothing but its marker is known to be the tool's
             before = contents(gone, listed(gone))
     if left := remove(gone, before or NOTHING):
-        log.warning(
-            "%s is in place. Of what it replaced, some files cannot be deleted, or were no part of it (%s); they are in %s.",
-            place, few(left), gone,
-        )  # fmt: skip
+        sentence = (
+            f"{place} is in place. Of what it replaced, some files cannot be deleted, or were no part of it ({few(left)}); "
+            f"they are in {gone}."
+        )
+        log.warning("%s", printable(sentence))
 
 
 def _locked_folder(place: Path, purpose: str) -> tuple[Path, int | None]:
