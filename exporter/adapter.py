@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -19,11 +18,16 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from exporter.bake import ADAPTER_FILES, duplicate, place, sha256
-from exporter.errors import InputError
+from exporter.bake import ADAPTER_FILES, sha256
+from exporter.errors import InputError, ShiftDCError
+from exporter.placing import duplicate, lend
+from exporter.reading import UnreadableError, read_json
 from exporter.source import INDEX, BaseCheckpoint, TensorHeader, download, read_header
+from exporter.time_limit import limited
 
 CONFIG, WEIGHTS = ADAPTER_FILES
+#: Seconds of computing in which PEFT puts an adapter onto a model without weights.
+LIMIT = 30.0
 #: Settings under which an adapter holds more than low-rank factors.
 _WHOLE = ("modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication")
 
@@ -72,18 +76,24 @@ def adapter_sha256(folder: Path) -> str:
 
 def _config(folder: Path, name: str) -> dict[str, Any]:
     try:
-        config = json.loads((folder / CONFIG).read_text("utf-8"))
-        kind = config["peft_type"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise InputError(f"--adapter: {name} has no readable {CONFIG}; give the folder or Hub id of a PEFT adapter.") from None
+        config = read_json(folder / CONFIG)
+    except UnreadableError as error:
+        raise InputError(
+            f"--adapter: {name} has no readable {CONFIG} ({error}); give the folder or Hub id of a PEFT adapter."
+        ) from None
+    kind = config.get("peft_type") if isinstance(config, dict) else None
+    if not isinstance(kind, str):
+        raise InputError(f"--adapter: the {CONFIG} of {name} names no peft_type; give the folder or Hub id of a PEFT adapter.")
     if kind != "LORA":
-        raise InputError(f"--adapter: {name} is of type {kind}, expected LORA; merge it yourself and give the merged model.")
+        raise InputError(f"--adapter: {name} is of type {kind:.50}, expected LORA; merge it yourself and give the merged model.")
     if not (folder / WEIGHTS).is_file():
         pickled = (folder / "adapter_model.bin").exists() or any(folder.glob("*.bin"))
         found = "only a pickle file, which can run code when loaded" if pickled else "none"
         raise InputError(f"--adapter: {name} has no {WEIGHTS} (found {found}); save it with safe_serialization=True.")
     more = [key for key in _WHOLE if config.get(key)] + ["bias"] * (config.get("bias", "none") != "none")
     tensors = [key for key in read_header(folder / WEIGHTS, "--adapter") if ".lora_" not in key]
+    if config.get("megatron_config") or config.get("megatron_core") not in (None, "megatron.core"):
+        raise InputError(f"--adapter: the {CONFIG} of {name} names code (megatron_core); give an adapter of transformers layers.")
     if more or tensors:
         raise InputError(
             f"--adapter: {name} holds more than low-rank factors ({(more or tensors)[0]}); "
@@ -95,20 +105,32 @@ def _config(folder: Path, name: str) -> dict[str, Any]:
 def _check_base(name: str, config: dict[str, Any], base: BaseCheckpoint) -> None:
     """Factors of another fine-tune of the same architecture fit by shape and do something else."""
     trained_on = config.get("base_model_name_or_path")
-    if not trained_on or Path(trained_on).name == base.short_name or Path(trained_on).resolve() == base.folder:
+    if trained_on is not None and not isinstance(trained_on, str):
+        raise InputError(
+            f"--adapter: base_model_name_or_path in the {CONFIG} of {name} is a {type(trained_on).__name__} and no text; "
+            "correct it."
+        )
+    if not trained_on or Path(trained_on).name == base.short_name or _is_folder(trained_on, base.folder):
         return
     raise InputError(
-        f"--adapter: {name} was trained on {trained_on}, and MODEL is {base.name}; give the adapter's own base model, "
+        f"--adapter: {name} was trained on {trained_on:.300}, and MODEL is {base.name}; give the adapter's own base model, "
         f"or correct base_model_name_or_path in {CONFIG} if it is the same one under another name."
     )
 
 
+def _is_folder(path: str, folder: Path) -> bool:
+    try:
+        return Path(path).resolve() == folder
+    except (OSError, ValueError, RuntimeError):  # too long, a null byte or half a character in it, a loop of links
+        return False
+
+
 def merge(base: BaseCheckpoint, adapter: Adapter, folder: Path) -> BaseCheckpoint:
-    """Write the merged checkpoint into the empty `folder`: shards without a changed tensor, and all other files, as they are."""
+    """Write the merged checkpoint into the empty `folder`, which is there for a while: what has no changed tensor is lent."""
     targets = _targets(adapter, base)
     changed = {target.shard for target in targets}
     for shard in base.shards:
-        (duplicate if shard in changed else place)(shard, folder / shard.name)
+        (duplicate if shard in changed else lend)(shard, folder / shard.name)
     for target in targets:
         merged = _merged(target)
         _overwrite(folder / target.shard.name, base.headers[target.shard][target.key], merged)
@@ -117,7 +139,7 @@ def merge(base: BaseCheckpoint, adapter: Adapter, folder: Path) -> BaseCheckpoin
         if (base.folder / file).is_file():
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(base.folder / file, folder / file)
-    return replace(base, folder=folder, shards=tuple(folder / shard.name for shard in base.shards))
+    return replace(base, folder=folder, shards=tuple(folder / shard.name if shard in changed else shard for shard in base.shards))
 
 
 def changed_shards(adapter: Adapter, base: BaseCheckpoint) -> set[Path]:
@@ -187,15 +209,21 @@ def _with_factors(adapter: Adapter, base: BaseCheckpoint, model: Any) -> list[tu
     from peft.tuners.lora import LoraLayer
     from peft.utils import load_peft_weights
 
+    endless = f"--adapter: a pattern in the {CONFIG} of {adapter.name} is not matched within {LIMIT:g} seconds; correct it."
     try:
-        tuned = PeftModel(model, PeftConfig.from_pretrained(str(adapter.folder)))
-        layers = [(path, m) for path, m in tuned.get_base_model().named_modules() if isinstance(m, LoraLayer)]
-        factors = [p for _, layer in layers for p in _on_cpu(layer)]
-        result = set_peft_model_state_dict(tuned, load_peft_weights(str(adapter.folder), device="cpu"))
-        left_over: list[str] = getattr(result, "unexpected_keys")  # noqa: B009 (torch's type has no names)
-    except (RuntimeError, ValueError, KeyError, TypeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
-        raise InputError(f"--adapter: {adapter.name} does not fit {base.name}: {reason}") from None
+        with limited(LIMIT, endless):
+            tuned = PeftModel(model, PeftConfig.from_pretrained(str(adapter.folder)))
+            layers = [(path, m) for path, m in tuned.get_base_model().named_modules() if isinstance(m, LoraLayer)]
+            factors = [p for _, layer in layers for p in _on_cpu(layer)]
+            result = set_peft_model_state_dict(tuned, load_peft_weights(str(adapter.folder), device="cpu"))
+            left_over: list[str] = getattr(result, "unexpected_keys")  # noqa: B009 (torch's type has no names)
+    except ShiftDCError:
+        raise
+    except Exception as error:  # noqa: BLE001 (PEFT checks few of its settings, and raises what comes of them)
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip().rstrip(".")
+        raise InputError(
+            f"--adapter: {adapter.name} does not fit {base.name}: {reason:.500}; give the adapter's own base model."
+        ) from None
     if left_over or any(p.isnan().any() for p in factors):
         what = f"it holds {left_over[0]}" if left_over else "it lacks some of the factors that its configuration names"
         raise InputError(f"--adapter: {adapter.name} does not fit {base.name}: {what}; give the adapter's own base model.")

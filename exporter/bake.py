@@ -5,14 +5,14 @@ The base model is never loaded here, and its tensors are never rewritten.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from exporter.errors import InputError
 from exporter.families import Family, family
 from exporter.modeling.modeling_shiftdc_config import FORMAT_VERSION
 from exporter.modeling.modeling_shiftdc_prompts import PromptFrame
+from exporter.placing import lend, place
 from exporter.reading import read_json
 from exporter.recipes import Recipe
 from exporter.source import INDEX, SINGLE, BaseCheckpoint, read_header
@@ -35,6 +36,14 @@ REPORT = "shiftdc_report.json"
 #: Where an adapter that is not merged lies in an export. At the top transformers would take the whole for an adapter.
 ADAPTER = "adapter"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+
+@dataclass(frozen=True)
+class Baked:
+    """SHA-256 of every base shard by its new name, and the bytes of shards by the way in which they were placed."""
+
+    hashes: dict[str, str]
+    placed: dict[str, int]
 
 
 def shiftdc_block(
@@ -65,16 +74,22 @@ def bake(
     folder: Path,
     adapter: Path | None = None,
     hash_of: HashOf | None = None,
-) -> dict[str, str]:
-    """Write the checkpoint into the empty `folder`; returns the SHA-256 of every base shard by its new name.
+    for_a_while: bool = False,
+) -> Baked:
+    """Write the checkpoint into the empty `folder`.
 
     adapter: folder of a PEFT adapter that goes along, unmerged. hash_of: gives the hash of a base shard, as `hashed_aside` does.
+    for_a_while: shards are only lent.
     """
     hash_of = hash_of or sha256
     names = {shard: _shard_name(shard) for shard in base.shards}
     hashes = {}
+    placed: Counter[str] = Counter()
     for shard, name in names.items():
-        place(shard, folder / name)
+        if for_a_while:
+            lend(shard, folder / name)
+        else:
+            placed[place(shard, folder / name)] += shard.stat().st_size
         hashes[name] = hash_of(shard)
         if not shard.samefile(folder / name) and sha256(folder / name) != hashes[name]:
             raise InputError(f"MODEL: {shard} changed while it was copied; leave the base folder alone and run again.")
@@ -99,7 +114,7 @@ def bake(
     for companion in base.companions:
         (folder / companion).parent.mkdir(parents=True, exist_ok=True)
         copy_companion(base.folder / companion, folder / companion)
-    return hashes
+    return Baked(hashes, dict(placed))
 
 
 #: Keys that name code of a repository; an export is loaded with trust_remote_code, which must not reach the base's.
@@ -152,38 +167,6 @@ def write_index(folder: Path, shards: list[str]) -> None:
 def _shard_name(shard: Path) -> str:
     # transformers prefers a model.safetensors to the index, and would not see the directions
     return "model-00001-of-00002.safetensors" if shard.name == SINGLE else shard.name
-
-
-def place(source: Path, target: Path) -> None:
-    """Hard link, else reflink, else copy. The source is left as it is."""
-    source = source.resolve()  # a Hub cache holds symlinks, and os.link would link the link
-    try:
-        os.link(source, target)
-        return
-    except OSError as error:
-        if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP, errno.EACCES):
-            raise
-    duplicate(source, target)
-
-
-def duplicate(source: Path, target: Path) -> None:
-    """Reflink, else copy: a file that can be changed and leaves the source alone."""
-    if not _reflink(source.resolve(), target):
-        shutil.copyfile(source, target)
-
-
-def _reflink(source: Path, target: Path) -> bool:
-    try:
-        import fcntl
-    except ImportError:  # not on Windows
-        return False
-    ficlone = 0x40049409  # <linux/fs.h>
-    with source.open("rb") as reader, target.open("wb") as writer:
-        try:
-            fcntl.ioctl(writer.fileno(), ficlone, reader.fileno())
-        except OSError:
-            return False
-    return True
 
 
 @contextmanager

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 from functools import partial
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from exporter.errors import InputError
-from exporter.pictures import PictureError, picture_below
+from exporter.pictures import PictureError, path_as_text, picture_below
 from exporter.questions import ATTACKS, Benchmark, Cell, Kind, Question, picture_of
-from exporter.reading import LINES_BYTES, TEXT_CHARACTERS, NoFileError, UnreadableError, read_bytes, text_of
+from exporter.reading import LINES_BYTES, TEXT_CHARACTERS, NoFileError, UnreadableError, parse_json, read_bytes, text_of
 
 
 class _Row(BaseModel):
@@ -19,7 +20,7 @@ class _Row(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    image: Path
+    image: Annotated[Path, BeforeValidator(path_as_text)]
     prompt: str = Field(min_length=1, max_length=TEXT_CHARACTERS)
     kind: Kind
     category: str | None = None
@@ -57,10 +58,15 @@ def _question(line: str, file: Path, number: int) -> Question:
     where = f"{file}, line {number}"
     try:
         row = _Row.model_validate_json(line)
+        parse_json(line, unique=True)
+    except UnreadableError as error:
+        raise InputError(f"--benchmark: {where}: {error}; correct the line.") from None
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
         key = ".".join(map(str, first["loc"])) or "the line"
-        raise InputError(f"--benchmark: {where}: {key}: {first['msg']}; correct the line.") from None
+        raise InputError(
+            f"--benchmark: {where}: {key}: {first['msg'].removeprefix('Value error, ')}; correct the line."
+        ) from None
     image = partial(picture_of, _below(file.parent, row.image, where), where)
     name = f"{file.stem}-{number:05d}"
     return Question(name, row.prompt, row.kind, row.where, row.category, row.image_kind, row.answer, image)

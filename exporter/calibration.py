@@ -1,7 +1,8 @@
 """Calibration sets: harmful and harmless requests with captions, from which directions are measured.
 
 JSONL, one object per line: `label` ("safe" | "unsafe"), `request`, `caption`; optional `image` (a path relative to the file),
-`category`, `split` ("fit" | "held_out", default fit). A row with an image may go without a caption: the model writes one.
+`category`, `split` ("fit" | "held_out", default fit; where no row has one, a fifth is held out, the same rows every time). A row
+with an image may go without a caption: the model writes one.
 Unsafe rows may be few or absent. Outputs record name, counts and SHA-256 of a set, never its text.
 """
 
@@ -11,19 +12,19 @@ import atexit
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from PIL import Image, ImageDraw, ImageFont
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from exporter.errors import InputError
-from exporter.pictures import PictureError, picture_below, read_picture
-from exporter.reading import LINES_BYTES, TEXT_CHARACTERS, NoFileError, UnreadableError, read_bytes, text_of
+from exporter.pictures import PictureError, path_as_text, picture_below, read_picture
+from exporter.reading import LINES_BYTES, TEXT_CHARACTERS, NoFileError, UnreadableError, parse_json, read_bytes, text_of
 from exporter.temporary import temporary
 
 BUILTIN = "builtin"
@@ -31,6 +32,8 @@ HARMLESS = "harmless"
 MINIMUM = {"fit": 8, "held_out": 2}  # safe rows
 #: Fewer unsafe rows than this to fit, or to hold out, are worth a warning.
 FEW = {"fit": 9, "held_out": 2}
+#: One row of so many is held out where a file does not say which.
+FIFTH = 5
 
 
 class CalibrationRow(BaseModel):
@@ -41,7 +44,9 @@ class CalibrationRow(BaseModel):
     label: Literal["safe", "unsafe"]
     request: str = Field(min_length=1, max_length=TEXT_CHARACTERS)
     caption: str = Field(default="", min_length=1, max_length=TEXT_CHARACTERS)  # empty until the model has written one
-    image: Path | Callable[[], Image.Image] | None = None  # a function where it is no file
+    image: Annotated[Path | Callable[[], Image.Image] | None, BeforeValidator(path_as_text)] = (
+        None  # a function where it is no file
+    )
     category: str | None = None
     split: Literal["fit", "held_out"] = "fit"
 
@@ -60,6 +65,7 @@ class CalibrationSet:
     """A named set of rows; `sha256` is over the source's bytes.
 
     `seen`: hashes of the benchmark questions among the rows, which an evaluation leaves out (`calibration_hub.unseen`).
+    `divided`: the file names no splits, and some rows were held out here.
     """
 
     name: str
@@ -67,6 +73,7 @@ class CalibrationSet:
     sha256: str
     sources: tuple[Source, ...] = ()
     seen: tuple[str, ...] = ()
+    divided: bool = False
 
     def select(self, split: str, label: str | None = None) -> list[CalibrationRow]:
         return [r for r in self.rows if r.split == split and label in (None, r.label)]
@@ -85,14 +92,20 @@ class CalibrationSet:
 
     @property
     def warnings(self) -> list[str]:
-        """What a reader of figures should know: sentences on missing and few unsafe rows."""
+        """What a reader of figures should know: sentences on rows that were held out here, and on missing and few unsafe ones."""
         fit, held_out = (len(self.select(split, "unsafe")) for split in ("fit", "held_out"))
+        found = []
+        if self.divided:
+            safe = len(self.select("held_out", "safe"))
+            found.append(
+                f"The rows name no splits, so a fifth was held out ({safe} safe and {held_out} unsafe ones), the same every time."
+            )
         if not fit:
             return [
+                *found,
                 "No harmful request was used: it is not known how well the directions separate safe from unsafe text, "
-                "and whether the model refuses at all."
+                "and whether the model refuses at all.",
             ]
-        found = []
         if fit < FEW["fit"]:
             found.append(f"Directions rest on {fit} harmful request{'s' if fit > 1 else ''} only.")
         if not held_out:
@@ -156,7 +169,8 @@ def _one_side(name: str, label: Literal["safe", "unsafe"]) -> CalibrationSet:
 def _joined(one: CalibrationSet, other: CalibrationSet) -> CalibrationSet:
     both = hashlib.sha256(f"{one.sha256}+{other.sha256}".encode()).hexdigest()
     name = f"{one.name}+{other.name}"
-    return CalibrationSet(name, one.rows + other.rows, both, one.sources + other.sources, one.seen + other.seen)
+    sources, seen, divided = one.sources + other.sources, one.seen + other.seen, one.divided or other.divided
+    return CalibrationSet(name, one.rows + other.rows, both, sources, seen, divided)
 
 
 def read_jsonl(file: Path) -> CalibrationSet:
@@ -171,16 +185,42 @@ def read_jsonl(file: Path) -> CalibrationSet:
     except UnreadableError as error:
         raise InputError(f"--calibration: {file} cannot be read as UTF-8 text ({error}); give a JSONL file.") from None
     rows = [_row(line, f"{file}, line {number}", file.parent) for number, line in enumerate(lines, 1) if line.strip()]
-    return CalibrationSet(file.stem, tuple(rows), hashlib.sha256(data).hexdigest())
+    divided = not any("split" in row.model_fields_set for row in rows)
+    if divided:
+        rows = _divided(rows, file.parent)
+    return CalibrationSet(file.stem, tuple(rows), hashlib.sha256(data).hexdigest(), divided=divided)
+
+
+def _divided(rows: Sequence[CalibrationRow], folder: Path) -> list[CalibrationRow]:
+    """A fifth of either label held out: by hashes of rows, so that neither their order nor the folder's name matters, and equal
+    rows stay together.
+    """
+    keys = [_hash(row, folder) for row in rows]
+    held_out: set[str] = set()
+    for label in ("safe", "unsafe"):
+        own = sorted({key for row, key in zip(rows, keys, strict=True) if row.label == label})
+        held_out |= set(own[: len(own) // FIFTH])
+    return [
+        row.model_copy(update={"split": "held_out" if key in held_out else "fit"}) for row, key in zip(rows, keys, strict=True)
+    ]
+
+
+def _hash(row: CalibrationRow, folder: Path) -> str:
+    image = row.image.relative_to(folder.resolve()).as_posix() if isinstance(row.image, Path) else None
+    return hashlib.sha256(json.dumps([row.label, row.request, row.caption, image]).encode()).hexdigest()
 
 
 def _row(line: str, where: str, folder: Path) -> CalibrationRow:
     try:
         row = CalibrationRow.model_validate_json(line)
+        parse_json(line, unique=True)
+    except UnreadableError as error:
+        raise InputError(f"--calibration: {where}: {error}; correct the line.") from None
     except ValidationError as error:
         first = error.errors(include_input=False)[0]  # the text of a request never reaches an error
         key = ".".join(map(str, first["loc"])) or "the line"
-        raise InputError(f"--calibration: {where}: {key}: {first['msg']}; correct the line.") from None
+        message = first["msg"].removeprefix("Value error, ")
+        raise InputError(f"--calibration: {where}: {key}: {message}; correct the line.") from None
     if row.image is None:
         if not row.caption:
             raise InputError(f"--calibration: {where}: the row has neither caption nor image; add one of them.")
@@ -196,6 +236,12 @@ def _checked(calibration: CalibrationSet, where: str) -> CalibrationSet:
     """Safe rows must be enough; unsafe ones may be few or none (`warnings`), but not held out alone."""
     for split, least in MINIMUM.items():
         found = len(calibration.select(split, "safe"))
+        if found < least and calibration.divided:
+            safe, needed = len(_keys(calibration, "safe")), FIFTH * MINIMUM["held_out"]
+            raise InputError(
+                f"--calibration: {where} has {safe} safe rows that differ, expected at least {needed} where none has a split; "
+                "add some."
+            )
         if found < least:
             raise InputError(
                 f"--calibration: {where} has {found} safe rows with split {split!r}, expected at least {least}; add some."

@@ -116,7 +116,7 @@ def _conversations(file: Path) -> Iterator[CalibrationRow]:
     """Those that begin with a question about a picture and its reply. Raises InputError."""
     try:
         records = list(json.loads(file.read_bytes()))
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         raise _malformed("the file") from None
     for number, record in enumerate(records):
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import errno
 import json
 import re
@@ -28,8 +29,18 @@ class DefaultToExport(click.Group):
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
         if args and args[0] not in self.commands:
+            self._check_is_no_command(args[0])
             args = ["export", *args]
         return super().resolve_command(ctx, args)
+
+    def _check_is_no_command(self, word: str) -> None:
+        """Raise InputError for what is nearly the name of a command, and no folder."""
+        near = difflib.get_close_matches(word.lower(), [name for name, command in self.commands.items() if not command.hidden], 1)
+        if near and "/" not in word and not Path(word).exists():
+            raise InputError(
+                f"there is no command {word!r}; {near[0]!r} is nearest (a model of the Hub that has this name is calibrated by "
+                f"'shiftdc-export export {word}')."
+            )
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         # options of the default command may come before MODEL
@@ -76,9 +87,19 @@ def main(context: click.Context) -> None:
         raise InputError("torchrun splits the prompts of an export; run the other commands without it.")
 
 
+def _device_map(context: click.Context, parameter: click.Parameter, given: str | None) -> str | None:
+    if given is not None:
+        from exporter.devices import check_device_map
+
+        check_device_map(given)
+    return given
+
+
 _DTYPES = click.Choice(["auto", "float32", "bfloat16", "float16"])
 _checkpoint_argument = click.argument("checkpoint", type=click.Path(path_type=Path))
-_device_map_option = click.option("--device-map", metavar="auto|DEVICE", help="accelerate's device_map.")
+_device_map_option = click.option(
+    "--device-map", metavar="auto|DEVICE", callback=_device_map, help="accelerate's device_map, or one device."
+)
 _dtype_option = click.option("--dtype", type=_DTYPES, default="auto", show_default=True)
 _max_new_tokens_option = click.option("--max-new-tokens", type=click.IntRange(1), default=128, show_default=True)
 _quiet_option = click.option("--quiet", is_flag=True, help="No progress on stderr.")
@@ -149,7 +170,7 @@ def _push_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--push", "pushed", is_flag=True, help="Upload the export to the Hub and check what is there.")
 @_push_options
 @click.option("--dry-run", is_flag=True, help="Print the plan and touch nothing.")
-@click.option("--force", is_flag=True, help="Replace an earlier export in --output.")
+@click.option("--force", is_flag=True, help="Replace an earlier export in --output, and nothing of yours.")
 @_quiet_option
 @_json_option
 def export_command(
@@ -287,7 +308,7 @@ def _push(checkpoint: Path, repo_id: str, *, quiet: bool, as_json: bool, silent:
 
 @main.command()
 @_checkpoint_argument
-@click.option("--device-map", metavar="auto|DEVICE", help="accelerate's device_map, for the fresh process.")
+@_device_map_option
 @_json_option
 def verify(checkpoint: Path, device_map: str | None, as_json: bool) -> None:
     """Check an export: files, index, buffers, and the recorded probe in a fresh process."""
@@ -336,8 +357,9 @@ def _export_onnx(checkpoint: Path, precision: str, *, quiet: bool, silent: bool)
 @_json_option
 def generate(checkpoint: Path, image_file: Path, prompt: str, as_json: bool, **options: Any) -> None:
     """One reply, calibrated beside uncalibrated; CHECKPOINT may be an export's onnx folder."""
-    from exporter.comparison import read_image
+    from exporter.comparison import check_prompt, read_image
 
+    check_prompt(prompt)
     result = _compared(checkpoint, read_image(image_file), prompt, **options)
     if as_json:
         click.echo(json.dumps(dataclasses.asdict(result), indent=2))

@@ -9,6 +9,7 @@ from PIL import Image
 
 from exporter.errors import InputError
 from exporter.pictures import PictureError, read_picture
+from exporter.reading import TEXT_CHARACTERS
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,16 @@ class Comparison:
     layers: tuple[LayerShift, ...]
     uncalibrated_seconds: float
     calibrated_seconds: float
+
+
+def check_prompt(prompt: str) -> None:
+    """Raise InputError unless it is a text."""
+    if not prompt.strip():
+        raise InputError("--prompt: it is empty; give a question about the picture.")
+    if len(prompt) > TEXT_CHARACTERS:
+        raise InputError(f"--prompt: it has {len(prompt)} characters, expected at most {TEXT_CHARACTERS}; shorten it.")
+    if any("\ud800" <= c <= "\udfff" for c in prompt):  # bytes that are no UTF-8, as Python has them from the command line
+        raise InputError("--prompt: it is not UTF-8; give it in that encoding.")
 
 
 def read_image(file: Path) -> Image.Image:

@@ -37,7 +37,7 @@ def plan_document(plan: Plan, needed: Needs, repo_id: str | None) -> dict[str, A
         "strength": plan.recipe.strength,
         "prompts": str(plan.checked.prompts),
         "calibration": plan.calibration.summary(),
-        "weights": f"{plan.base.size / 1e9:.2f} GB in {len(plan.base.shards)} safetensors files, hard-linked where possible",
+        "weights": f"{plan.base.size / 1e9:.2f} GB in {len(plan.base.shards)} safetensors files",
         "adapter": None if plan.adapter is None else plan.adapter.report(plan.keep_adapter),
         "peak memory": needed.report(),
         "disk": needed.disk,
@@ -82,6 +82,7 @@ def export_text(done: Export) -> str:
     lines = [f"  layers {_ranges(layers['chosen'])} of {layers['depth']} ({layers['criterion']})"]
     if (adapter := done.report.get("adapter")) is not None:
         lines.append(f"  adapter {adapter['id']}: {'merged' if adapter['merged'] else 'kept apart, needs PEFT to load'}")
+    lines += [f"  weights {_placed(way, size)}" for way, size in done.report["base_model"]["placed"].items()]
     lines.append(f"  verified in a fresh process: {done.verification.tensors} base tensors bitwise equal, probe reproduced")
     lines += [f"  transformers says of the base: {printable(line)}" for line in done.report["warnings"]]
     if done.report["resumed_batches"]:
@@ -92,6 +93,16 @@ def export_text(done: Export) -> str:
         f"  AutoModelForImageTextToText.from_pretrained({output!r}, trust_remote_code=True)",
     ]
     return "\n".join(lines)
+
+
+def _placed(way: str, size: int) -> str:
+    """What was done so that writing into the export leaves the base alone, and what it cost."""
+    amount = f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.2f} MB"
+    return {
+        "clone": f"cloned by the file system: {amount} that take no room until they are changed",
+        "link": f"linked to the Hub cache: {amount} that take no room, read-only there and here",
+        "copy": f"copied: {amount} of new files",
+    }[way]
 
 
 def _ranges(layers: list[int]) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,19 +21,22 @@ from exporter.calibration_hub import calibrated_revision, unseen
 from exporter.card import render_card
 from exporter.defences import Defence, Run
 from exporter.directions import LayerStatistics
-from exporter.errors import InputError
-from exporter.evaluate import evaluate
+from exporter.errors import InputError, printable
+from exporter.evaluate import RESULTS, evaluate
 from exporter.exported import open_export, read_report
 from exporter.judges import load_judge
 from exporter.manifest import CARD, recorded, with_hashes
 from exporter.progress import Progress
 from exporter.questions import Benchmark
 from exporter.recipes import Recipe
-from exporter.replies import ReplyLog
+from exporter.replies import FILE as REPLIES
+from exporter.replies import ReplyLog, free_name
 from exporter.source import BaseCheckpoint
 from exporter.staging import write_together
 from exporter.verdict import Effect, judge_effect
 from exporter.vlm import VLM
+
+log = logging.getLogger(__name__)
 
 #: Questions per group in the picture of projections.
 PROJECTED = 60
@@ -69,23 +74,34 @@ def gather(
     Replies, results.json and pictures go to `output` (default ./<checkpoint>-evaluation). Only figures and pictures are attached.
     """
     report = read_report(checkpoint)
+    named_judge = load_judge(judge)  # before benchmarks are fetched
     calibrated = report["calibration"]
     whole = load_benchmark(benchmark, split=split, revision=calibrated_revision(calibrated, benchmark))
     found = of_categories(unseen(whole, calibrated), categories).limited(limit)
-    named_judge = load_judge(judge)
     folder = output or Path(f"{checkpoint.name}-evaluation")
-    log = ReplyLog(folder, settings(checkpoint, report, found, max_new_tokens, dtype))
+    check_results_folder(folder)
+    replies = ReplyLog(folder, settings(checkpoint, report, found, max_new_tokens, dtype))
     vlm = open_export(checkpoint, dtype=dtype, device_map=device_map)
     blank_shifts = {s["layer"]: s["blank_shift"] for s in report["statistics"]}
     results = evaluate(
-        Run(vlm, max_new_tokens), found, defences, named_judge, log, about(checkpoint, vlm, split, limit),
+        Run(vlm, max_new_tokens), found, defences, named_judge, replies, about(checkpoint, vlm, split, limit),
         batch_size=batch_size, blank_shifts=blank_shifts, progress=progress,
     )  # fmt: skip
     pictures = plots.write_all(results, report, projections(vlm, found), folder)
     effect = judge_effect(results)
     if attach:
         attach_results(checkpoint, report, results, pictures)
-    return Evidence(results, effect, folder, log.set_aside)
+    return Evidence(results, effect, folder, replies.set_aside)
+
+
+def check_results_folder(folder: Path) -> None:
+    """Raise InputError where something would be overwritten that is not of an earlier evaluation."""
+    there = [name for name in (RESULTS, *plots.PICTURES) if (folder / name).exists()]
+    if there and not (folder / REPLIES).exists():
+        raise InputError(
+            f"--output: {folder} holds {there[0]} and no {REPLIES} of an earlier evaluation, so that it may be somebody's; "
+            "give another folder."
+        )
 
 
 def of_categories(benchmark: Benchmark, names: Sequence[str]) -> Benchmark:
@@ -166,8 +182,19 @@ def attach_results(checkpoint: Path, report: dict[str, Any], results: dict[str, 
 def write_report_and_card(checkpoint: Path, report: dict[str, Any]) -> None:
     """Write a report, and the card that it gives; the card shows the pictures that are there."""
     card = card_of(checkpoint, report)
+    _keep_edited(checkpoint, report)
     report = with_hashes(report, {CARD: hashlib.sha256(card.encode()).hexdigest()})
     write_together(checkpoint, {CARD: card, REPORT: json.dumps(report, indent=2, allow_nan=False) + "\n"})
+
+
+def _keep_edited(checkpoint: Path, report: dict[str, Any]) -> None:
+    """Put a card that its owner has written into under another name, which is no part of the export."""
+    card = checkpoint / CARD
+    if not card.is_file() or sha256(card) == report["files"].get(CARD):
+        return
+    kept = free_name(checkpoint / f".edited-{CARD}")
+    shutil.copyfile(card, kept)
+    log.warning("%s", printable(f"{card} was edited, and is written anew; what it was is kept in {kept}."))
 
 
 def card_of(checkpoint: Path, report: dict[str, Any]) -> str:

@@ -137,10 +137,11 @@ class GuardModel:
         try:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=False, padding_side="left")
             self.model: Any = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False, use_safetensors=True).eval()
-        except (OSError, ValueError) as error:
+        except Exception as error:  # noqa: BLE001 (there is no closed list of what libraries raise on others' files)
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
             raise InputError(
-                f"--judge: {name!r} is neither prefix nor keywords, and no guard model can be loaded from it "
-                f"({str(error).splitlines()[0]})."
+                f"--judge: {name!r} is neither prefix nor keywords, and no guard model can be loaded from it ({reason:.300}); "
+                "give one of these, or the id or folder of a guard model."
             ) from None
         if not self.tokenizer.chat_template:
             raise InputError(f"--judge: the guard model {name!r} has no chat template, so no conversation can be put to it.")

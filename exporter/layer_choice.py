@@ -12,6 +12,8 @@ AUROC = 0.9
 SPLIT_HALF_COSINE = 0.8
 #: Share of the best layer's separation that a layer must reach.
 SEPARATION = 0.5
+#: Layers that an error names.
+NAMED = 6
 #: Layers before this share of the depth are never chosen: the paper's sweep has the first layers worst and the middle best.
 EARLIEST = 0.3
 
@@ -44,8 +46,9 @@ def choose_layers(statistics: Sequence[LayerStatistics], depth: int) -> LayerCho
             runs.append([layer])
     if not runs:
         raise InputError(
-            f"--layers auto: no decoder layer {_failure(statistics)}; see the criterion in the README: "
-            "the model may not be aligned; give --layers A-B to calibrate all the same."
+            f"--layers auto: no decoder layer qualifies: {_misses(statistics, best, depth)}; "
+            "the model may not be aligned, or the calibration rows are too few or too mixed; "
+            "give --layers A-B to calibrate all the same."
         )
     longest = max(reversed(runs), key=len)
     left_out |= {layer: "not in the longest run" for run in runs if run is not longest for layer in run}
@@ -67,22 +70,45 @@ def _criterion(statistics: Sequence[LayerStatistics], best: float) -> str:
     return f"longest run of layers from {EARLIEST:g} of the depth on" + (f" with {listed}" if listed else "") + note
 
 
-def _failure(statistics: Sequence[LayerStatistics]) -> str:
-    """The nearest miss."""
-    known = {s.layer: s.auroc for s in statistics if s.auroc is not None}
-    if not known:
-        return f"gives one direction for two halves of the rows (cosine at least {SPLIT_HALF_COSINE})"
-    top = max(known, key=lambda layer: known[layer])
-    return f"separates safe from unsafe text reliably (best held-out AUROC {known[top]:.2f} at layer {top}, expected {AUROC})"
+def _misses(statistics: Sequence[LayerStatistics], best: float, depth: int) -> str:
+    """What each layer fails by, the nearest miss first."""
+    late = [(layer, _shortfalls(layer, best)) for layer in statistics if not _is_early(layer, depth)]
+    late.sort(key=lambda found: max(short.share for short in found[1]))
+    parts = [f"layer {layer.layer} by {' and '.join(map(str, shorts))}" for layer, shorts in late[:NAMED]]
+    more = [f"{len(late) - NAMED} more by more"] if len(late) > NAMED else []
+    early = [f"the first {EARLIEST:g} of {depth} layers are never chosen"] if len(late) < len(statistics) else []
+    return ", ".join([*parts, *more, *early])
+
+
+@dataclass(frozen=True)
+class _Shortfall:
+    name: str
+    value: float
+    least: float
+
+    @property
+    def share(self) -> float:
+        return 1 - self.value / self.least
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.value:.3f} (expected {self.least:.3g})"
+
+
+def _shortfalls(layer: LayerStatistics, best: float) -> list[_Shortfall]:
+    asked = (
+        ("held-out AUROC", layer.auroc, AUROC),
+        ("split-half cosine", layer.split_half_cosine, SPLIT_HALF_COSINE),
+        ("separation", layer.separation, SEPARATION * best),
+    )
+    return [_Shortfall(name, value, least) for name, value, least in asked if value is not None and value < least]
+
+
+def _is_early(layer: LayerStatistics, depth: int) -> bool:
+    return layer.layer < EARLIEST * depth
 
 
 def _objection(layer: LayerStatistics, best: float, depth: int) -> str | None:
-    if layer.layer < EARLIEST * depth:
+    if _is_early(layer, depth):
         return f"among the first {EARLIEST:g} of {depth} layers"
-    if layer.auroc is not None and layer.auroc < AUROC:
-        return f"held-out AUROC {layer.auroc:.3f}"
-    if layer.split_half_cosine is not None and layer.split_half_cosine < SPLIT_HALF_COSINE:
-        return f"split-half cosine {layer.split_half_cosine:.3f}"
-    if layer.separation is not None and layer.separation < SEPARATION * best:
-        return f"separation {layer.separation:.2f}"
-    return None
+    shorts = _shortfalls(layer, best)
+    return f"{shorts[0].name} {shorts[0].value:.3f}" if shorts else None

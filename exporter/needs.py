@@ -27,7 +27,7 @@ class Needs:
     weights: int  # in memory, as measured with
     activations: int  # of one batch
     statistics: int
-    stored: int  # the checkpoint's tensors on disk
+    copied: int  # of the disk, shards that are no links into a Hub cache
     mapped: int  # of the peak, pages of weight files, which the system can take back
     verifying: int
     disk: int
@@ -56,8 +56,8 @@ class Needs:
         return f"{_gb(self.measuring)} measuring ({parts}; {pages}), then {_gb(self.verifying)} verifying"
 
     def disk_text(self) -> str:
-        copies = f"{_gb(self.stored)} more where links are impossible"
-        return f"{_gb(self.disk)} beside the linked shards ({copies}), {_gb(self.resume)} in the cache folder until it is done"
+        copies = f"{_gb(self.copied)} of it copies of weights, which take nothing where the file system clones files"
+        return f"{_gb(self.disk)} ({copies}), {_gb(self.resume)} in the cache folder until it is done"
 
 
 def _gb(size: float) -> str:
@@ -73,12 +73,12 @@ def needs(
     tokens: int,
     layers: int,
     rows: Mapping[str, int],
-    written: int,
+    copied: int,
 ) -> Needs:
     """What an export of `base` takes.
 
     text: the language model's configuration. tokens: in one batch of text. layers: measured. rows: `held_out` and `all` prompts.
-    written: bytes of shards that cannot be linked.
+    copied: bytes of shards that cannot be linked.
     """
     headers = [(name, t) for header in base.headers.values() for name, t in header.items()]
     weights = sum(_in_memory(name, t, dtype, quantised) for name, t in headers)
@@ -93,10 +93,10 @@ def needs(
         weights=weights,
         activations=batch,
         statistics=statistics,
-        stored=base.size,
+        copied=copied,
         mapped=weights if unchanged else base.size,
         verifying=LIBRARIES + loaded + batch + (0 if loaded == base.size else base.size),
-        disk=written + state * 4,
+        disk=copied + state * 4,
         resume=4 * state * rows["all"],
     )
 

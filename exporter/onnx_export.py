@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from exporter.bake import REPORT
+from exporter.earlier import NOTHING, Contents, contents, few
 from exporter.errors import InputError, VerificationError
 from exporter.exported import open_export, read_report
 from exporter.manifest import recorded, shipped
@@ -60,7 +61,7 @@ def export_onnx(checkpoint: Path, precisions: Sequence[str], progress: Progress 
     report = read_report(checkpoint)
     family = check_family(report["recipe"]["family"], json.loads((checkpoint / "config.json").read_text("utf-8")))
     target = checkpoint / FOLDER
-    with replaced(target, lambda: _check_ours(target)) as folder:
+    with replaced(target, lambda: _check_ours(target, report)) as folder:
         wording = recorded_recipe(report).wording.model_dump(include={"caption", "text_counterpart"})
         entry = _write(checkpoint, family, tuple(precisions), folder, wording, progress)
         if broken := [sentence for found in entry["variants"].values() for sentence in found.pop("failures")]:
@@ -129,16 +130,14 @@ def _save(graphs: dict[str, Any], folder: Path, precision: str) -> None:
         save_graph(exported, folder / graph_file(graph, precision))
 
 
-def _check_ours(folder: Path) -> None:
-    """Raise InputError where there is a folder that this tool has not written."""
+def _check_ours(folder: Path, report: dict[str, Any]) -> Contents:
+    """What is in an earlier `onnx` folder. Raises InputError where there is anything in it that the export does not list."""
     if not folder.exists():
-        return
-    try:
-        ours = "shiftdc" in json.loads((folder / "config.json").read_text("utf-8"))
-    except (OSError, ValueError):
-        ours = False
-    if not ours:
-        raise InputError(f"CHECKPOINT: {folder} exists and is no export of this tool; move it away.")
+        return NOTHING
+    found = contents(folder, {p.removeprefix(f"{FOLDER}/"): h for p, h in report["files"].items() if p.startswith(f"{FOLDER}/")})
+    if found.others:
+        raise InputError(f"CHECKPOINT: {folder} holds what is not of the export ({few(found.others)}); move it away.")
+    return found
 
 
 def _attach(checkpoint: Path, entry: dict[str, Any]) -> None:

@@ -262,7 +262,7 @@ def blank(pixels: Floats, value: float) -> Floats:
 def _read(folder: Path, name: str) -> dict[str, Any]:
     try:
         return json.loads((folder / name).read_text("utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         raise InputError(f"CHECKPOINT: {folder} has no readable {name}; give the onnx folder of an export.") from None
 
 

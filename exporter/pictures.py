@@ -11,6 +11,8 @@ from PIL import Image, ImageOps
 
 #: Decoders that are used; others of Pillow start programs (EPS: Ghostscript) or are rarely looked at.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+#: White in a picture of 16 bits.
+WHITE = 65_535
 # what Pillow's decoders raise on damaged files
 _DAMAGED = (OSError, ValueError, SyntaxError, EOFError, struct.error, LookupError, TypeError, AttributeError, ArithmeticError)
 
@@ -39,11 +41,23 @@ def read_picture(source: Path | BytesIO) -> Image.Image:
 
 
 def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F":  # convert() would make black of 0 to 1, and white of all above 255
+        raise PictureError("holds fractions, of which it does not say what is white")
     if image.mode == "I" or image.mode.startswith("I;16"):  # convert() would clip all above 255 to white
+        low, high = (int(found) for found in image.convert("I").getextrema())  # type: ignore[arg-type]
+        if not 0 <= low <= high <= WHITE:  # of 32 bits
+            raise PictureError(f"holds numbers from {low} to {high}, expected 0 to {WHITE}")
         return image.convert("I").point(lambda value: value * (1 / 257)).convert("L").convert("RGB")
     if image.mode == "P":  # with transparency in bytes, Pillow warns of the direct way
         image = image.convert("RGBA")
     return image.convert("RGB")
+
+
+def path_as_text(value: object) -> object:
+    """For models of rows, before the value is taken for a path. Raises ValueError."""
+    if isinstance(value, bool | int | float | list | dict):
+        raise ValueError("must be a path, as text")
+    return value
 
 
 def picture_below(folder: Path, path: Path) -> Path:

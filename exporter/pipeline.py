@@ -16,7 +16,7 @@ import torch
 from exporter import __version__
 from exporter.activations import AUTO_TOKENS
 from exporter.adapter import Adapter, changed_shards, merge, resolve_adapter
-from exporter.bake import REPORT, HashOf, bake, hashed_aside
+from exporter.bake import REPORT, Baked, HashOf, bake, hashed_aside
 from exporter.batches import Batches, release
 from exporter.calibration import CalibrationSet, load_calibration
 from exporter.captions import captioned
@@ -30,6 +30,7 @@ from exporter.layer_choice import LayerChoice, choose_layers
 from exporter.manifest import CARD, hashes
 from exporter.modeling.modeling_shiftdc_prompts import PromptFrame
 from exporter.needs import Needs, needs
+from exporter.placing import will_be_linked
 from exporter.probe import PROBE, Probe, record_probe
 from exporter.processors import check_same, load_processor, pin
 from exporter.progress import Progress, silent
@@ -110,6 +111,8 @@ def make_plan(
 
     What small files can tell comes first: weights on the Hub are fetched last, and `announce` is told their size before.
     """
+    if output is not None:
+        check_output(output, force)  # before anything is fetched
     files = resolve_small(model, revision)
     quantised = _quantised(load_in_4bit, load_in_8bit)
     check_quantisation(quantised, files)
@@ -172,9 +175,10 @@ def plan_needs(plan: Plan) -> Needs:
     rows["all"] = len(plan.calibration.rows) + 2 * len(image_rows(plan.calibration)) + 4 * BLANK_IMAGES
     device = "cuda" if torch.cuda.is_available() else "cpu"
     changed = set() if plan.adapter is None or plan.keep_adapter else changed_shards(plan.adapter, plan.base)
+    copied = [s for s in plan.base.shards if s in changed or not will_be_linked(s, plan.output)]
     return needs(
         plan.base, text, dtype=plan.dtype, quantised=plan.quantised, tokens=AUTO_TOKENS[device], rows=rows,
-        layers=len(plan.layers or range(plan.depth)), written=sum(shard.stat().st_size for shard in changed),
+        layers=len(plan.layers or range(plan.depth)), copied=sum(shard.stat().st_size for shard in copied),
     )  # fmt: skip
 
 
@@ -208,12 +212,12 @@ def export(plan: Plan, progress: Progress = silent, ranks: Ranks | None = None) 
         if probe is None:
             probe = probe_unquantised(plan, measured, clock)
             release()
-        shards = clock.stage("bake", lambda: bake_measured(plan, measured, folder, hash_of))
+        baked = clock.stage("bake", lambda: bake_measured(plan, measured, folder, hash_of))
         probe.save(folder / PROBE)
-        report = make_report(plan, measured, shards) | {"resumed_batches": store.found}
+        report = make_report(plan, measured, baked) | {"resumed_batches": store.found}
         card = render_card(plan.base, plan.recipe, report, measured.directions.statistics, repo=plan.output.name)
         (folder / CARD).write_text(card, "utf-8")
-        report["files"] = hashes(folder, known=shards)
+        report["files"] = hashes(folder, known=baked.hashes)
         write_report(folder, report)  # verify reads it; the parity that it finds is added
         verification = clock.stage("verify", lambda: verify(folder, plan.device_map, plan.output))
         report |= {"parity": verification.parity, "seconds": clock.seconds}
@@ -299,7 +303,7 @@ def swept(plan: Plan, measured: Measurement, clock: Clock, hash_of: HashOf | Non
     """The plan with the strength, and the measurement with the layers, that a sweep on held-out rows chose."""
     held_out = plan.calibration.select("held_out")
     with scratch(plan.output, "sweep") as folder:
-        bake_measured(plan, measured, folder, hash_of)
+        bake_measured(plan, measured, folder, hash_of, for_a_while=True)
         vlm = load_calibrated(folder, plan.recipe, dtype=plan.dtype, device_map=plan.device_map)
         found = clock.stage("sweep", lambda: run_sweep(vlm, held_out, plan.layers is None, clock.progress))
     chosen = found.chosen.candidate
@@ -311,10 +315,10 @@ def swept(plan: Plan, measured: Measurement, clock: Clock, hash_of: HashOf | Non
     return replace(plan, recipe=recipe), replace(measured, choice=choice, sweep=found)
 
 
-def bake_measured(plan: Plan, measured: Measurement, folder: Path, hash_of: HashOf | None) -> dict[str, str]:
+def bake_measured(plan: Plan, measured: Measurement, folder: Path, hash_of: HashOf | None, for_a_while: bool = False) -> Baked:
     adapter = plan.adapter.folder if plan.adapter is not None and plan.keep_adapter else None
     directions, layers, recipe, frame = probed(plan, measured)
-    written = bake(plan.base, recipe, directions, layers, frame, folder, adapter, hash_of)
+    written = bake(plan.base, recipe, directions, layers, frame, folder, adapter, hash_of, for_a_while)
     processor = load_processor(plan.base.folder, plan.recipe)
     pin(processor, folder)
     check_same(processor, folder, plan.recipe)
@@ -329,7 +333,7 @@ def choose(plan: Plan, directions: Directions) -> LayerChoice:
     return LayerChoice(directions.layers, "given by the caller", left_out)
 
 
-def make_report(plan: Plan, measured: Measurement, shards: dict[str, str]) -> dict[str, Any]:
+def make_report(plan: Plan, measured: Measurement, baked: Baked) -> dict[str, Any]:
     """shiftdc_report.json: everything but texts."""
     base, choice = plan.base, measured.choice
     return {
@@ -337,7 +341,8 @@ def make_report(plan: Plan, measured: Measurement, shards: dict[str, str]) -> di
             "id": base.name,
             "revision": base.revision,
             "architecture": family(plan.recipe.family).stock_class,
-            "shards": shards,
+            "shards": baked.hashes,
+            "placed": baked.placed,
         },
         **({} if plan.adapter is None else {"adapter": plan.adapter.report(plan.keep_adapter)}),
         "recipe": plan.recipe.model_dump(),

@@ -20,6 +20,8 @@ CARD_BYTES = 4_000_000
 LINES_BYTES = 512_000_000
 #: Largest header of a safetensors file; the format itself allows 100 MB.
 HEADER_BYTES = 32_000_000
+#: Longest number in YAML, in characters; one of millions of hexadecimal digits is read and can then not be printed.
+NUMBER_CHARACTERS = 100
 #: Longest request, prompt or caption, in characters.
 TEXT_CHARACTERS = 32_768
 
@@ -101,6 +103,16 @@ class _PlainLoader(yaml.SafeLoader):
         if len(found) < len(node.value):
             raise yaml.YAMLError("a key stands twice in one mapping")
         return found
+
+
+def _number(loader: _PlainLoader, node: yaml.ScalarNode) -> Any:
+    if len(node.value) > NUMBER_CHARACTERS:
+        raise yaml.YAMLError(f"a number has more than {NUMBER_CHARACTERS} characters")
+    return loader.construct_yaml_int(node) if node.tag.endswith(":int") else loader.construct_yaml_float(node)
+
+
+for _kind in ("int", "float"):
+    _PlainLoader.add_constructor(f"tag:yaml.org,2002:{_kind}", _number)
 
 
 def parse_yaml(text: str) -> Any:

@@ -46,7 +46,7 @@ class ReplyLog:
             if found == settings:
                 self._replies = {(r.defence, r.question): r for r in replies}
             else:
-                self.set_aside = _free_name(self.file)
+                self.set_aside = free_name(self.file)
                 self.file.rename(self.set_aside)
         if not self._replies:
             self.file.write_text(json.dumps({"settings": settings}) + "\n", "utf-8")
@@ -92,7 +92,8 @@ def _read(file: Path) -> tuple[Any, list[Reply]]:
     return settings, replies
 
 
-def _free_name(file: Path) -> Path:
+def free_name(file: Path) -> Path:
+    """`file` with the first number that no other has."""
     number = 1
     while (name := file.with_name(f"{file.stem}.{number}{file.suffix}")).exists():
         number += 1

@@ -324,8 +324,9 @@ def _check_inside(folder: Path, file: Path) -> None:
         real, root = file.resolve(strict=True), folder.resolve()
     except (OSError, RuntimeError):
         raise InputError(f"MODEL: {file} is a link that leads nowhere; fetch the checkpoint again.") from None
-    blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else root
-    if not (real.is_relative_to(root) or real.is_relative_to(blobs)):
+    cached = root.parent.name == "snapshots"  # files of one repository, and those that the client keeps once for several
+    blobs = [root.parent.parent / "blobs", root.parent.parent.parent / "blobs"] if cached else []
+    if not any(real.is_relative_to(folder) for folder in (root, *blobs)):
         raise InputError(f"MODEL: {file} is a link that leads out of the checkpoint, to {real}; copy that file in its place.")
 
 

@@ -1,4 +1,4 @@
-"""Folders for a while, where the system keeps such: what killed runs left there goes with the next run."""
+"""Folders for a while, where the system keeps such: what killed runs left there goes with the next run, if it has the marker."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from exporter.locks import in_use, lock_of, release, try_lock
+from exporter.marker import is_marked, mark
 
 
 @contextmanager
 def temporary(purpose: str) -> Iterator[Path]:
-    """An empty folder of this user's alone, removed at the end."""
+    """A folder of this user's alone, empty but for the marker, removed at the end."""
     root = _root()
     if root is None:
         with tempfile.TemporaryDirectory(prefix=f"shiftdc-{purpose}-") as name:
@@ -23,9 +24,10 @@ def temporary(purpose: str) -> Iterator[Path]:
         return
     with lock_of(root):  # one run at a time looks around and makes its folder
         for left in root.iterdir():
-            if not in_use(left):
+            if is_marked(left) and not in_use(left):
                 shutil.rmtree(left, ignore_errors=True)
         folder = Path(tempfile.mkdtemp(prefix=f"{purpose}-", dir=root))
+        mark(folder)
         lock = try_lock(folder)
     try:
         yield folder

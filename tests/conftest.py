@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -119,8 +120,9 @@ def hub_snapshot(base_folder: Path, tmp_path: Path) -> Path:
     blobs.mkdir(parents=True)
     snapshot.mkdir(parents=True)
     for file in base_folder.iterdir():
-        shutil.copy(file, blobs / file.name[::-1])
-        (snapshot / file.name).symlink_to(Path("..") / ".." / "blobs" / file.name[::-1])
+        name = hashlib.sha256(file.read_bytes()).hexdigest()
+        shutil.copy(file, blobs / name)
+        (snapshot / file.name).symlink_to(Path("..") / ".." / "blobs" / name)
     return snapshot
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
+import signal
 import sys
 
 import pytest
 import torch
+from bad_inputs.workshop import sparse
 from click.testing import CliRunner
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -97,8 +100,10 @@ def test_the_merged_export(base, adapter, exported):
     folder = exported(False)
     assert {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in base.iterdir()} == before
     assert list(folder.parent.iterdir()) == [folder]  # nothing temporary is left
-    linked = {f.name: (folder / f.name).samefile(f) for f in base.glob("model-*.safetensors")}
-    assert any(linked.values()) and not all(linked.values())
+    shards = [(f, folder / f.name) for f in base.glob("model-*.safetensors")]
+    assert not any(shard.samefile(f) or shard.is_symlink() for f, shard in shards)
+    same = [f.read_bytes() == shard.read_bytes() for f, shard in shards]
+    assert any(same) and not all(same)
     model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
     inputs = {**INPUTS, "pixel_values": INPUTS["pixel_values"].bfloat16()}
     assert torch.equal(model(**inputs, shiftdc=False).logits, by_peft(base, adapter)(**inputs).logits)
@@ -116,7 +121,7 @@ class TestKeptApart:
 
     def test_it_is_loaded_with_the_checkpoint(self, base, adapter, exported):
         folder = exported(True)
-        assert all((folder / f.name).samefile(f) for f in base.glob("model-*.safetensors"))
+        assert all((folder / f.name).read_bytes() == f.read_bytes() for f in base.glob("model-*.safetensors"))
         model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
         inputs = {**INPUTS, "pixel_values": INPUTS["pixel_values"].bfloat16()}
         stock = LlavaForConditionalGeneration.from_pretrained(base)
@@ -171,6 +176,20 @@ def change_factors(folder, change):
     save_file(change(load_file(file)), file, metadata={"format": "pt"})
 
 
+def write_config(folder, content):
+    (folder / "adapter_config.json").unlink()
+    (folder / "adapter_config.json").write_bytes(content)
+
+
+def pipe(folder, name):
+    (folder / name).unlink()
+    os.mkfifo(folder / name)  # who opens it to read waits for ever
+
+
+#: Matches nothing, after more steps than there are atoms.
+ENDLESS = r"([a-z0-9_.]+)+!"
+
+
 def to_pickle(folder):
     torch.save({}, folder / "adapter_model.bin")
     (folder / "adapter_model.safetensors").unlink()
@@ -180,6 +199,30 @@ def to_pickle(folder):
     ("damage", "message"),
     [
         (lambda f: (f / "adapter_config.json").unlink(), "has no readable adapter_config.json"),
+        (lambda f: write_config(f, b'{"peft_type": ' + b"[" * 100_000), "has no readable adapter_config.json (it is nested too"),
+        (lambda f: sparse(f / "adapter_config.json", 10**9), "has no readable adapter_config.json (it has more than"),
+        (lambda f: write_config(f, b'{"a": "\xff"}'), "has no readable adapter_config.json (byte 7 is not UTF-8"),
+        (lambda f: pipe(f, "adapter_config.json"), "has no readable adapter_config.json (it is no regular file)"),
+        (lambda f: pipe(f, "adapter_model.safetensors"), "has no adapter_model.safetensors"),
+        (lambda f: write_config(f, b"[]"), "names no peft_type"),
+        (lambda f: change_config(f, peft_type=["LORA"]), "names no peft_type"),
+        (
+            lambda f: change_config(f, base_model_name_or_path=["x"]),
+            "base_model_name_or_path in the adapter_config.json of tuned is a",
+        ),
+        (lambda f: change_config(f, base_model_name_or_path=7), "is a int and no text; correct it"),
+        (lambda f: change_config(f, base_model_name_or_path=0), "is a int and no text; correct it"),
+        (lambda f: change_config(f, base_model_name_or_path="a\0b"), "was trained on a\\x00b"),
+        (lambda f: change_config(f, base_model_name_or_path="a\ud800b"), "was trained on a\\ud800b"),
+        (lambda f: change_config(f, base_model_name_or_path="b" * 100_000), "was trained on bbb"),
+        (lambda f: change_config(f, target_modules=ENDLESS), "is not matched within 0.3 seconds; correct it"),
+        (lambda f: change_config(f, exclude_modules=ENDLESS), "is not matched within 0.3 seconds; correct it"),
+        (lambda f: change_config(f, rank_pattern={ENDLESS: 2}), "is not matched within 0.3 seconds; correct it"),
+        (lambda f: change_config(f, target_modules="("), "does not fit tiny-base"),
+        (lambda f: change_config(f, target_modules=7), "does not fit tiny-base"),
+        (lambda f: change_config(f, r="many"), "does not fit tiny-base"),
+        (lambda f: change_config(f, rank_pattern=[1]), "does not fit tiny-base"),
+        (lambda f: change_config(f, megatron_config={"x": 1}, megatron_core="antigravity"), "names code (megatron_core)"),
         (lambda f: change_config(f, peft_type="LOHA"), "is of type LOHA, expected LORA"),
         (to_pickle, "only a pickle file"),
         (lambda f: change_config(f, base_model_name_or_path="someone/else"), "was trained on someone/else"),
@@ -191,15 +234,51 @@ def to_pickle(folder):
         (lambda f: change_factors(f, lambda t: {**t, "base_model.model.x.lora_A.weight": torch.ones(2)}), "it holds"),
         (lambda f: (f / "adapter_model.safetensors").write_bytes(b"x" * 99), "is not a whole safetensors file"),
     ],
-    ids=["config", "type", "pickle", "base", "modules", "bias", "targets", "shapes", "missing", "left over", "damaged"],
+    ids=[
+        "config",
+        "deep",
+        "large",
+        "bytes",
+        "pipe",
+        "weights a pipe",
+        "list",
+        "type a list",
+        "base a list",
+        "base a number",
+        "base 0",
+        "base with NUL",
+        "base with half a character",
+        "base without end",
+        "endless targets",
+        "endless exclusion",
+        "endless ranks",
+        "no pattern",
+        "targets a number",
+        "rank a word",
+        "ranks a list",
+        "code",
+        "type",
+        "pickle",
+        "base",
+        "modules",
+        "bias",
+        "targets",
+        "shapes",
+        "missing",
+        "left over",
+        "damaged",
+    ],
 )
-def test_adapters_that_do_not_fit_are_one_sentence(base, adapter, calibration_file, tmp_path, damage, message):
+def test_adapters_that_do_not_fit_are_one_sentence(base, adapter, calibration_file, tmp_path, monkeypatch, damage, message):
+    monkeypatch.setattr("exporter.adapter.LIMIT", 0.3)
     folder = shutil.copytree(adapter, tmp_path / "tuned")
     damage(folder)
     arguments = [base, "--adapter", folder, "--calibration", calibration_file, "--output", tmp_path / "out", "--layers", "1"]
     done = CliRunner().invoke(main, [str(a) for a in arguments])
     assert done.exit_code == 2, done.output
     assert message in done.stderr
+    assert done.stderr.startswith("Error: --adapter: ") and done.stderr.endswith(".\n") and len(done.stderr) < 2000
+    assert signal.getitimer(signal.ITIMER_PROF) == (0, 0)
     assert len(done.stderr.strip().splitlines()) == 1
     assert not (tmp_path / "out").exists()
 

@@ -79,10 +79,11 @@ def test_a_bad_line_is_named_and_its_text_is_not_shown(tmp_path, line, message):
 
 
 def test_too_few_rows(tmp_path):
+    fit = {**ROW, "split": "fit"}
     with pytest.raises(InputError, match="has 1 safe rows with split 'fit', expected at least 8"):
-        load_calibration(str(write(tmp_path, [ROW])))
+        load_calibration(str(write(tmp_path, [fit])))
     with pytest.raises(InputError, match="has 0 safe rows with split 'held_out', expected at least 2"):
-        load_calibration(str(write(tmp_path, [ROW] * 8)))
+        load_calibration(str(write(tmp_path, [fit] * 8)))
     held_out = [r for r in enough() if (r["label"], r["split"]) != ("unsafe", "fit")]
     with pytest.raises(InputError, match="unsafe rows with split 'held_out' only"):
         load_calibration(str(write(tmp_path, held_out)))
@@ -152,6 +153,72 @@ def test_an_unreadable_image(tmp_path):
     calibration = read_jsonl(write(tmp_path, enough(image="a.png")))
     with pytest.raises(InputError, match=r"a\.png cannot be read"):
         row_image(calibration.rows[0])
+
+
+def without_splits(safe=20, unsafe=15, **extra):
+    return [
+        {**ROW, "label": label, "caption": f"{label} {i}", **extra}
+        for label, n in (("safe", safe), ("unsafe", unsafe))
+        for i in range(n)
+    ]
+
+
+def held_out(file):
+    return {(r.label, r.caption) for r in load_calibration(str(file)).rows if r.split == "held_out"}
+
+
+class TestWithoutSplits:
+    def test_a_fifth_is_held_out_and_this_is_said(self, tmp_path):
+        found = load_calibration(str(write(tmp_path, without_splits()))).summary()
+        counts = {k: found[k] for k in ("fit_safe", "fit_unsafe", "held_out_safe", "held_out_unsafe")}
+        assert counts == {"fit_safe": 16, "fit_unsafe": 12, "held_out_safe": 4, "held_out_unsafe": 3}
+        assert found["warnings"] == [
+            "The rows name no splits, so a fifth was held out (4 safe and 3 unsafe ones), the same every time."
+        ]
+
+    def test_the_same_rows_in_any_order_and_any_folder(self, tmp_path):
+        rows = without_splits()
+        for name in "ab":
+            (tmp_path / name).mkdir()
+        assert held_out(write(tmp_path / "a", rows)) == held_out(write(tmp_path / "b", rows[::-1])) != set()
+        for name in "ab":
+            Image.new("RGB", (8, 8)).save(tmp_path / name / "x.png")
+        pictured = [{**r, "image": "x.png"} for r in rows]
+        assert held_out(write(tmp_path / "a", pictured)) == held_out(write(tmp_path / "b", pictured)) != set()
+
+    def test_one_row_more_moves_few(self, tmp_path):
+        more = held_out(write(tmp_path, without_splits(safe=25)))
+        assert len(held_out(write(tmp_path, without_splits())) - more) <= 2
+
+    def test_equal_rows_stay_together(self, tmp_path):
+        found = load_calibration(str(write(tmp_path, without_splits() * 3)))
+        sides = {side: {(r.label, r.caption) for r in found.select(side)} for side in ("fit", "held_out")}
+        assert not sides["fit"] & sides["held_out"]
+
+    def test_who_names_one_split_names_all(self, tmp_path):
+        rows = without_splits()
+        rows[0]["split"] = "fit"
+        with pytest.raises(InputError, match="has 0 safe rows with split 'held_out'"):
+            load_calibration(str(write(tmp_path, rows)))
+
+    def test_too_few(self, tmp_path):
+        with pytest.raises(
+            InputError, match="has 9 safe rows that differ, expected at least 10 where none has a split; add some"
+        ):
+            load_calibration(str(write(tmp_path, without_splits(safe=9))))
+        with pytest.raises(InputError, match="has 1 safe rows that differ"):
+            load_calibration(str(write(tmp_path, [ROW] * 20)))
+        assert load_calibration(str(write(tmp_path, without_splits(safe=10)))).summary()["held_out_safe"] == 2
+
+    def test_few_unsafe_rows_are_fitted(self, tmp_path):
+        found = load_calibration(str(write(tmp_path, without_splits(unsafe=4))))
+        assert (found.summary()["fit_unsafe"], found.summary()["held_out_unsafe"]) == (4, 0)
+        assert len(found.warnings) == 3
+
+    def test_as_a_side_of_two(self, tmp_path):
+        file = write(tmp_path, without_splits())
+        found = load_calibration(f"{file}+builtin")
+        assert found.summary()["held_out_unsafe"] == 3 and found.warnings[0].startswith("The rows name no splits")
 
 
 def test_absent_and_binary_files(tmp_path):

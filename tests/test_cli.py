@@ -33,7 +33,9 @@ def test_export_says_where_and_what_next(base_folder, calibration_file, tmp_path
     lines = done.stdout.splitlines()
     assert lines[0] == f"tiny-llava is calibrated: {tmp_path / 'out'}"
     assert "layers 1-2 of 4" in lines[1]
-    assert "bitwise equal" in lines[2]
+    size = (base_folder / "model.safetensors").stat().st_size
+    assert lines[2] == f"  weights copied: {size / 1e6:.2f} MB of new files"
+    assert "bitwise equal" in lines[3]
     assert "trust_remote_code=True" in lines[-1]
     assert "directions" in done.stderr  # progress
     assert "directions" not in done.stdout

@@ -34,8 +34,45 @@ def test_the_later_of_two_runs_of_one_length():
 
 
 def test_no_layer_is_an_error():
-    with pytest.raises(InputError, match=r"no decoder layer separates.*AUROC 0\.60"):
+    with pytest.raises(
+        InputError, match=r"no decoder layer qualifies: layer 3 by held-out AUROC 0\.600 \(expected 0\.9\), layer 4"
+    ):
         choose_layers([layer(i, auroc=0.6) for i in range(10)], depth=10)
+
+
+def refused(*layers, depth=10):
+    with pytest.raises(InputError) as error:
+        choose_layers(layers, depth=depth)
+    return str(error.value)
+
+
+def test_what_failed_is_named_layer_by_layer_the_nearest_miss_first():
+    said = refused(
+        layer(3, cosine=0.2),
+        layer(4, auroc=0.5, cosine=0.79),
+        layer(5, cosine=0.78),
+        layer(6, auroc=0.89),
+        layer(7, separation=0.4),
+    )
+    assert said == (
+        "--layers auto: no decoder layer qualifies: layer 6 by held-out AUROC 0.890 (expected 0.9), "
+        "layer 5 by split-half cosine 0.780 (expected 0.8), "
+        "layer 4 by held-out AUROC 0.500 (expected 0.9) and split-half cosine 0.790 (expected 0.8), "
+        "layer 3 by split-half cosine 0.200 (expected 0.8), layer 7 by separation 0.400 (expected 2); "
+        "the model may not be aligned, or the calibration rows are too few or too mixed; "
+        "give --layers A-B to calibrate all the same."
+    )
+
+
+def test_where_the_halves_of_the_data_disagree_auroc_is_not_blamed():
+    said = refused(*(layer(i, auroc=1.0, cosine=0.7 + i / 1000) for i in range(80)), depth=80)
+    assert "AUROC" not in said and len(said) < 700
+    assert "qualifies: layer 79 by split-half cosine 0.779 (expected 0.8), layer 78 by" in said
+    assert "50 more by more, the first 0.3 of 80 layers are never chosen; " in said
+
+
+def test_only_layers_that_are_never_chosen():
+    assert "qualifies: the first 0.3 of 10 layers are never chosen; the" in refused(layer(0), layer(2))
 
 
 def test_what_is_not_known_is_not_asked_for_and_the_criterion_says_so():
@@ -45,5 +82,5 @@ def test_what_is_not_known_is_not_asked_for_and_the_criterion_says_so():
     nothing = choose_layers([layer(i, auroc=None, separation=None, cosine=None) for i in range(10)], depth=10)
     assert nothing.layers == tuple(range(3, 10))
     assert nothing.criterion.startswith("longest run of layers from 0.3 of the depth on; not known")
-    with pytest.raises(InputError, match="no decoder layer gives one direction for two halves of the rows"):
+    with pytest.raises(InputError, match=r"qualifies: layer 3 by split-half cosine 0\.100 \(expected 0\.8\)"):
         choose_layers([layer(i, auroc=None, separation=None, cosine=0.1) for i in range(10)], depth=10)

@@ -22,6 +22,7 @@ from exporter import manifest, onnx_export, onnx_parity
 from exporter.cli import main
 from exporter.errors import InputError, VerificationError
 from exporter.exported import open_export, read_report
+from exporter.marker import mark
 from exporter.onnx_families import graph_family
 from exporter.onnx_files import save_graph
 from exporter.onnx_images import ImageProcessor
@@ -334,7 +335,7 @@ def test_a_folder_of_somebody_else_is_left_alone(checkpoint, tmp_path):
     shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns("onnx"))
     (folder / "onnx").mkdir()
     (folder / "onnx" / "model.onnx").write_text("mine")
-    with pytest.raises(InputError, match="is no export of this tool"):
+    with pytest.raises(InputError, match=r"holds what is not of the export \(model\.onnx\); move it away"):
         onnx_export.export_onnx(folder, ("fp32",))
     assert (folder / "onnx" / "model.onnx").read_text() == "mine"
 
@@ -387,7 +388,9 @@ def test_what_a_killed_run_left_goes_with_the_next(checkpoint, tmp_path, monkeyp
     folder = shutil.copytree(checkpoint, tmp_path / "calibrated")
     left = folder / ".onnx.partial-abcd1234"
     shutil.copytree(folder / "onnx", left)
+    mark(left)
     if killed == "between two renames":
+        mark(folder / "onnx")
         (folder / "onnx").rename(folder / ".onnx.old-abcd1234")
     monkeypatch.setattr(onnx_export, "_write", write_one_file)
     onnx_export.export_onnx(folder, ("fp16",))

@@ -25,10 +25,12 @@ from tiny import save_tiny_llava
 
 import exporter
 from exporter.cli import main
-from exporter.errors import VerificationError, printable
-from exporter.exported import open_export
-from exporter.manifest import hashes
+from exporter.errors import InputError, VerificationError, printable
+from exporter.evidence import write_report_and_card
+from exporter.exported import open_export, read_report
+from exporter.manifest import differences, hashes
 from exporter.source import resolve
+from exporter.staging import check_output
 from exporter.verify import verify
 
 PACKAGE = Path(exporter.__file__).parent
@@ -289,6 +291,19 @@ class TestManifest:
         assert verify(export).edited == ("README.md",)
         done = CliRunner().invoke(main, ["verify", str(export)])
         assert (done.exit_code, "Edited since, which its owner may: README.md." in done.stdout) == (0, True)
+
+    def test_a_card_that_was_edited_is_kept_when_it_is_written_anew(self, export, caplog):
+        """By an evaluation, or for ONNX graphs."""
+        write_report_and_card(export, read_report(export))
+        assert not list(export.glob(".edited*")) and not caplog.messages  # it was as it had been written
+        for number, words in enumerate(("My words.", "My other words."), 1):
+            (export / "README.md").write_text(words)
+            write_report_and_card(export, read_report(export))
+            assert (export / f".edited-README.{number}.md").read_text() == words
+            assert f"kept in {export}/.edited-README.{number}.md" in caplog.messages[-1]
+        assert differences(export, read_report(export)) == ([], [])
+        with pytest.raises(InputError, match=r"\.edited-README\.1\.md, \.edited-README\.2\.md"):
+            check_output(export, True)
 
     def test_hidden_files_and_replies_are_no_part(self, export):
         (export / ".gitattributes").write_text("x")

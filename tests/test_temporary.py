@@ -45,6 +45,17 @@ def test_what_a_killed_run_left_goes_with_the_next_and_what_is_in_use_stays():
         assert not os.path.exists(left)
 
 
+def test_what_is_not_ours_stays(system):
+    root = system / f"shiftdc-{os.getuid()}"
+    (root / "thesis").mkdir(mode=0o700, parents=True)
+    root.chmod(0o700)
+    (root / "thesis" / "chapter.txt").write_text("years of work")
+    (root / "notes.txt").write_text("more")
+    with temporary("x"):
+        pass
+    assert sorted(f.name for f in root.rglob("*")) == ["chapter.txt", "notes.txt", "thesis"]
+
+
 @pytest.mark.parametrize("killed", [False, True])
 def test_the_process_that_verifies_ends_with_its_parent(make_export, killed):
     folder = make_export().plan.output

@@ -37,7 +37,7 @@ def raw(content: str | bytes) -> Callable[[Workshop], list[Any]]:
     return lambda w: w.calibrate(calibration=w.file("set.jsonl", content))
 
 
-def picture(path: str, prepare: Callable[[Workshop], object] = lambda w: None) -> Callable[[Workshop], list[Any]]:
+def picture(path: object, prepare: Callable[[Workshop], object] = lambda w: None) -> Callable[[Workshop], list[Any]]:
     """A set whose second row names `path`."""
 
     def build(w: Workshop) -> list[Any]:
@@ -77,6 +77,7 @@ def evaluate(w: Workshop, name: object, *options: object) -> list[Any]:
     return ["evaluate", w.whole_export, "--benchmark", name, "--no-attach", "--quiet", "--output", "evaluation", *options]
 
 
+NO_PATHS = {"a number": 7, "a fraction": 0.5, "true": True, "a list": ["a.png"], "an object": {"path": "a.png"}}
 LINE = ("--calibration: ", "set.jsonl, line 2", "correct the")
 FILE = ("--calibration: ", "set.jsonl")
 QUESTIONS = ("--benchmark: ", "mine.jsonl")
@@ -113,6 +114,28 @@ CASES = [
     ),
     Case("calibration with an unknown key", calibration(ROW, {**ROW, "answer": "x"}), (*LINE, "answer")),
     Case("calibration with an unknown split", calibration(ROW, {**ROW, "split": "train"}), (*LINE, "split")),
+    Case(
+        "calibration with a key twice",
+        calibration(ROW, '{"label": "safe", "request": "a", "request": "b", "caption": "x"}'),
+        (*LINE, "a key stands twice"),
+    ),
+    *(
+        Case(f"calibration with {name} for a picture", picture(value), (*LINE, "line 2: image: must be a path, as text; correct"))
+        for name, value in NO_PATHS.items()
+    ),
+    *(
+        Case(
+            f"benchmark with {name} for a picture",
+            benchmark({**QUESTION, "image": value}),
+            (*QUESTIONS, "line 1: image: must be a path, as text; correct the line"),
+        )
+        for name, value in NO_PATHS.items()
+    ),
+    Case(
+        "benchmark with a key twice",
+        benchmark('{"image": "a.png", "prompt": "a", "kind": "benign", "kind": "harmful"}'),
+        (*QUESTIONS, "line 1", "a key stands twice", "correct the line"),
+    ),
     Case("calibration with an absent picture", picture("absent.png"), (*LINE, "absent.png")),
     Case("calibration with a picture above", picture("../a.png"), ("set.jsonl, line 2", "lies outside", "use paths below")),
     Case("calibration with a picture elsewhere", picture("/etc/hostname"), ("line 2", "lies outside", "use paths below")),

@@ -41,6 +41,20 @@ def generate(edit: Callable[[Any], object]) -> Callable[[Workshop], list[Any]]:
     return build
 
 
+def prompted(text: str) -> Callable[[Workshop], list[Any]]:
+    return lambda w: ["generate", w.whole_export, "--image", "a.png", "--prompt", text]
+
+
+def judged(edit: Callable[[Any], object]) -> Callable[[Workshop], list[Any]]:
+    """With a damaged folder for a guard model."""
+
+    def build(w: Workshop) -> list[Any]:
+        edit(w.base("guard"))
+        return ["evaluate", w.whole_export, "--judge", "guard", "--quiet"]
+
+    return build
+
+
 BASE = {"id": "x", "revision": None, "architecture": "LlavaForConditionalGeneration"}
 OUTPUT = ("--output: ", "give")
 CHECKPOINT = ("CHECKPOINT: ", REPORT, "give a folder that shiftdc-export wrote")
@@ -62,7 +76,38 @@ CASES = [
     Case("batch size without end", option(batch_size="9" * 5000), ("--batch-size", "expected auto or")),
     Case("an unknown dtype", option(dtype="int8"), ("--dtype", "see --help")),
     Case("an unknown option", lambda w: w.calibrate(colour="red"), ("--colour", "see --help")),
-    Case("a device that is none", option(device_map="moon"), ("MODEL: ", "moon")),
+    Case("a device that is none", option(device_map="moon"), ("--device-map: 'moon' is no device; give auto, cpu",)),
+    Case("a device nearly", option(device_map="gpu7"), ("--device-map: 'gpu7' is no device; give auto, cpu",)),
+    Case("no device", option(device_map=""), ("--device-map: '' is no device; give auto, cpu",)),
+    Case("a device that is not there", option(device_map="cuda:99"), ("--device-map: there is no cuda:99 on this machine", "cpu")),
+    Case("a device without numbers", option(device_map="meta"), ("--device-map: there is no meta on this machine", "cpu")),
+    Case("a device before a model", option(base="someone/nothing", device_map="gpu7"), ("--device-map: 'gpu7' is no device",)),
+    *(
+        Case(f"{command} on a device that is none", lambda w, command=command, more=more: [
+            command, w.whole_export, "--device-map", "gpu7", *more], ("--device-map: 'gpu7' is no device; give auto, cpu",))
+        for command, more in {"verify": (), "evaluate": ("--limit", "1"), "generate": ("--image", "a.png", "--prompt", "x")}.items()
+    ),
+    Case("generate with an empty prompt", prompted(""), ("--prompt: it is empty; give a question",)),
+    Case("generate with a blank prompt", prompted(" \n\t"), ("--prompt: it is empty; give a question",)),
+    Case("generate with a prompt without end", prompted("a" * 40_000), ("--prompt: it has 40000 characters", "shorten it")),
+    Case("generate with a prompt of odd bytes", prompted("a\udc80"), ("--prompt: it is not UTF-8; give it in that encoding",)),
+    *(
+        Case(f"the command {word}", lambda w, word=word: [word, w.whole_export], (f"no command {word!r}", f"{near!r} is nearest"))
+        for word, near in {
+            "evalute": "evaluate", "Evaluate": "evaluate", "verfy": "verify", "genrate": "generate", "onx": "onnx", "psh": "push",
+            "recipe": "recipes",
+        }.items()
+    ),
+    Case("the command alone", lambda w: ["evalute"], ("no command 'evalute'", "'evaluate' is nearest")),
+    Case(
+        "a judge that is none, before a benchmark that is none",
+        lambda w: ["evaluate", w.whole_export, "--judge", "nobody/guard", "--benchmark", "absent", "--quiet"],
+        ("--judge: 'nobody/guard' is neither prefix nor keywords", "give one of these"),
+    ),
+    Case("a judge without a name", lambda w: ["evaluate", w.whole_export, "--judge", "", "--quiet"], ("--judge: ''", "give one of")),
+    Case("a judge that is a base", lambda w: ["evaluate", w.whole_export, "--judge", w.whole_base, "--quiet"], ("--judge: ", "give one")),
+    Case("a judge that is damaged", judged(lambda f: replace(f / "config.json", "[" * 100_000)), ("--judge: ", "give one of")),
+    Case("a judge with a list for a config", judged(lambda f: replace(f / "config.json", "[]")), ("--judge: ", "give one of")),
     Case("output is a file", output(lambda w: w.file("there", "years of work")), (*OUTPUT, "no export of this tool")),
     Case("output is a folder of another kind", output(lambda w: w.file("there/thesis", "")), (*OUTPUT, "no export of this tool")),
     Case("output is an export", output(lambda w: w.export(), "export"), ("--output: export exists", "--force")),
@@ -100,6 +145,12 @@ CASES = [
     Case("evaluate 0 questions", lambda w: ["evaluate", w.whole_export, "--limit", "0"], ("--limit", "see --help")),
     Case("evaluate into a diary", lambda w: (w.file("e/replies.jsonl", "my diary"), [
         "evaluate", w.whole_export, "--output", "e", "--limit", "1", "--quiet"])[1], ("--output: ", "no log of replies", "give another")),
+    *(
+        Case(f"evaluate over {name}", lambda w, name=name: (w.file(f"e/{name}", "mine"), [
+            "evaluate", w.whole_export, "--output", "e", "--limit", "1", "--quiet"])[1],
+            (f"--output: e holds {name}", "may be somebody's", "give another"))
+        for name in ("results.json", "layers.png", "attack_success.png")
+    ),
     Case("replies with numbers for texts", lambda w: (w.file("e/replies.jsonl", '{"settings": {}}\n{"defence": 1}\n{}\n'), [
         "evaluate", w.whole_export, "--output", "e", "--limit", "1", "--quiet"])[1], ("e/replies.jsonl, line 2", "give another")),
 ]  # fmt: skip

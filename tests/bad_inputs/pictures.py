@@ -10,6 +10,7 @@ from typing import Any
 
 from PIL import Image
 
+from bad_inputs.lines import all_pictures
 from bad_inputs.workshop import Case, Workshop
 
 
@@ -27,6 +28,15 @@ def png(width: int, height: int) -> bytes:
 
     header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
+
+
+def tiff(mode: str, white: int) -> bytes:
+    """Half black, half `white`."""
+    data = io.BytesIO()
+    image = Image.new(mode, (64, 48))
+    image.paste(white, (0, 0, 32, 48))
+    image.save(data, "TIFF")
+    return data.getvalue()
 
 
 def shown(name: str, content: bytes | None) -> Callable[[Workshop], list[Any]]:
@@ -61,9 +71,24 @@ CASES = [
     Case("picture of 0 x 0", shown("a.png", png(0, 0)), SENTENCE),
     Case("picture of 50,000 x 50,000", shown("a.png", png(50_000, 50_000)), (*SENTENCE, "pixels")),
     Case("picture of 10,000 x 10,000", shown("a.png", png(10_000, 10_000)), (*SENTENCE, "pixels")),
+    *(
+        Case(f"TIFF of fractions up to {white}", shown("a.png", tiff("F", white)), (*SENTENCE, "holds fractions", "white"))
+        for white in (1, 255, 65_535)
+    ),
+    Case(
+        "TIFF of 32 bits",
+        shown("a.png", tiff("I", 10**9)),
+        (*SENTENCE, "holds numbers from 0 to 1000000000, expected 0 to 65535"),
+    ),
+    Case("TIFF of numbers below 0", shown("a.png", tiff("I", -5)), (*SENTENCE, "holds numbers from -5 to 0")),
     Case("text for a picture", shown("a.png", b"a cake"), SENTENCE),
     Case("SVG for a picture", shown("a.png", b"<svg xmlns='http://www.w3.org/2000/svg'/>"), SENTENCE),
     Case("PostScript for a picture", shown("a.png", EPS), SENTENCE),
+    Case(
+        "fractions in a calibration set",
+        all_pictures(tiff("F", 1)),
+        ("--calibration: ", "a.png", "holds fractions", "replace it"),
+    ),
     Case("folder for a picture", folder, SENTENCE),
     Case("pipe for a picture", lambda w: ask(w, w.pipe("a.png").name), (*SENTENCE, "no regular file")),
 ]

@@ -68,6 +68,26 @@ CASES = [
     Case("recipe that builds objects", text("family: !!python/object/apply:os.system ['true']"), UNREADABLE),
     Case("recipe with a date that is none", text(LLAVA + "benchmark: 2026-13-45\n"), UNREADABLE),
     Case("recipe with an empty integer", text("family: !!int ''"), UNREADABLE),
+    *(
+        Case(
+            f"recipe with {name} number without end",
+            text(LLAVA.replace("strength: 1.0", f"strength: {number}")),
+            (*UNREADABLE, "more than 100 characters"),
+        )
+        for name, number in {
+            "a hexadecimal": "0x" + "f" * 200_000,
+            "an octal": "0" + "7" * 200_000,
+            "a binary": "0b" + "1" * 200_000,
+            "a decimal": "9" * 200_000,
+            "a sexagesimal": "1" + ":59" * 60_000,
+            "a negative": "-0x" + "f" * 200_000,
+            "a fractional": "0." + "1" * 200_000,
+        }.items()
+    ),
+    Case(
+        "recipe with a tag on a number without end", text("family: !!int '0x" + "f" * 9_000 + "'"), (*UNREADABLE, "more than 100")
+    ),
+    Case("recipe with a number without end for a key", text("? 0x" + "f" * 9_000 + "\n: 1"), UNREADABLE),
     Case(
         "recipe too large", lambda w: w.calibrate(None, "--recipe", sparse(w.folder / "mine.yaml", 10**9)), (*UNREADABLE, "bytes")
     ),
