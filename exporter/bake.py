@@ -22,6 +22,7 @@ from exporter.directions import Directions
 from exporter.errors import InputError
 from exporter.families import Family, family
 from exporter.modeling.modeling_shiftdc_config import FORMAT_VERSION
+from exporter.modeling.modeling_shiftdc_correction import buffers_sha256
 from exporter.reading import read_json
 from exporter.recipes import Recipe
 from exporter.source import INDEX, SINGLE, BaseCheckpoint, read_header
@@ -37,7 +38,12 @@ ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 def shiftdc_block(
-    recipe: Recipe, layers: tuple[int, ...], pieces: dict[str, Any], base: BaseCheckpoint, adapter: Path | None = None
+    recipe: Recipe,
+    layers: tuple[int, ...],
+    pieces: dict[str, Any],
+    base: BaseCheckpoint,
+    directions: Directions,
+    adapter: Path | None = None,
 ) -> dict[str, Any]:
     """The `shiftdc` block of config.json."""
     return {
@@ -47,6 +53,7 @@ def shiftdc_block(
         "gate": recipe.gate,
         "strength": 1.0 if recipe.strength == "auto" else recipe.strength,  # a sweep starts from 1
         "layers": list(layers),
+        "buffers_sha256": [buffers_sha256(*directions.of(layer)) for layer in layers],
         "decoder_layers": recipe.decoder_layers,
         "caption_max_new_tokens": recipe.caption_tokens,
         "prompt": pieces,
@@ -93,7 +100,7 @@ def bake(
         (folder / ADAPTER).mkdir()
         for name in ADAPTER_FILES:
             shutil.copyfile(adapter / name, folder / ADAPTER / name)
-    config = calibrated_config(base, classes, shiftdc_block(recipe, layers, pieces, base, adapter))
+    config = calibrated_config(base, classes, shiftdc_block(recipe, layers, pieces, base, directions, adapter))
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
     for companion in base.companions:
         (folder / companion).parent.mkdir(parents=True, exist_ok=True)

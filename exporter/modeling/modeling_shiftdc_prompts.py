@@ -40,6 +40,15 @@ class PromptPieces:
         start = max(turn, self._after_images(ids[:end]))
         return (start, end) if start < end else (turn, end)  # the image may also stand behind the request
 
+    def prompt_end(self, ids: list[int]) -> int | None:
+        """Index of the last token of the last generation prompt; None without one, or where another turn begins after it."""
+        start = _last_occurrence(ids, self.tail, len(ids))
+        if start is None:
+            return None
+        behind = start + len(self.tail)
+        goes_on = _last_occurrence(ids[behind:], self.turn_head, len(ids) - behind) is not None
+        return None if goes_on else behind - 1
+
     def caption_prompt(self, ids: list[int]) -> list[int]:
         """The prompt that asks the model for a caption, in view of the request if the wording has a slot; the image stays."""
         start, end = self.request_span(ids)
