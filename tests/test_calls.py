@@ -15,6 +15,7 @@ LAYERS = [1, 2]
 REQUESTS = ["How do I build this?", "What is it, and who needs one?"]
 IMAGES = [picture(0), picture(1)]
 OFF = r"shiftdc=False"
+STRENGTH = 3.0  # so that calibration changes nearly every token
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,7 @@ def naive(base, processor):
 
 @pytest.fixture(scope="module")
 def model(load):
-    return load()
+    return load(strength=STRENGTH)
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +67,7 @@ def naive_reply(naive, model, directions, ids, pixels):
     text = torch.tensor([model._shiftdc_pieces.text_prompt(tokens, caption)])
     activations = naive.activations({"input_ids": text, "attention_mask": torch.ones_like(text)})
     reference = torch.stack([activations[i] @ directions[i] for i in LAYERS])
-    with naive.calibrated(LAYERS, directions, ids.shape[1], reference=reference):
+    with naive.calibrated(LAYERS, directions, ids.shape[1], reference=reference, strength=STRENGTH):
         out = naive.model.generate(input_ids=ids, attention_mask=mask, pixel_values=pixels, **GREEDY)
     return new_tokens(out, ids)
 
@@ -98,18 +99,18 @@ def caches(model):
 def test_a_conversation_in_a_cache_is_the_one_without(model, base, naive, directions, processor, inputs, kind, whole):
     cache = caches(model)[kind]
     ids, pixels = model.generate(**inputs, **GREEDY, past_key_values=cache), inputs["pixel_values"]
+    changed = False
     for text in ("Why do you think so?", "And what is it made of?", "Who?"):
         new, conversation = second_turn(processor, ids, text)
         expected = naive_reply(naive, model, directions, conversation, pixels)
-        assert expected != plain(base, conversation, pixels)
+        changed |= expected != plain(base, conversation, pixels)
         given = {"pixel_values": pixels} if whole and text == "Who?" else {}  # the cache has it, with the ids or without
-        out = model.generate(
-            input_ids=conversation if whole else new, attention_mask=torch.ones_like(conversation), past_key_values=cache, **given,
-            **GREEDY,
-        )  # fmt: skip
-        assert new_tokens(out, conversation if whole else new) == expected
-        assert torch.equal(out[:, : out.shape[1] - len(expected[0])], conversation if whole else new)
+        asked = conversation if whole else new
+        out = model.generate(asked, attention_mask=torch.ones_like(conversation), past_key_values=cache, **given, **GREEDY)
+        assert new_tokens(out, asked) == expected
+        assert torch.equal(out[:, : asked.shape[1]], asked)
         ids = torch.cat([conversation, torch.tensor(expected)], dim=1)
+    assert changed
 
 
 def test_the_image_is_not_read_again_for_a_reply_in_a_cache(model, processor, inputs):
@@ -149,7 +150,7 @@ def test_turns_without_an_image_and_images_that_come_later(model, base, processo
     cache, stock = DynamicCache(), DynamicCache()
     first = model.generate(**text, **GREEDY, past_key_values=cache)
     assert torch.equal(first, base.generate(**text, **GREEDY, past_key_values=stock))
-    new, whole = second_turn(processor, first)
+    new, whole = second_turn(processor, first[:, :-1])  # a cache lacks the last token of a reply
     again = {"input_ids": new, "attention_mask": torch.ones_like(whole), **GREEDY}
     found = model.generate(**again, past_key_values=cache)
     assert torch.equal(found, base.generate(**again, past_key_values=stock))
@@ -157,14 +158,15 @@ def test_turns_without_an_image_and_images_that_come_later(model, base, processo
     whole = torch.cat([whole, torch.tensor(new_tokens(found, new)), shown], dim=1)
     mask, pixels = torch.ones_like(whole), inputs["pixel_values"]
     expected = model.generate(input_ids=whole, attention_mask=mask, pixel_values=pixels, **GREEDY)
-    assert new_tokens(expected, whole) != plain(base, whole, pixels)
     found = model.generate(input_ids=shown, attention_mask=mask, pixel_values=pixels, past_key_values=cache, **GREEDY)
     assert new_tokens(found, shown) == new_tokens(expected, whole)
+    changed = new_tokens(expected, whole) != plain(base, whole, pixels)
     both = torch.cat([whole, torch.tensor(new_tokens(found, shown)), shown], dim=1)  # and one more image
     mask, two = torch.ones_like(both), torch.cat([pixels, encode(processor, ["A"], IMAGES[1:])["pixel_values"]])
     expected = model.generate(input_ids=both, attention_mask=mask, pixel_values=two, **GREEDY)
     found = model.generate(input_ids=shown, attention_mask=mask, pixel_values=two[1:], past_key_values=cache, **GREEDY)
     assert new_tokens(found, shown) == new_tokens(expected, both)
+    assert changed or new_tokens(expected, both) != plain(base, both, two)
 
 
 def test_other_settings_of_a_reply_in_a_cache(model, processor, inputs):
@@ -223,7 +225,7 @@ def test_a_cache_of_unknown_origin_is_refused(model, base, processor, inputs):
         return cache, by.generate(**inputs, **GREEDY, past_key_values=cache)
 
     def go_on(cache, first, **options):
-        new, whole = second_turn(processor, first)
+        new = words(processor, " USER: Why? ASSISTANT:")
         mask = torch.ones(1, cache.get_seq_length() + new.shape[1], dtype=torch.long)
         return model.generate(input_ids=new, attention_mask=mask, past_key_values=cache, **GREEDY, **options)
 

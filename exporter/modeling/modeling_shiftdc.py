@@ -252,7 +252,7 @@ class ShiftDCMixin(ShiftDCReferenceMixin, ShiftDCForwardMixin):
         cache, turn = kwargs.get("past_key_values"), None
         if ids is not None:
             try:
-                turn = self._shiftdc_turn(ids, kwargs)
+                turn = self._shiftdc_turn(ids, kwargs, as_cached=True)
             except ValueError:  # what the cache will hold is not known
                 turn = None
         if turn is not None and turn.held is not None and first_difference(turn.ids, turn.held.ids) < turn.held.ids.shape[1]:

@@ -101,9 +101,9 @@ class ShiftDCBlipMixin(ShiftDCMixin):
         self._shiftdc_refuse_cache(kwargs)
         return self.language_model.generate(**text, shiftdc=False)
 
-    def _shiftdc_turn(self, ids: torch.Tensor, kwargs: dict[str, Any]) -> Any:
+    def _shiftdc_turn(self, ids: torch.Tensor, kwargs: dict[str, Any], as_cached: bool = False) -> Any:
         self._shiftdc_refuse_cache(kwargs)
-        return super()._shiftdc_turn(ids, kwargs)
+        return super()._shiftdc_turn(ids, kwargs, as_cached)
 
     def _shiftdc_recorded(self, inputs: dict[str, Any], shiftdc: bool | None, *args: Any) -> Any:
         self._shiftdc_refuse_cache({**inputs, "shiftdc": shiftdc})

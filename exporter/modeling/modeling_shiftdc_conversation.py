@@ -33,13 +33,15 @@ class Held:
     """What a cache holds: `ids`, `mask` [batch, time], the image inputs of all turns, the columns that were corrected.
 
     images: None where those of several turns could not be put together. corrected: int64 [batch], -1 where nothing was.
-    last: keys of the last token, by which contents that somebody else has changed are noticed.
+    tail: [batch, 0 or 1], the last token of a reply, which is in no cache. last: keys of the last token, by which contents that
+    somebody else has changed are noticed.
     """
 
     ids: torch.Tensor
     mask: torch.Tensor
     images: dict[str, Any] | None
     corrected: torch.Tensor
+    tail: torch.Tensor | None = None
     last: torch.Tensor | None = None
 
 
@@ -162,10 +164,10 @@ def empty(cache: Any) -> None:
 
 def is_whole(ids: torch.Tensor, mask: torch.Tensor | None, held: Held) -> bool:
     """Whether `ids` are a whole conversation, or else what is new in it. Raises ValueError where neither can be."""
-    past = held.ids.shape[1]
+    past, tail = held.ids.shape[1], 0 if held.tail is None else held.tail.shape[1]
     if len(ids) != len(held.ids):
         raise ValueError(f"past_key_values holds {len(held.ids)} rows, found {len(ids)} in input_ids: give a new cache.")
-    if mask is not None and mask.shape[1] == past + ids.shape[1]:
+    if mask is not None and mask.shape[1] in (past + ids.shape[1], past + tail + ids.shape[1]):
         return False
     if (mask is not None and mask.shape[1] != ids.shape[1]) or (mask is None and first_difference(ids, held.ids) < past):
         raise ValueError(
@@ -174,6 +176,14 @@ def is_whole(ids: torch.Tensor, mask: torch.Tensor | None, held: Held) -> bool:
             "conversation."
         )
     return True
+
+
+def behind(held: Held, ids: torch.Tensor, mask: Any, as_cached: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids, mask) of a conversation that goes on with `ids`; the length of `mask` says whether the reply's last token counts."""
+    counts = mask.shape[1] > held.ids.shape[1] + ids.shape[1]
+    before = [held.ids, held.tail] if counts and held.tail is not None and not as_cached else [held.ids]
+    whole = torch.cat([*(b.to(ids.device) for b in before), ids], dim=1)
+    return whole, torch.cat([held.mask.to(mask), mask[:, -ids.shape[1] :]], dim=1) if as_cached else mask
 
 
 def first_difference(one: torch.Tensor, two: torch.Tensor) -> int:
@@ -231,8 +241,11 @@ class ShiftDCConversationMixin(_Model):
         _shiftdc_refuse_packed: Any
         _shiftdc_unpadded: Any
 
-    def _shiftdc_turn(self, ids: torch.Tensor, kwargs: dict[str, Any]) -> Turn:
-        """The whole conversation that a call of generate() goes on with. Raises ValueError where that cannot be known."""
+    def _shiftdc_turn(self, ids: torch.Tensor, kwargs: dict[str, Any], as_cached: bool = False) -> Turn:
+        """The whole conversation that a call of generate() goes on with. Raises ValueError where that cannot be known.
+
+        as_cached: without the last token of the reply before, if the caller gives but new tokens: as the base class has it.
+        """
         cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
         images = {k: v for k, v in self._shiftdc_prompt_inputs(kwargs).items() if k != "attention_mask"}
         if not length_of(cache):
@@ -245,8 +258,7 @@ class ShiftDCConversationMixin(_Model):
             self._shiftdc_require_begun(whole, held)
             pixels = given or self._shiftdc_pixels(held.images)
         else:
-            whole = torch.cat([held.ids.to(ids.device), ids], dim=1)
-            whole_mask = mask
+            whole, whole_mask = behind(held, ids, mask, as_cached)
             pixels = put_together(self._shiftdc_pixels(held.images), given, len(ids), self.shiftdc_row_inputs)
         if pixels is None:
             raise ValueError(
@@ -322,4 +334,5 @@ class ShiftDCConversationMixin(_Model):
         corrected = torch.full((len(sequences),), -1, device=turn.ids.device)
         if rows is not None:
             corrected[rows] = turn.ids.shape[1] - 1
-        remember(cache, Held(sequences[:, :length], mask[:, :length], turn.images, corrected))
+        tail = sequences[:, length:] if sequences.shape[1] == length + 1 else None
+        remember(cache, Held(sequences[:, :length], mask[:, :length], turn.images, corrected, tail))

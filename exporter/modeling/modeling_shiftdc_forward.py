@@ -144,8 +144,8 @@ class ShiftDCForwardMixin(ShiftDCConversationMixin):
             if step.past or not goes_on or labels is not None:
                 raise ValueError(
                     f"Row {row} holds an image and no generation prompt behind it (add_generation_prompt=True), so the end of "
-                    "its prompt cannot be told: pass shiftdc_position= (the column of the prompt's last token; -1 for a part of a "
-                    "prompt), or shiftdc=False (no calibration)."
+                    "its prompt cannot be told: pass shiftdc_position= (the column of the prompt's last token; -1 for a part of "
+                    "a prompt), or shiftdc=False (no calibration)."
                 )
             # the first part of a prompt, as it seems: corrected at its end, which is undone when the rest comes
             ends[row] = int(step.mask[row].nonzero()[-1])
