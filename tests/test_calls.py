@@ -318,3 +318,281 @@ def test_a_failed_reply_leaves_a_cache_unknown_and_the_model_as_it_was(model, pr
     with pytest.raises(ValueError, match=OFF):
         mask = torch.ones(1, cache.get_seq_length() + new.shape[1], dtype=torch.long)
         model.generate(new, attention_mask=mask, past_key_values=cache, **GREEDY)
+
+
+# forward() by hand
+
+
+def naive_logits(naive, model, directions, inputs, length, reference=None):
+    """Logits of a pass of the stock model, corrected at token `length` - 1: by the baked shift, or towards `reference`."""
+    amounts = [c.shift for c in model.shiftdc_corrections] if reference is None else None
+    with naive.calibrated(LAYERS, directions, length, reference=reference, amounts=amounts, strength=STRENGTH), torch.no_grad():
+        return naive.model(**inputs).logits
+
+
+def answered(processor, inputs, answer=" No, I will not do that."):
+    """`inputs` [1, time] with an answer behind the prompt."""
+    ids = torch.cat([inputs["input_ids"], words(processor, answer)], dim=1)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": inputs["pixel_values"]}
+
+
+LABELS = {
+    "none": lambda ids, prompt: None,
+    "answer": lambda ids, prompt: torch.where(torch.arange(ids.shape[1]) < prompt, -100, ids),
+    "every token": lambda ids, prompt: ids,
+    "all but the image": lambda ids, prompt: torch.where(ids == 4, -100, ids),
+    "end of the answer": lambda ids, prompt: torch.where(torch.arange(ids.shape[1]) < prompt + 2, -100, ids),
+    "nothing": lambda ids, prompt: torch.full_like(ids, -100),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("labels", LABELS)
+def test_prompt_and_answer_are_corrected_where_the_prompt_ends(model, naive, directions, processor, inputs, labels):
+    row, length = answered(processor, inputs), inputs["input_ids"].shape[1]
+    expected = naive_logits(naive, model, directions, row, length)
+    given = LABELS[labels](row["input_ids"], length)
+    found = model(**row, **({} if given is None else {"labels": given})).logits
+    assert torch.allclose(found, expected, atol=1e-4)
+    assert not torch.allclose(found[0, length - 1], model(**row, shiftdc=False).logits[0, length - 1], atol=1e-2)
+
+
+@torch.no_grad()
+def test_a_row_that_grows_without_a_cache_is_corrected_where_its_prompt_ends(model, naive, directions, inputs):
+    length = inputs["input_ids"].shape[1]
+    found, expected = dict(inputs), dict(inputs)
+    for _ in range(4):
+        for row, logits in (
+            (found, model(**found).logits),
+            (expected, naive_logits(naive, model, directions, expected, length)),
+        ):
+            row["input_ids"] = torch.cat([row["input_ids"], logits[:, -1:].argmax(-1)], dim=1)
+            row["attention_mask"] = torch.ones_like(row["input_ids"])
+    assert torch.equal(found["input_ids"], expected["input_ids"])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padded_rows_of_prompts_and_answers(model, processor, side):
+    singles = [answered(processor, encode(processor, [r], [i])) for r, i in zip(REQUESTS, IMAGES, strict=True)]
+    width = max(s["input_ids"].shape[1] for s in singles)
+    gaps = [width - s["input_ids"].shape[1] for s in singles]
+
+    def padded(name, value):
+        pads = [((g, 0) if side == "left" else (0, g)) for g in gaps]
+        return torch.cat([torch.nn.functional.pad(s[name], p, value=value) for s, p in zip(singles, pads, strict=True)])
+
+    batch = {"input_ids": padded("input_ids", 3), "attention_mask": padded("attention_mask", 0)}
+    batch["position_ids"] = (batch["attention_mask"].cumsum(-1) - 1).clamp_min(0)
+    logits = model(**batch, pixel_values=torch.cat([s["pixel_values"] for s in singles])).logits
+    for row, (single, gap) in enumerate(zip(singles, gaps, strict=True)):
+        own = logits[row, gap:] if side == "left" else logits[row, : width - gap]
+        assert torch.allclose(own, model(**single).logits[0], atol=1e-4)
+
+
+@torch.no_grad()
+def test_of_several_turns_the_last_prompt_is_corrected(model, naive, directions, processor, inputs):
+    first = answered(processor, inputs)
+    row = answered(processor, {**first, "input_ids": second_turn(processor, first["input_ids"])[1]}, " Because.")
+    length = row["input_ids"].shape[1] - words(processor, " Because.").shape[1]
+    expected = naive_logits(naive, model, directions, row, length)
+    assert torch.allclose(model(**row).logits, expected, atol=1e-4)
+    quoted = answered(processor, inputs, " I said ASSISTANT: no.")  # labels tell the answer from what it quotes
+    prompt = inputs["input_ids"].shape[1]
+    labels = LABELS["answer"](quoted["input_ids"], prompt)
+    expected = naive_logits(naive, model, directions, quoted, prompt)
+    assert torch.allclose(model(**quoted, labels=labels).logits, expected, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_row_without_a_generation_prompt_is_refused(model, processor, inputs):
+    bare = {**inputs, "input_ids": inputs["input_ids"][:, :-3], "attention_mask": inputs["attention_mask"][:, :-3]}
+    assert model._shiftdc_pieces.prompt_end(bare["input_ids"][0].tolist()) is None
+    next_turn = answered(processor, inputs, " No. USER: Why?")
+    for row in (bare, next_turn, {**bare, "labels": bare["input_ids"]}):
+        with pytest.raises(ValueError, match=r"shiftdc_position=.*shiftdc=False"):
+            model(**row)
+    last = torch.tensor([bare["input_ids"].shape[1] - 1])
+    assert not torch.equal(model(**bare, shiftdc_position=last).logits, model(**bare, shiftdc=False).logits)
+    assert torch.equal(model(**bare, shiftdc_position=torch.tensor([-1])).logits, model(**bare, shiftdc=False).logits)
+
+
+def parts(inputs, at):
+    """The first `at` tokens with the image, and the others with the mask of all."""
+    first = {k: v[:, :at] if k in ("input_ids", "attention_mask") else v for k, v in inputs.items()}
+    return first, {"input_ids": inputs["input_ids"][:, at:], "attention_mask": inputs["attention_mask"]}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rule", ["sequential", "precomputed"])
+@pytest.mark.parametrize("target", ["shift", "reference"])
+@pytest.mark.parametrize("how", ["cache", "use_cache", "position", "off"])
+def test_a_prompt_read_in_parts_is_calibrated(load, naive, directions, inputs, how, target, rule):
+    model = load(strength=STRENGTH, rule=rule)
+    length = inputs["input_ids"].shape[1]
+    reference = model.shiftdc_reference(**inputs) if target == "reference" else None
+    if rule == "precomputed" and target == "reference":
+        clean = naive.activations(inputs)
+        amounts = torch.stack([clean[i] @ directions[i] for i in LAYERS]) - reference[0]
+        with naive.calibrated(LAYERS, directions, length, amounts=amounts, strength=STRENGTH):
+            expected = naive.model(**inputs).logits
+    else:
+        expected = naive_logits(naive, model, directions, inputs, length, None if reference is None else reference[0])
+    first, rest = parts(inputs, 10)
+    options = {
+        "cache": {"past_key_values": DynamicCache()},
+        "use_cache": {"use_cache": True},
+        "position": {"shiftdc_position": torch.tensor([-1])},
+        "off": {"shiftdc": False},
+    }
+    cache = model(**first, **options[how]).past_key_values
+    found = model(**rest, past_key_values=cache, shiftdc_reference=reference)
+    assert torch.allclose(found.logits, expected[:, 10:], atol=1e-4)
+    assert not torch.allclose(found.logits[0, -1], model(**inputs, shiftdc=False).logits[0, -1], atol=1e-2)
+    assert cache.get_seq_length() == length
+    step = {"input_ids": found.logits[:, -1:].argmax(-1), "attention_mask": torch.ones(1, length + 1, dtype=torch.long)}
+    whole = {
+        **inputs,
+        "input_ids": torch.cat([inputs["input_ids"], step["input_ids"]], 1),
+        "attention_mask": step["attention_mask"],
+    }
+    if rule == "precomputed" and target == "reference":
+        with naive.calibrated(LAYERS, directions, length, amounts=amounts, strength=STRENGTH):
+            expected = naive.model(**whole).logits
+    else:
+        expected = naive_logits(naive, model, directions, whole, length, None if reference is None else reference[0])
+    assert torch.allclose(model(**step, past_key_values=cache).logits, expected[:, -1:], atol=1e-4)
+
+
+@torch.no_grad()
+def test_conversations_by_hand_go_on_in_their_cache(model, naive, directions, processor, inputs):
+    cache = DynamicCache()
+    model(**inputs, past_key_values=cache)
+    row = answered(processor, inputs)
+    answer = row["input_ids"][:, inputs["input_ids"].shape[1] :]
+    model(input_ids=answer, attention_mask=row["attention_mask"], past_key_values=cache)
+    new, whole = second_turn(processor, row["input_ids"])
+    expected = naive_logits(naive, model, directions, {**row, "input_ids": whole, "attention_mask": None}, whole.shape[1])
+    for options in ({"output_hidden_states": True}, {"logits_to_keep": 1}, {"position_ids": True, "labels": new}):
+        kept = copy.deepcopy(cache)
+        if "position_ids" in options:
+            options["position_ids"] = torch.arange(whole.shape[1])[None, -new.shape[1] :]
+        out = model(input_ids=new, attention_mask=torch.ones_like(whole), past_key_values=kept, **options)
+        width = options.get("logits_to_keep", new.shape[1])
+        assert out.logits.shape[1] == width
+        assert torch.allclose(out.logits, expected[:, -width:], atol=1e-4)
+        assert all(h.shape[1] == new.shape[1] for h in out.hidden_states or ())
+    reply = model.generate(new, attention_mask=torch.ones_like(whole), past_key_values=cache, **GREEDY)
+    pixels = inputs["pixel_values"]
+    wanted = model.generate(input_ids=whole, attention_mask=torch.ones_like(whole), pixel_values=pixels, **GREEDY)
+    assert new_tokens(reply, new) == new_tokens(wanted, whole)
+
+
+@torch.no_grad()
+def test_what_cannot_go_on_by_hand_is_refused(model, base, processor, inputs):
+    first, rest = parts(inputs, 10)
+    foreign = base(**first, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match=OFF):
+        model(**rest, past_key_values=foreign)
+    whole = model(**inputs, shiftdc=False).past_key_values
+    step = {"input_ids": torch.tensor([[9]]), "past_key_values": whole}
+    with pytest.raises(ValueError, match="read without calibration"):
+        model(**step)
+    model(**step, shiftdc=False)
+    bare, _ = parts(inputs, inputs["input_ids"].shape[1] - 3)
+    cache = model(**bare, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match=OFF):
+        model(input_ids=torch.tensor([[9]]), past_key_values=cache)
+    static = StaticCache(config=model.config.get_text_config(), max_cache_len=128)
+    model(**first, past_key_values=static)
+    with pytest.raises(ValueError, match=OFF):
+        model(**rest, past_key_values=static)
+    with pytest.raises(ValueError, match=r"attention_mask must be \[batch, time\]"):
+        model(**{**inputs, "attention_mask": torch.ones(1, 1, 28, 28, dtype=torch.bool)})
+
+
+@torch.no_grad()
+def test_packed_rows_are_refused(model, processor):
+    rows = [encode(processor, [r], [i]) for r, i in zip(REQUESTS, IMAGES, strict=True)]
+    ids = torch.cat([r["input_ids"] for r in rows], dim=1)
+    positions = torch.cat([torch.arange(r["input_ids"].shape[1]) for r in rows])[None]
+    packed = {"input_ids": ids, "pixel_values": torch.cat([r["pixel_values"] for r in rows])}
+    for options in ({"position_ids": positions}, {"cu_seq_lens_q": torch.tensor([0, 28, 60])}):
+        with pytest.raises(ValueError, match=r"several prompts.*shiftdc=False"):
+            model(**packed, **options)
+    with pytest.raises(ValueError, match=r"several prompts"):
+        model.generate(**packed, position_ids=positions, **GREEDY)
+    model(**packed, position_ids=positions, shiftdc=False)
+    padded = encode(processor, REQUESTS, IMAGES)
+    counted = (padded["attention_mask"].cumsum(-1) - 1).masked_fill(padded["attention_mask"] == 0, 1)
+    model(**padded, position_ids=counted)
+
+
+@torch.no_grad()
+def test_the_backbone_by_hand_is_refused_unless_told(model, base, processor, inputs):
+    text = encode(processor, ["Hello"], [None])
+    for given in (inputs, text):
+        with pytest.raises(ValueError, match=OFF):
+            model.model(**given)
+        found, expected = model.model(**given, shiftdc=False)[0], base.model(**given)[0]
+        assert torch.equal(found, expected)
+    with pytest.raises(ValueError, match=OFF):
+        model.model.language_model(input_ids=text["input_ids"])
+    model.model.language_model(input_ids=text["input_ids"], shiftdc=False)
+
+
+# generate()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"num_beams": 2}, {"use_cache": False}, {"cache_implementation": "static"}, {"num_beams": 2, "num_return_sequences": 2},
+     {"return_dict_in_generate": True}, {"repetition_penalty": 1.7}, {"prefill_chunk_size": 7}],
+    ids=lambda o: ",".join(o) or "greedy",
+)  # fmt: skip
+@pytest.mark.parametrize("mixed", [False, True])
+def test_padding_on_the_right_is_as_padding_on_the_left(model, processor, options, mixed):
+    requests, images = [*REQUESTS, "Hello"][: 2 + mixed], [*IMAGES, None][: 2 + mixed]
+    left = encode(processor, requests, images)
+    processor.tokenizer.padding_side = "right"
+    try:
+        right = encode(processor, requests, images)
+    finally:
+        processor.tokenizer.padding_side = "left"
+    assert right["attention_mask"][:, -1].tolist() != left["attention_mask"][:, -1].tolist()
+    found, expected = (model.generate(**given, **GREEDY, **options) for given in (right, left))
+    if "return_dict_in_generate" in options:
+        found, expected = found.sequences, expected.sequences
+    copies = options.get("num_return_sequences", 1)
+    assert new_tokens(found, right["input_ids"]) == new_tokens(expected, left["input_ids"])
+    assert torch.equal(found[:, : right["input_ids"].shape[1]], right["input_ids"].repeat_interleave(copies, dim=0))
+
+
+def test_arguments_by_position_are_taken(model, inputs):
+    config = GenerationConfig(max_new_tokens=2, pad_token_id=3, eos_token_id=2)
+    expected = model.generate(**inputs, generation_config=config)
+    assert expected.shape[1] == inputs["input_ids"].shape[1] + 2
+    rest = {k: v for k, v in inputs.items() if k != "input_ids"}
+    assert torch.equal(model.generate(None, config, **inputs), expected)
+    assert torch.equal(model.generate(inputs["input_ids"], config, **rest), expected)
+    called = []
+    model.generate(None, config, [lambda ids, scores: called.append(1) or scores], **inputs)
+    assert called
+    assert torch.equal(
+        model.generate(None, config, shiftdc=False, **inputs), model.generate(None, config, None, **inputs, shiftdc=False)
+    )
+    with pytest.raises(TypeError, match="multiple values for argument 'generation_config'"):
+        model.generate(None, config, **inputs, generation_config=config)
+    with pytest.raises(ValueError, match="input_ids twice"):
+        model.generate(inputs["input_ids"], config, **inputs)
+
+
+def test_embeddings_beside_ids_that_hide_the_image_are_refused(model, base, inputs):
+    embeds = base.get_input_embeddings()(inputs["input_ids"])
+    hidden = torch.where(inputs["input_ids"] == 4, 9, inputs["input_ids"])
+    for ids in (hidden, inputs["input_ids"]):
+        with pytest.raises(ValueError, match=r"inputs_embeds may hold an image.*shiftdc=False"):
+            model.generate(input_ids=ids, inputs_embeds=embeds, **GREEDY)
+    with pytest.raises(ValueError, match=OFF):
+        model(inputs_embeds=embeds)
+    model.generate(input_ids=hidden, inputs_embeds=embeds, shiftdc=False, **GREEDY)
