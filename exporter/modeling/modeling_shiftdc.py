@@ -83,9 +83,15 @@ class ShiftDCMixin(ShiftDCReferenceMixin, ShiftDCForwardMixin):
         self._shiftdc_ready = False
         self._shiftdc_pieces = PromptPieces(settings["prompt"], config.image_token_id)
         layers = self.get_submodule(settings["decoder_layers"])
+        hashes = settings.get("buffers_sha256")
+        if not isinstance(hashes, list) or len(hashes) != len(settings["layers"]):
+            raise ValueError(
+                "config.shiftdc.buffers_sha256 must have the SHA-256 of the buffers of each calibrated layer; fetch the "
+                "checkpoint again, or export it again."
+            )
         hidden_size = config.get_text_config().hidden_size
         strength, one_sided = float(settings["strength"]), settings["gate"] == "one-sided"
-        for column, (index, sha256) in enumerate(zip(settings["layers"], settings["buffers_sha256"], strict=True)):
+        for column, (index, sha256) in enumerate(zip(settings["layers"], hashes, strict=True)):
             layers[index].shiftdc = ShiftDCCorrection(hidden_size, column, strength, one_sided, index, sha256)
             layers[index].register_forward_hook(calibrate, with_kwargs=True)
         self.register_load_state_dict_post_hook(_recheck)
