@@ -105,7 +105,8 @@ class ShiftDCInputsMixin(_Model):
         end = self._shiftdc_pieces.prompt_end(tokens)
         if answer in columns:  # an answer may itself hold what looks like a generation prompt
             before = columns.index(answer)
-            end = before - 1 if self._shiftdc_pieces.prompt_end(tokens[:before]) == before - 1 else end
+            known = self._shiftdc_pieces.prompt_end(tokens[:before]) == before - 1 or not self._shiftdc_pieces.has_prompt_end
+            end = before - 1 if known else end
         image = len(tokens) - tokens[::-1].index(self.config.image_token_id) - 1
         return columns[end] if end is not None and end > image else None
 

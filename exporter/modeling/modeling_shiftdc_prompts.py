@@ -40,6 +40,11 @@ class PromptPieces:
         start = max(turn, self._after_images(ids[:end]))
         return (start, end) if start < end else (turn, end)  # the image may also stand behind the request
 
+    @property
+    def has_prompt_end(self) -> bool:
+        """Whether the template ends its prompts with something of its own."""
+        return bool(self.tail)
+
     def prompt_end(self, ids: list[int]) -> int | None:
         """Index of the last token of the last generation prompt; None without one, or where another turn begins after it."""
         start = _last_occurrence(ids, self.tail, len(ids))
