@@ -10,7 +10,7 @@ import transformers
 from naive import Naive
 from tiny import picture
 from tiny_families import EOS, FAMILIES, IMAGE, PAD, tiny_family
-from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCache
+from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCache, GenerationConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as STOCK
 
 from exporter.errors import InputError
@@ -465,6 +465,19 @@ def test_padding_on_the_right_is_as_padding_on_the_left(model, processor):
     for options in ({}, {"use_cache": False}, {"num_beams": 2}):
         found, expected = (model.generate(**given, **named, **options) for given in (right, left))
         assert new_tokens(found, right) == new_tokens(expected, left)
+
+
+def test_a_generation_config_by_position_is_taken(model, processor):
+    inputs = dict(encode(processor, ROWS[:1]))
+    config = GenerationConfig(max_new_tokens=2, min_new_tokens=2, pad_token_id=PAD, eos_token_id=EOS)
+    expected = model.generate(**inputs, generation_config=config)
+    assert expected.shape[1] == inputs["input_ids"].shape[1] + 2
+    assert torch.equal(model.generate(None, config, **inputs), expected)
+    if hasattr(model, "query_tokens"):  # BLIP's first argument are the pixels
+        pixels = inputs.pop("pixel_values")
+        assert torch.equal(model.generate(pixels, generation_config=config, **inputs), expected)
+        text = {k: v for k, v in encode(processor, [("Hello", None)]).items() if not k.startswith("qformer")}
+        assert model.generate(None, config, **text).shape[1] == text["input_ids"].shape[1] + 2
 
 
 def test_layers_that_are_told_nothing_refuse(model, processor):
