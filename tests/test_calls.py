@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+import gc
+import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
 from naive import Naive
 from tiny import encode, picture, tiny_processor
-from transformers import DynamicCache, GenerationConfig, LlavaForConditionalGeneration, StaticCache
+from transformers import AutoModelForImageTextToText, DynamicCache, GenerationConfig, LlavaForConditionalGeneration, StaticCache
 
 GREEDY = {"max_new_tokens": 6, "do_sample": False}
 LAYERS = [1, 2]
@@ -596,3 +600,67 @@ def test_embeddings_beside_ids_that_hide_the_image_are_refused(model, base, inpu
     with pytest.raises(ValueError, match=OFF):
         model(inputs_embeds=embeds)
     model.generate(input_ids=hidden, inputs_embeds=embeds, shiftdc=False, **GREEDY)
+
+
+# the model as a value
+
+
+def test_pickled_saved_and_copied_models_stay_calibrated(make_export, inputs, tmp_path):
+    folder = make_export(gate="two-sided", caption_max_new_tokens=8, strength=STRENGTH).plan.output
+    model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True).eval()
+    expected = model.generate(**inputs, **GREEDY)
+    assert not torch.equal(expected, model.generate(**inputs, **GREEDY, shiftdc=False))
+    torch.save(model, tmp_path / "model.pt")
+    for again in (
+        pickle.loads(pickle.dumps(model)),
+        torch.load(tmp_path / "model.pt", weights_only=False),
+        copy.deepcopy(model),
+    ):
+        assert type(again) is type(model)
+        assert torch.equal(again.generate(**inputs, **GREEDY), expected)
+        with pytest.raises(ValueError, match=OFF):
+            again.model(**inputs)
+        again.shiftdc_corrections[0].direction.neg_()
+        assert torch.equal(model.generate(**inputs, **GREEDY), expected)  # nothing is shared
+
+
+def test_a_pickled_model_is_read_in_another_process(make_export, inputs, tmp_path):
+    """Its code lies in transformers' cache of modules, which Python must be told of."""
+    folder = make_export(gate="two-sided", caption_max_new_tokens=8, strength=STRENGTH).plan.output
+    model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True).eval()
+    expected = model.generate(**inputs, **GREEDY)
+    torch.save({"model": model, "inputs": dict(inputs)}, tmp_path / "model.pt")
+    code = (
+        "import sys, torch\n"
+        "from transformers.dynamic_module_utils import init_hf_modules\n"
+        "init_hf_modules() if len(sys.argv) > 2 else None\n"
+        "kept = torch.load(sys.argv[1], weights_only=False)\n"
+        "print(kept['model'].generate(**kept['inputs'], max_new_tokens=6, do_sample=False).tolist())\n"
+    )
+    for told in (["told"], []):
+        run = [sys.executable, "-c", code, tmp_path / "model.pt", *told]
+        done = subprocess.run(run, capture_output=True, text=True, check=False)
+        if told:
+            assert done.stdout.strip() == str(expected.tolist()), done.stderr
+        else:
+            assert "No module named 'transformers_modules'" in done.stderr and not done.stdout
+
+
+def test_many_replies_take_no_more_memory(model, processor):
+    """Of tensors and Python's own objects; in a process of its own, because others come and go here."""
+    inputs = encode(processor, ["A"], IMAGES[:1])
+    one = {**inputs, "max_new_tokens": 1, "do_sample": False}
+
+    def held():
+        gc.collect()
+        return len(gc.get_objects())
+
+    for _ in range(3):
+        model.generate(**one)
+    before = held()
+    for _ in range(10):
+        model.generate(**one)
+        model.generate(**one, past_key_values=DynamicCache())
+        with torch.no_grad():
+            model(**inputs)
+    assert held() - before < 50

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 
 import pytest
 import torch
@@ -478,6 +480,13 @@ def test_a_generation_config_by_position_is_taken(model, processor):
         assert torch.equal(model.generate(pixels, generation_config=config, **inputs), expected)
         text = {k: v for k, v in encode(processor, [("Hello", None)]).items() if not k.startswith("qformer")}
         assert model.generate(None, config, **text).shape[1] == text["input_ids"].shape[1] + 2
+
+
+def test_pickled_models_stay_calibrated(model, processor):
+    inputs = encode(processor, ROWS[:1])
+    expected = model.generate(**inputs, **GREEDY)
+    for again in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        assert torch.equal(again.generate(**inputs, **GREEDY), expected)
 
 
 def test_layers_that_are_told_nothing_refuse(model, processor):

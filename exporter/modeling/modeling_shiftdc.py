@@ -39,6 +39,8 @@ logger = logging.get_logger(__name__)
 _FETCHING = ("revision", "cache_dir", "token", "local_files_only", "force_download", "proxies")
 #: Held by generate() of families that leave something in the model from one pass to the next (`shiftdc_kept`).
 _ALONE = threading.RLock()
+#: The classes of which this process has made a model.
+_MADE: set[type] = set()
 
 
 class ShiftDCMixin(ShiftDCReferenceMixin, ShiftDCForwardMixin):
@@ -80,6 +82,7 @@ class ShiftDCMixin(ShiftDCReferenceMixin, ShiftDCForwardMixin):
                 f"config.shiftdc.version is {settings.get('version')!r}, expected {FORMAT_VERSION}: "
                 "this modeling file belongs to another export; export the checkpoint again."
             )
+        _MADE.add(type(self))
         self._shiftdc_ready = False
         self._shiftdc_pieces = PromptPieces(settings["prompt"], config.image_token_id)
         layers = self.get_submodule(settings["decoder_layers"])
@@ -131,6 +134,22 @@ class ShiftDCMixin(ShiftDCReferenceMixin, ShiftDCForwardMixin):
         if self.config.shiftdc.get("adapter") is not None:
             raise ValueError("save_pretrained() would write the adapter without the model; export again with the adapter merged.")
         super().save_pretrained(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle: without the hooks that transformers adds in a pass, cannot be pickled, and adds again in the next one."""
+        for module in self.modules():
+            hooks = module._forward_hooks
+            for number in [n for n, h in hooks.items() if getattr(h, "__module__", "") == "transformers.utils.output_capturing"]:
+                del hooks[number]
+            if getattr(module, "_output_capturing_hooks_installed", False):
+                vars(module)["_output_capturing_hooks_installed"] = False
+        return self.__dict__
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if type(self) not in _MADE:
+            with torch.device("meta"):  # transformers notes what a class can return when one is made for the first time
+                type(self)(self.config)
 
     @property
     def shiftdc_corrections(self) -> list[ShiftDCCorrection]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,11 @@ else:
 
 class ShiftDCLanguageModelMixin(_LanguageModel):
     """A causal language model whose generate() takes ShiftDC's arguments and hands them to the decoder layers."""
+
+    shiftdc_stock: type
+
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        return _new_language_model, (self.shiftdc_stock,), self.__dict__
 
     def prepare_inputs_for_generation(
         self,
@@ -49,6 +55,17 @@ class ShiftDCLanguageModelMixin(_LanguageModel):
         return {**model_inputs, "shiftdc_position": position, **amounts}
 
 
+@functools.cache
+def _language_model_class(stock: Any) -> Any:
+    return type(stock.__name__, (ShiftDCLanguageModelMixin, stock), {"shiftdc_stock": stock})
+
+
+def _new_language_model(stock: type) -> Any:
+    """An empty one, for pickle, which does not find a class that was made here."""
+    made = _language_model_class(stock)
+    return made.__new__(made)
+
+
 class ShiftDCBlipConfigMixin(ShiftDCConfigMixin):
     shiftdc_guard_field = "num_query_tokens"
 
@@ -70,8 +87,8 @@ class ShiftDCBlipMixin(ShiftDCMixin):
 
     def __init__(self, config: PretrainedConfig, *args: Any, **kwargs: Any):
         super().__init__(config, *args, **kwargs)
-        stock = type(self.language_model)
-        self.language_model.__class__ = type(stock.__name__, (ShiftDCLanguageModelMixin, stock), {})
+        stock: Any = type(self.language_model)
+        self.language_model.__class__ = _language_model_class(stock)
 
     @staticmethod
     def shiftdc_backbone(model: Any, **inputs: Any) -> None:
