@@ -430,8 +430,9 @@ def parts(inputs, at):
 @torch.no_grad()
 @pytest.mark.parametrize("rule", ["sequential", "precomputed"])
 @pytest.mark.parametrize("target", ["shift", "reference"])
-@pytest.mark.parametrize("how", ["cache", "use_cache", "position", "off"])
-def test_a_prompt_read_in_parts_is_calibrated(load, naive, directions, inputs, how, target, rule):
+@pytest.mark.parametrize("how", ["cache", "static", "use_cache", "position", "off"])
+@pytest.mark.parametrize("at", [8, 10], ids=["behind the image", "in the text"])
+def test_a_prompt_read_in_parts_is_calibrated(load, naive, directions, inputs, how, at, target, rule):
     model = load(strength=STRENGTH, rule=rule)
     length = inputs["input_ids"].shape[1]
     reference = model.shiftdc_reference(**inputs) if target == "reference" else None
@@ -442,16 +443,21 @@ def test_a_prompt_read_in_parts_is_calibrated(load, naive, directions, inputs, h
             expected = naive.model(**inputs).logits
     else:
         expected = naive_logits(naive, model, directions, inputs, length, None if reference is None else reference[0])
-    first, rest = parts(inputs, 10)
+    first, rest = parts(inputs, at)
     options = {
         "cache": {"past_key_values": DynamicCache()},
+        "static": {"past_key_values": StaticCache(config=model.config.get_text_config(), max_cache_len=64)},
         "use_cache": {"use_cache": True},
         "position": {"shiftdc_position": torch.tensor([-1])},
         "off": {"shiftdc": False},
     }
-    cache = model(**first, **options[how]).past_key_values
+    begun = model(**first, **options[how])
+    last = torch.tensor([at - 1])
+    if how in ("cache", "static", "use_cache"):  # what comes out of a first part is calibrated, too
+        assert torch.equal(begun.logits, model(**first, shiftdc_position=last).logits)
+    cache = begun.past_key_values
     found = model(**rest, past_key_values=cache, shiftdc_reference=reference)
-    assert torch.allclose(found.logits, expected[:, 10:], atol=1e-4)
+    assert torch.allclose(found.logits, expected[:, at:], atol=1e-4)
     assert not torch.allclose(found.logits[0, -1], model(**inputs, shiftdc=False).logits[0, -1], atol=1e-2)
     assert cache.get_seq_length() == length
     step = {"input_ids": found.logits[:, -1:].argmax(-1), "attention_mask": torch.ones(1, length + 1, dtype=torch.long)}
@@ -508,9 +514,10 @@ def test_what_cannot_go_on_by_hand_is_refused(model, base, processor, inputs):
     with pytest.raises(ValueError, match=OFF):
         model(input_ids=torch.tensor([[9]]), past_key_values=cache)
     static = StaticCache(config=model.config.get_text_config(), max_cache_len=128)
-    model(**first, past_key_values=static)
-    with pytest.raises(ValueError, match=OFF):
-        model(**rest, past_key_values=static)
+    model(**inputs, past_key_values=static)
+    with pytest.raises(ValueError, match="an earlier correction has to be undone"):
+        new, whole = second_turn(processor, inputs["input_ids"])
+        model(input_ids=new, attention_mask=torch.ones_like(whole), past_key_values=static)
     with pytest.raises(ValueError, match=r"attention_mask must be \[batch, time\]"):
         model(**{**inputs, "attention_mask": torch.ones(1, 1, 28, 28, dtype=torch.bool)})
 

@@ -18,13 +18,15 @@ from .modeling_shiftdc_conversation import (
     put_together,
     remember,
 )
+from .modeling_shiftdc_inputs import last_true
 
 
 @dataclass
 class _Pass:
     """One pass of forward() behind `past` tokens, with the whole conversation's `ids` and `mask` [batch, past + time].
 
-    position: int64 [batch], in the columns of the pass (None: nothing to correct). corrected: as in `Held`, after the pass.
+    position: int64 [batch], in the columns of the pass (None: nothing to correct). shown: the same for what comes out where the
+    cache must not keep the correction. corrected: as in `Held`, after the pass.
     """
 
     inputs: dict[str, Any]
@@ -34,6 +36,7 @@ class _Pass:
     corrected: torch.Tensor
     position: torch.Tensor | None
     past: int
+    shown: torch.Tensor | None = None
 
 
 class ShiftDCForwardMixin(ShiftDCConversationMixin):
@@ -78,6 +81,9 @@ class ShiftDCForwardMixin(ShiftDCConversationMixin):
         prompt = {"input_ids": step.ids, "attention_mask": step.mask, **(step.images or {})} if step.past else None
         out = self._shiftdc_pass(step.inputs, step.position, amounts, prompt)
         left = getattr(out, "past_key_values", None)
+        if step.shown is not None:
+            out = self._shiftdc_pass({**step.inputs, "past_key_values": None, "use_cache": False}, step.shown, amounts)
+            out.past_key_values = left
         if left is not None and length_of(left) == step.ids.shape[1]:
             remember(left, Held(step.ids, step.mask, step.images, step.corrected))
         return _of_the_last(out, ids.shape[1]) if step.past < past else out
@@ -115,7 +121,12 @@ class ShiftDCForwardMixin(ShiftDCConversationMixin):
                 "shiftdc_position= (the column of each prompt's last token), or shiftdc=False (no calibration)."
             )
         self._shiftdc_refuse_packed(step.inputs, step.mask)
-        ends = self._shiftdc_ends(step, rows)
+        found = self._shiftdc_ends(step, rows)
+        ends = torch.tensor([-1 if end is None else end for end in found], device=step.ids.device)
+        if None in found:  # the first part of a prompt, as it seems: corrected at its end, of which the cache keeps nothing
+            begun = torch.tensor([end is None for end in found], device=ends.device)
+            step.shown = torch.where(begun, last_true(step.mask), ends)
+            rows = rows & ~begun
         before = step.corrected.to(ends.device)
         in_past = rows & (ends < step.past)
         if bool((in_past & (before != ends)).any()):
@@ -131,25 +142,20 @@ class ShiftDCForwardMixin(ShiftDCConversationMixin):
         step.position = torch.where(new, ends - step.past, -1) if bool(new.any()) else None
         return step
 
-    def _shiftdc_ends(self, step: _Pass, rows: torch.Tensor) -> torch.Tensor:
-        """int64 [batch]: the column in which each prompt ends, -1 in rows without an image."""
+    def _shiftdc_ends(self, step: _Pass, rows: torch.Tensor) -> list[int | None]:
+        """The column in which each prompt ends, -1 in rows without an image, None where the prompt is to go on in a cache."""
         labels = step.inputs.get("labels")
         if labels is not None and step.past:
             labels = torch.nn.functional.pad(labels, (step.past, 0), value=-100)
         ends = self._shiftdc_prompt_ends(step.ids, step.mask, rows, labels)
-        for row, end in enumerate(ends):
-            if end is not None:
-                continue
-            goes_on = step.inputs.get("past_key_values") is not None or step.inputs.get("use_cache") is True
-            if step.past or not goes_on or labels is not None:
-                raise ValueError(
-                    f"Row {row} holds an image and no generation prompt behind it (add_generation_prompt=True), so the end of "
-                    "its prompt cannot be told: pass shiftdc_position= (the column of the prompt's last token; -1 for a part of "
-                    "a prompt), or shiftdc=False (no calibration)."
-                )
-            # the first part of a prompt, as it seems: corrected at its end, which is undone when the rest comes
-            ends[row] = int(step.mask[row].nonzero()[-1])
-        return torch.tensor(ends, device=step.ids.device)
+        goes_on = step.inputs.get("past_key_values") is not None or step.inputs.get("use_cache") is True
+        if None in ends and (step.past or not goes_on or labels is not None):
+            raise ValueError(
+                f"Row {ends.index(None)} holds an image and no generation prompt behind it (add_generation_prompt=True), so the "
+                "end of its prompt cannot be told: pass shiftdc_position= (the column of the prompt's last token; -1 for a part "
+                "of a prompt), or shiftdc=False (no calibration)."
+            )
+        return ends
 
     def _shiftdc_read_again(self, step: _Pass, start: int, ends: torch.Tensor, mixed: bool) -> _Pass:
         """`step` from column `start` on, which an earlier correction has touched."""
