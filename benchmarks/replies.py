@@ -54,7 +54,7 @@ class Replies:
         self.inputs = vlm.encode(questions, [picture(seed, 336, 336) for seed in range(len(questions))])
         self.use("caption")
         self.seen = self.model.shiftdc_image(**self.inputs)
-        composer = self.model.shiftdc_prompts
+        composer = self.model.shiftdc_composer
         prompts = [
             ids[mask.bool()].tolist() for ids, mask in zip(self.inputs["input_ids"], self.inputs["attention_mask"], strict=True)
         ]

@@ -22,6 +22,7 @@ from exporter.directions import Directions
 from exporter.errors import InputError
 from exporter.families import Family, family
 from exporter.modeling.modeling_shiftdc_config import FORMAT_VERSION
+from exporter.modeling.modeling_shiftdc_correction import buffers_sha256
 from exporter.modeling.modeling_shiftdc_prompts import PromptFrame
 from exporter.placing import lend, place
 from exporter.reading import read_json
@@ -47,7 +48,12 @@ class Baked:
 
 
 def shiftdc_block(
-    recipe: Recipe, layers: tuple[int, ...], frame: PromptFrame, base: BaseCheckpoint, adapter: Path | None = None
+    recipe: Recipe,
+    layers: tuple[int, ...],
+    frame: PromptFrame,
+    base: BaseCheckpoint,
+    directions: Directions,
+    adapter: Path | None = None,
 ) -> dict[str, Any]:
     """The `shiftdc` block of config.json."""
     return {
@@ -57,6 +63,7 @@ def shiftdc_block(
         "gate": recipe.gate,
         "strength": 1.0 if recipe.strength == "auto" else recipe.strength,  # a sweep starts from 1
         "layers": list(layers),
+        "buffers_sha256": [buffers_sha256(*directions.of(layer)) for layer in layers],
         "decoder_layers": recipe.decoder_layers,
         "caption_max_new_tokens": recipe.caption_tokens,
         "prompt": frame.as_json(),
@@ -109,7 +116,7 @@ def bake(
         (folder / ADAPTER).mkdir()
         for name in ADAPTER_FILES:
             shutil.copyfile(adapter / name, folder / ADAPTER / name)
-    config = calibrated_config(base, classes, shiftdc_block(recipe, layers, frame, base, adapter))
+    config = calibrated_config(base, classes, shiftdc_block(recipe, layers, frame, base, directions, adapter))
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
     for companion in base.companions:
         (folder / companion).parent.mkdir(parents=True, exist_ok=True)

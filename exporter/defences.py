@@ -119,7 +119,7 @@ def text_only(run: Run, requests: Sequence[str], images: Images) -> Answers:
         return run.ask(requests)
     inputs = run.vlm.encode(requests, images)
     captions, seconds = _timed(lambda: run.vlm.model.shiftdc_captions(**inputs))
-    composer = run.vlm.model.shiftdc_prompts
+    composer = run.vlm.model.shiftdc_composer
     rows = zip(inputs["input_ids"], inputs["attention_mask"].bool(), captions, strict=True)
     counterparts = run.vlm.pad([composer.text_prompt(ids[mask].tolist(), caption) for ids, mask, caption in rows])
     answers = run.generate(counterparts, shiftdc=False)

@@ -158,8 +158,9 @@ def projections(vlm: VLM, benchmark: Benchmark) -> plots.Projections | None:
             batch = chosen[start : start + 16]
             inputs = vlm.encode([q.request for q in batch], [q.image() for q in batch if q.image is not None])
             reference = vlm.model.shiftdc_reference(**inputs)
-            with recording([module], last_token(inputs["attention_mask"])) as recorded:
-                vlm.model(**inputs, shiftdc_reference=reference, logits_to_keep=1)
+            position = last_token(inputs["attention_mask"])
+            with recording([module], position) as recorded:
+                vlm.model(**inputs, shiftdc_reference=reference, shiftdc_position=position, logits_to_keep=1)
             after = recorded[0] @ module.shiftdc.direction.cpu()
             before = vlm.model.shiftdc_coordinates(**inputs)[:, column]
             for group, values in (

@@ -152,11 +152,12 @@ def reproduces_probe(folder: Path, model: Any, probe: dict[str, torch.Tensor], d
         return model(**inputs, logits_to_keep=1, **options).logits[0, -1].float().cpu()
 
     reference = probe["reference"].to(device)
-    off, calibrated = logits(shiftdc=False), logits(shiftdc_reference=reference)
+    last = torch.tensor([inputs["input_ids"].shape[1] - 1], device=device)  # not every template has a generation prompt
+    off, calibrated = logits(shiftdc=False), logits(shiftdc_reference=reference, shiftdc_position=last)
     strengths = [c.strength for c in model.shiftdc_corrections]
     for correction in model.shiftdc_corrections:
         correction.strength = 0.0
-    none = logits(shiftdc_reference=reference)
+    none = logits(shiftdc_reference=reference, shiftdc_position=last)
     for correction, strength in zip(model.shiftdc_corrections, strengths, strict=True):
         correction.strength = strength
     images = {k: v for k, v in inputs.items() if k not in ("input_ids", "attention_mask")}

@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 
 import torch
+from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from exporter.modeling.modeling_shiftdc_cache import ROOM, RoomyLayer
+from exporter.modeling.modeling_shiftdc_cache import ROOM, RoomyLayer, copied
 
 
 def states(tokens, batch=2):
@@ -81,3 +82,19 @@ def test_a_token_is_written_behind_the_others():
     assert layer.keys.data_ptr() == place
     layer.update(*states(1))
     assert layer.keys.data_ptr() != place
+
+
+def test_a_copy_writes_elsewhere():
+    whole = DynamicCache()
+    whole.layers = [RoomyLayer(), RoomyLayer()]
+    for layer in whole.layers[:1]:
+        layer.update(*states(5))
+        layer.crop(-1)  # room behind the tokens
+    kept = whole.layers[0].keys.clone()
+    one, two = copied(whole), copied(whole)
+    new = [states(1), states(1)]
+    found = [c.layers[0].update(*n)[0] for c, n in zip((one, two), new, strict=True)]
+    for keys, n in zip(found, new, strict=True):
+        assert torch.equal(keys, torch.cat([kept, n[0]], dim=2))
+    assert torch.equal(whole.layers[0].keys, kept) and whole.get_seq_length() == 4
+    assert one.layers[1].get_seq_length() == 0

@@ -133,7 +133,7 @@ def test_no_shiftdc_block(export):
 def test_another_format_version(export):
     config = json.loads((export / "config.json").read_text())
     edit_config(export, shiftdc={**config["shiftdc"], "version": 99})
-    with pytest.raises(ValueError, match="version is 99, expected 1"):
+    with pytest.raises(ValueError, match="version is 99, expected 2"):
         load(export)
 
 
@@ -153,3 +153,55 @@ def test_buffers_loaded_later_are_checked_again(export):
     model.load_state_dict(state)
     with pytest.raises(ValueError, match="layer 1 are missing or damaged"):
         model.generate(torch.tensor([[1, 4, 4, 4, 4, 9]]), max_new_tokens=1)
+
+
+def other_buffers(folder, change):
+    buffers = load_file(folder / "shiftdc.safetensors")
+    save_file(change(buffers), folder / "shiftdc.safetensors", metadata={"format": "pt"})
+
+
+OTHER = {
+    "a flipped sign": lambda b: {**b, BUFFER: -b[BUFFER]},
+    "another layer's": lambda b: {**b, BUFFER: b[BUFFER.replace(".1.", ".2.")].clone()},
+    "another shift": lambda b: {**b, (n := BUFFER.replace("direction", "shift")): -b[n]},
+    "one bit": lambda b: {**b, BUFFER: torch.nextafter(b[BUFFER], torch.tensor(2.0))},
+}
+
+
+@pytest.mark.parametrize("change", OTHER)
+def test_other_buffers_than_the_config_records(export, change):
+    other_buffers(export, OTHER[change])
+    with pytest.raises(ValueError, match=r"layer 1 are not those that config.json records .*export it again"):
+        load(export)
+
+
+def test_other_buffers_behind_an_offloaded_layer(export, tmp_path):
+    """Their tensors are read from disk when the layer runs."""
+    names = ["vision_tower", "multi_modal_projector", *(f"language_model.{n}" for n in ("embed_tokens", "norm", "rotary_emb"))]
+    places = {"lm_head": "cpu"} | {f"model.{name}": "cpu" for name in names}
+    places |= {f"model.language_model.layers.{i}": "disk" if i < 3 else "cpu" for i in range(4)}
+    options = {"device_map": places, "offload_folder": tmp_path / "offload"}
+    ids = torch.tensor([[1, 4, 4, 4, 4, 9]])
+    pixels = torch.zeros(1, 3, 28, 28)
+    load(export, **options).generate(ids, pixel_values=pixels, max_new_tokens=1)
+    other_buffers(export, OTHER["a flipped sign"])
+    with pytest.raises(ValueError, match="layer 1 are not those"):
+        load(export, **options).generate(ids, pixel_values=pixels, max_new_tokens=1)
+
+
+def test_a_config_without_a_record_of_the_buffers(export):
+    config = json.loads((export / "config.json").read_text())
+    settings = {k: v for k, v in config["shiftdc"].items() if k != "buffers_sha256"}
+    edit_config(export, shiftdc=settings)
+    with pytest.raises(ValueError, match="buffers_sha256"):
+        load(export)
+
+
+def test_other_buffers_loaded_later(export):
+    model = ShiftDCLlavaForConditionalGeneration.from_pretrained(export)
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    model.load_state_dict({**state, BUFFER: -state[BUFFER]})
+    with pytest.raises(ValueError, match="layer 1 are not those"):
+        model.generate(torch.tensor([[1, 4, 4, 4, 4, 9]]), max_new_tokens=1)
+    model.load_state_dict(state)
+    model.generate(torch.tensor([[1, 4, 4, 4, 4, 9]]), pixel_values=torch.zeros(1, 3, 28, 28), max_new_tokens=1)

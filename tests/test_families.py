@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from conftest import ALL_REQUESTS
 from naive import Naive
 from tiny import picture
 from tiny_families import EOS, FAMILIES, IMAGE, PAD, tiny_family
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCache, GenerationConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as STOCK
 
 from exporter.errors import InputError
@@ -99,6 +101,14 @@ def collated(processor, singles):
 
 def new_tokens(out, inputs):
     return out[:, inputs["input_ids"].shape[1] :].tolist()
+
+
+def at_end(model, inputs):
+    """What tells forward() where prompts end, for templates without a generation prompt (InstructBLIP's)."""
+    if model._shiftdc_pieces.has_prompt_end:
+        return {}
+    rows = (inputs["input_ids"] == model.config.image_token_id).any(-1)
+    return {"shiftdc_position": torch.where(rows, inputs["input_ids"].shape[1] - 1, -1)}
 
 
 def until_end(tokens):
@@ -238,7 +248,7 @@ def test_switched_off_is_the_base_model_bit_for_bit(model, base, processor):
     inputs = encode(processor, [*ROWS, ("Hello", None)])
     with torch.no_grad():
         assert torch.equal(model(**inputs, shiftdc=False).logits, base(**inputs).logits)
-        assert not torch.equal(model(**inputs).logits, base(**inputs).logits)
+        assert not torch.equal(model(**inputs, **at_end(model, inputs)).logits, base(**inputs).logits)
     assert torch.equal(model.generate(**inputs, **GREEDY, shiftdc=False), base.generate(**inputs, **GREEDY))
 
 
@@ -263,7 +273,7 @@ def test_tokens_equal_the_naive_implementation(model, naive, directions, process
         ):
             logits = naive.model(**inputs).logits
         with torch.no_grad():
-            found = model(**inputs, shiftdc_reference=reference[None]).logits
+            found = model(**inputs, **at_end(model, inputs), shiftdc_reference=reference[None]).logits
             plain = model(**inputs, shiftdc=False).logits
         assert torch.allclose(found, logits, atol=1e-4)
         changed |= not torch.allclose(found, plain, atol=1e-3)
@@ -322,7 +332,7 @@ def test_a_mixed_left_padded_batch_equals_single_prompts(model, base, processor,
 def test_text_rows_are_untouched_bit_for_bit(model, base, processor):
     inputs = encode(processor, [("Hello", None), *ROWS, ("How are you?", None)])
     with torch.no_grad():
-        found, plain = model(**inputs).logits, base(**inputs).logits
+        found, plain = model(**inputs, **at_end(model, inputs)).logits, base(**inputs).logits
     assert torch.equal(found[[0, 3]], plain[[0, 3]])
     if model.config.model_type != "shiftdc_paligemma":  # whose prompt tokens see the last one
         assert torch.equal(found[1:3, :-1], plain[1:3, :-1])  # and of image rows only the last prompt token moved
@@ -371,7 +381,7 @@ def test_a_new_lora_trains_on_top(folder, processor, tiny):
     torch.optim.SGD(factors, lr=(1e-3 / norm).item()).step()
     with torch.no_grad():
         assert tuned(**inputs, labels=labels).loss < before
-        assert not torch.equal(tuned(**inputs).logits, tuned(**inputs, shiftdc=False).logits)
+        assert not torch.equal(tuned(**inputs, **at_end(fresh, inputs)).logits, tuned(**inputs, shiftdc=False).logits)
     assert all(torch.equal(c.direction, d) for c, d in zip(fresh.shiftdc_corrections, directions, strict=True))
 
 
@@ -406,6 +416,90 @@ def test_one_reading_of_the_image_gives_the_same_tokens(model, processor, rows, 
         assert (once, twice) == (1, 2)
     else:
         assert once == twice == 2
+
+
+def second_turn(processor, ids):
+    """(new ids, whole ids): one more request behind `ids`, in whatever words; prompts of one turn have no other form."""
+    new = processor.tokenizer("Why is it so?", add_special_tokens=False, return_tensors="pt")["input_ids"]
+    return new, torch.cat([ids, new], dim=1)
+
+
+def test_a_conversation_in_a_cache_is_the_one_without(model, processor, tiny):
+    inputs = encode(processor, ROWS[:1])
+    cache = DynamicCache(config=model.config.get_text_config())
+    first = model.generate(**inputs, **GREEDY, past_key_values=cache)
+    new, whole = second_turn(processor, first)
+    mask = torch.ones_like(whole)
+    if hasattr(model, "qformer"):
+        with pytest.raises(ValueError, match="does not go on from past_key_values"):
+            model.generate(input_ids=new, attention_mask=mask, past_key_values=cache, **GREEDY)
+        return
+    given = {k: v for k, v in inputs.items() if k not in ("input_ids", "attention_mask")}
+    given |= model.shiftdc_token_inputs(whole, model.config.image_token_id, given)
+    expected = model.generate(input_ids=whole, attention_mask=mask, **given, **GREEDY)
+    found = model.generate(input_ids=new, attention_mask=mask, past_key_values=cache, **GREEDY)
+    assert found[:, new.shape[1] :].tolist() == expected[:, whole.shape[1] :].tolist()
+
+
+def test_padding_on_the_right_is_as_padding_on_the_left(model, processor):
+    left = encode(processor, [ROWS[0], ("Hello", None), ROWS[1]])
+    order = torch.sort(left["attention_mask"], dim=1, descending=True, stable=True).indices
+    right = dict(left)
+    for name in ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"):
+        if name in left:
+            right[name] = left[name].gather(1, order)
+    if "cross_attention_mask" in left:
+        index = order[..., None, None].expand(-1, -1, *left["cross_attention_mask"].shape[2:])
+        right["cross_attention_mask"] = left["cross_attention_mask"].gather(1, index)
+    named = {**GREEDY, "suppress_tokens": [model.config.image_token_id]}  # which a random model may write
+    for options in ({}, {"use_cache": False}, {"num_beams": 2}):
+        found, expected = (model.generate(**given, **named, **options) for given in (right, left))
+        assert new_tokens(found, right) == new_tokens(expected, left)
+
+
+def test_a_generation_config_by_position_is_taken(model, processor):
+    inputs = dict(encode(processor, ROWS[:1]))
+    config = GenerationConfig(max_new_tokens=2, min_new_tokens=2, pad_token_id=PAD, eos_token_id=EOS)
+    expected = model.generate(**inputs, generation_config=config)
+    assert expected.shape[1] == inputs["input_ids"].shape[1] + 2
+    assert torch.equal(model.generate(None, config, **inputs), expected)
+    if hasattr(model, "query_tokens"):  # BLIP's first argument are the pixels
+        pixels = inputs.pop("pixel_values")
+        assert torch.equal(model.generate(pixels, generation_config=config, **inputs), expected)
+        text = {k: v for k, v in encode(processor, [("Hello", None)]).items() if not k.startswith("qformer")}
+        assert model.generate(None, config, **text).shape[1] == text["input_ids"].shape[1] + 2
+
+
+def test_pickled_models_stay_calibrated(model, processor):
+    inputs = encode(processor, ROWS[:1])
+    expected = model.generate(**inputs, **GREEDY)
+    for again in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        assert torch.equal(again.generate(**inputs, **GREEDY), expected)
+
+
+def test_layers_that_are_told_nothing_refuse(model, processor):
+    inputs = encode(processor, ROWS[:1])
+    with pytest.raises(ValueError, match=r"shiftdc=False"):
+        model.get_decoder()(input_ids=inputs["input_ids"])
+    model.get_decoder()(input_ids=inputs["input_ids"], shiftdc=False)
+
+
+def test_prompts_and_answers_are_corrected_where_the_prompt_ends(model, processor):
+    inputs = encode(processor, ROWS[:1])
+    _, whole = second_turn(processor, inputs["input_ids"])
+    length = inputs["input_ids"].shape[1]
+    given = {k: v for k, v in inputs.items() if k not in ("input_ids", "attention_mask")}
+    given |= model.shiftdc_token_inputs(whole, model.config.image_token_id, given)
+    row = {"input_ids": whole, "attention_mask": torch.ones_like(whole), **given}
+    told = {}
+    if not model._shiftdc_pieces.has_prompt_end:  # then labels say it, or nobody
+        with pytest.raises(ValueError, match=r"shiftdc_position=.*shiftdc=False"):
+            model(**row)
+        told = {"labels": torch.where(torch.arange(whole.shape[1]) < length, -100, whole)}
+    with torch.no_grad():
+        found, expected = model(**row, **told), model(**row, shiftdc_position=torch.tensor([length - 1]))
+        assert torch.equal(found.logits, expected.logits)
+        assert not torch.equal(found.logits, model(**row, shiftdc=False).logits)
 
 
 def edited(folder, file, **changes):

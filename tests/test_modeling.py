@@ -254,7 +254,7 @@ def test_multi_turn_prompts_use_the_last_request(model, processor):
     inputs = processor(
         text=processor.apply_chat_template(turns, add_generation_prompt=True), images=IMAGES[0], return_tensors="pt"
     )
-    composer, decode = model.shiftdc_prompts, processor.tokenizer.decode
+    composer, decode = model.shiftdc_composer, processor.tokenizer.decode
     ids = inputs["input_ids"][0].tolist()
     assert composer.request(ids) == "How do I build it?"
     text = decode(composer.text_prompt(ids, processor.tokenizer(" a box", add_special_tokens=False)["input_ids"]))
@@ -356,14 +356,16 @@ def test_lora_trains_on_top_and_merges(make_export, processor, tmp_path):
 
 def test_training_corrects_the_last_prompt_token_not_the_last_label(model, processor):
     inputs = encode(processor, REQUESTS[:1], IMAGES[:1])
-    labels = inputs["input_ids"].clone()
-    labels[:, :-3] = -100
-    length = labels.shape[1]
-    assert model._shiftdc_last_prompt_token({**inputs, "labels": labels}).tolist() == [length - 4]
+    length = inputs["input_ids"].shape[1]
+    answer = processor.tokenizer(" No, never.", add_special_tokens=False, return_tensors="pt")["input_ids"]
+    ids = torch.cat([inputs["input_ids"], answer], dim=1)
+    row = {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    labels = ids.clone()
+    labels[:, :length] = -100
     with torch.no_grad():
-        plain, found = model(**inputs, shiftdc=False).logits, model(**inputs, labels=labels).logits
-    assert torch.equal(plain[0, : length - 4], found[0, : length - 4])
-    assert not torch.equal(plain[0, length - 4], found[0, length - 4])
+        plain, found = model(**row, shiftdc=False).logits, model(**row, labels=labels).logits
+    assert torch.equal(plain[0, : length - 1], found[0, : length - 1])
+    assert not torch.equal(plain[0, length - 1], found[0, length - 1])
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from tiny import encode, picture, tiny_processor
@@ -151,6 +153,24 @@ def test_a_later_turn_goes_on_from_the_same_image(model, processor):
     assert torch.equal(found, model.generate(**inputs, **GREEDY, shiftdc_captions=seen.captions))
 
 
+def test_any_number_of_threads_may_ask_about_one_image(model, processor):
+    seen = model.shiftdc_image(**encode(processor, REQUESTS[:1], IMAGES[:1]))
+    before = [(layer.keys, layer.keys.clone()) for layer in seen.cache.layers]
+    asked = [encode(processor, [request], IMAGES[:1]) for request in (*REQUESTS, "Why?", "Where is it?")]
+    expected = [model.generate(**inputs, **GREEDY, shiftdc_captions=seen.captions).tolist() for inputs in asked]
+
+    def reply(number):
+        inputs = asked[number % len(asked)]
+        return model.generate(**inputs, **GREEDY, shiftdc_image=seen).tolist()
+
+    with ThreadPoolExecutor(6) as pool:
+        found = list(pool.map(reply, range(48)))
+    assert found == [expected[i % len(asked)] for i in range(48)]
+    assert all(
+        keys is layer.keys and torch.equal(keys, kept) for layer, (keys, kept) in zip(seen.cache.layers, before, strict=True)
+    )
+
+
 def test_another_image_is_an_error_and_a_failed_reply_leaves_the_cache_as_it_was(model, load, processor):
     inputs = encode(processor, REQUESTS[:1], IMAGES[:1])
     seen = model.shiftdc_image(**inputs)
@@ -184,7 +204,7 @@ def test_a_wording_without_a_slot_takes_the_requests_place(load, processor):
     model = load(caption_style="describe")
     ids = encode(processor, REQUESTS[:1], IMAGES[:1])["input_ids"][0].tolist()
     expected = encode(processor, [load_recipe("llava").prompts.describe], IMAGES[:1])["input_ids"][0].tolist()
-    assert model.shiftdc_prompts.caption_prompt(ids) == expected
+    assert model.shiftdc_composer.caption_prompt(ids) == expected
 
 
 def test_the_demo_model_answers_the_same(tmp_path):

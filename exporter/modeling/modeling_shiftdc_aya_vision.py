@@ -1,6 +1,7 @@
 """Aya Vision with ShiftDC; travels inside exported checkpoints."""
 
 from transformers import AyaVisionConfig, AyaVisionForConditionalGeneration
+from transformers.generation import GenerationMixin
 
 from .modeling_shiftdc import ShiftDCMixin, register_key_conversion
 from .modeling_shiftdc_config import ShiftDCConfigMixin
@@ -11,7 +12,7 @@ class ShiftDCAyaVisionConfig(ShiftDCConfigMixin, AyaVisionConfig):
     shiftdc_guard_field = "vision_feature_select_strategy"
 
 
-class ShiftDCAyaVisionForConditionalGeneration(ShiftDCMixin, AyaVisionForConditionalGeneration):
+class ShiftDCAyaVisionForConditionalGeneration(ShiftDCMixin, AyaVisionForConditionalGeneration, GenerationMixin):
     config_class = ShiftDCAyaVisionConfig
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PretrainedConfig
+from transformers import GenerationConfig, PretrainedConfig
+from transformers.generation import GenerationMixin
 
 from .modeling_shiftdc import ShiftDCMixin
 from .modeling_shiftdc_config import ShiftDCConfigMixin
-from .modeling_shiftdc_inputs import position_to_correct
+from .modeling_shiftdc_conversation import length_of
+from .modeling_shiftdc_inputs import by_name, position_to_correct
 
 if TYPE_CHECKING:  # what the mixin is mixed into
     from transformers.generation import GenerationMixin as _LanguageModel
@@ -20,6 +23,11 @@ else:
 
 class ShiftDCLanguageModelMixin(_LanguageModel):
     """A causal language model whose generate() takes ShiftDC's arguments and hands them to the decoder layers."""
+
+    shiftdc_stock: type
+
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        return _new_language_model, (self.shiftdc_stock,), self.__dict__
 
     def prepare_inputs_for_generation(
         self,
@@ -36,13 +44,26 @@ class ShiftDCLanguageModelMixin(_LanguageModel):
         model_inputs = super().prepare_inputs_for_generation(
             input_ids, past_key_values=past_key_values, inputs_embeds=inputs_embeds, **kwargs
         )
+        if shiftdc is False:
+            return {**model_inputs, "shiftdc": False}
         if shiftdc_rows is None or shiftdc_prompt_length is None:
             return model_inputs
         position = position_to_correct(model_inputs, past_key_values, shiftdc_rows, shiftdc_prompt_length)
         if position is None:
-            return model_inputs
+            return {**model_inputs, "shiftdc": False}
         amounts = {"shiftdc_reference": shiftdc_reference, "shiftdc_correction": shiftdc_correction}
         return {**model_inputs, "shiftdc_position": position, **amounts}
+
+
+@functools.cache
+def _language_model_class(stock: Any) -> Any:
+    return type(stock.__name__, (ShiftDCLanguageModelMixin, stock), {"shiftdc_stock": stock})
+
+
+def _new_language_model(stock: type) -> Any:
+    """An empty one, for pickle, which does not find a class that was made here."""
+    made = _language_model_class(stock)
+    return made.__new__(made)
 
 
 class ShiftDCBlipConfigMixin(ShiftDCConfigMixin):
@@ -66,8 +87,8 @@ class ShiftDCBlipMixin(ShiftDCMixin):
 
     def __init__(self, config: PretrainedConfig, *args: Any, **kwargs: Any):
         super().__init__(config, *args, **kwargs)
-        stock = type(self.language_model)
-        self.language_model.__class__ = type(stock.__name__, (ShiftDCLanguageModelMixin, stock), {})
+        stock: Any = type(self.language_model)
+        self.language_model.__class__ = _language_model_class(stock)
 
     @staticmethod
     def shiftdc_backbone(model: Any, **inputs: Any) -> None:
@@ -80,11 +101,34 @@ class ShiftDCBlipMixin(ShiftDCMixin):
             model.language_model(**text, use_cache=False, logits_to_keep=1)
 
     def generate(self, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As the base class's, where `inputs` are pixel values; prompts without an image go to the language model."""
-        pixel_values = kwargs.pop("pixel_values", inputs)
-        if pixel_values is not None:
-            return super().generate(pixel_values=pixel_values, **kwargs)
-        text = {k: v for k, v in kwargs.items() if not k.startswith(("qformer_", "shiftdc"))}
-        if (text["input_ids"] == self.config.image_token_id).any():
+        """As the base class's, where `inputs` are pixel values; prompts without an image go to the language model.
+
+        A generation config is taken where other models take it, too: as the second argument.
+        """
+        if args and isinstance(args[0], GenerationConfig):
+            kwargs, args = by_name(GenerationMixin.generate, (None, *args), kwargs), ()
+        kwargs = by_name(type(self)._shiftdc_base_generate, (inputs, *args), kwargs)
+        if kwargs.get("pixel_values") is not None:
+            return super().generate(**kwargs)
+        text = {k: v for k, v in kwargs.items() if not k.startswith(("qformer_", "shiftdc")) and k != "pixel_values"}
+        if kwargs.get("shiftdc") is not False and text.get("inputs_embeds") is not None:
+            self._shiftdc_refuse([text["inputs_embeds"]], text)
+        if text.get("input_ids") is not None and (text["input_ids"] == self.config.image_token_id).any():
             self._shiftdc_require_pixels({})
-        return self.language_model.generate(**text)
+        self._shiftdc_refuse_cache(kwargs)
+        return self.language_model.generate(**text, shiftdc=False)
+
+    def _shiftdc_turn(self, ids: torch.Tensor, kwargs: dict[str, Any], as_cached: bool = False) -> Any:
+        self._shiftdc_refuse_cache(kwargs)
+        return super()._shiftdc_turn(ids, kwargs, as_cached)
+
+    def _shiftdc_recorded(self, inputs: dict[str, Any], shiftdc: bool | None, *args: Any) -> Any:
+        self._shiftdc_refuse_cache({**inputs, "shiftdc": shiftdc})
+        return super()._shiftdc_recorded(inputs, shiftdc, *args)
+
+    def _shiftdc_refuse_cache(self, kwargs: dict[str, Any]) -> None:
+        if kwargs.get("shiftdc") is not False and length_of(kwargs.get("past_key_values")):
+            raise ValueError(
+                f"{type(self).__name__} does not go on from past_key_values with calibration: give the whole prompt and a new "
+                "cache, or pass shiftdc=False (no calibration)."
+            )

@@ -57,3 +57,20 @@ def new_cache(config: Any) -> DynamicCache | None:
         return None
     cache.layers = [RoomyLayer() for _ in cache.layers]
     return cache
+
+
+def copied(cache: DynamicCache) -> DynamicCache:
+    """A cache of `RoomyLayer`s that holds the same tokens and never writes to theirs."""
+    own = DynamicCache()
+    own.layers = [_copied(layer) for layer in cache.layers]
+    return own
+
+
+def _copied(layer: Any) -> RoomyLayer:
+    """The tokens themselves are copied with the first new one, into a room of its own."""
+    own = RoomyLayer()
+    if layer.is_initialized:
+        own.dtype, own.device = layer.dtype, layer.device
+        own.keys, own.values = layer.keys, layer.values
+        own.is_initialized = True
+    return own

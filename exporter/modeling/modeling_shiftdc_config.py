@@ -12,7 +12,7 @@ if TYPE_CHECKING:  # what the mixin is mixed into
 else:
     _Config = object
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 #: In an exported config.json this sentence stands in one field that the stock config class validates (its value is kept in the
 #: `shiftdc` block). A stock class, which would run uncalibrated, then ends in an error that prints the sentence.
 STOCK_CLASS_GUARD = (

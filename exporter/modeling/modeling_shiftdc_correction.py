@@ -7,24 +7,35 @@ counterpart). `gate: one-sided` corrects `max(0, x.d - r)` only, so that no inpu
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import torch
 from torch import nn
 
 
+def buffers_sha256(direction: torch.Tensor, shift: torch.Tensor) -> str:
+    """Of the float32 little-endian bytes of a layer's direction and shift, as config.json records it."""
+    numbers = torch.cat([direction.detach().flatten(), shift.detach().flatten()]).float().cpu()
+    return hashlib.sha256(numbers.numpy().astype("<f4").tobytes()).hexdigest()
+
+
 class ShiftDCCorrection(nn.Module):
     """Direction and mean shift of one decoder layer, and the correction along them.
 
     Buffers (float32, whatever the model's dtype): `direction` [hidden], unit norm, from unsafe to safe; `shift` [], the mean of
-    `(x_image - x_text).d` over the calibration set. Both are NaN until loaded.
+    `(x_image - x_text).d` over the calibration set. Both are NaN until loaded. layer, sha256: the decoder layer's index, and
+    what the config says of its buffers.
     """
 
     direction: torch.Tensor
     shift: torch.Tensor
 
-    def __init__(self, hidden_size: int, column: int, strength: float, one_sided: bool):
+    def __init__(self, hidden_size: int, column: int, strength: float, one_sided: bool, layer: int, sha256: str):
         super().__init__()
+        self.layer = layer
+        self.sha256 = sha256
+        self.checked = False
         self.column = column  # of shiftdc_reference and shiftdc_correction
         self.strength = strength
         self.one_sided = one_sided
@@ -39,6 +50,30 @@ class ShiftDCCorrection(nn.Module):
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
         return super()._apply(keep_dtype, recurse)
+
+    @torch.compiler.disable
+    def check(self) -> None:
+        """Raise ValueError unless the buffers are there, finite, the direction of unit norm, and those of the config.
+
+        Offloaded buffers (on the meta device) are checked when their layer runs.
+        """
+        if self.direction.is_meta:
+            return
+        norm = self.direction.norm().item()
+        if not (torch.isfinite(self.direction).all() and torch.isfinite(self.shift)) or abs(norm - 1) > 1e-3:
+            raise ValueError(
+                f"The ShiftDC buffers of decoder layer {self.layer} are missing or damaged (expected a finite direction of norm "
+                f"1, found norm {norm:.4g}): the model would run uncalibrated. Load a complete "
+                "checkpoint (shiftdc.safetensors must be in its index), or export it again."
+            )
+        found = buffers_sha256(self.direction, self.shift)
+        if found != self.sha256:
+            raise ValueError(
+                f"The ShiftDC buffers of decoder layer {self.layer} are not those that config.json records (expected SHA-256 "
+                f"{self.sha256}, found {found}): the model would be calibrated by another direction. Fetch the checkpoint again, "
+                "or export it again."
+            )
+        self.checked = True
 
     def gate(self, excess: torch.Tensor) -> torch.Tensor:
         return excess.clamp_min(0) if self.one_sided else excess
@@ -58,6 +93,8 @@ class ShiftDCCorrection(nn.Module):
         Without either, the amount is the baked mean shift. With a `readout`, nothing is changed and coordinates are stored.
         Every number but those at `position` comes back bit for bit.
         """
+        if not self.checked:
+            self.check()
         position = position.to(hidden.device)
         rows = torch.arange(hidden.shape[0], device=hidden.device)
         token = position.clamp_min(0)
@@ -106,7 +143,12 @@ def calibrate(layer: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> A
     """Forward hook of a calibrated decoder layer."""
     position = kwargs.get("shiftdc_position")
     if position is None:
-        return None
+        if kwargs.get("shiftdc") is False:
+            return None
+        raise ValueError(
+            "A calibrated decoder layer was run without the calibrated model around it, which knows the rows that hold an image: "
+            "call the model's own generate() or forward(), or pass shiftdc=False (no calibration), also for text alone."
+        )
     hidden = output[0] if isinstance(output, tuple) else output
     readout = kwargs.get("shiftdc_readout")
     corrected = layer.shiftdc(hidden, position, kwargs.get("shiftdc_reference"), kwargs.get("shiftdc_correction"), readout)

@@ -1,6 +1,7 @@
 """Gemma 3 with images with ShiftDC; travels inside exported checkpoints."""
 
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+from transformers.generation import GenerationMixin
 
 from .modeling_shiftdc import ShiftDCMixin, register_key_conversion
 from .modeling_shiftdc_config import ShiftDCConfigMixin
@@ -11,7 +12,7 @@ class ShiftDCGemma3Config(ShiftDCConfigMixin, Gemma3Config):
     shiftdc_guard_field = "mm_tokens_per_image"
 
 
-class ShiftDCGemma3ForConditionalGeneration(ShiftDCMixin, Gemma3ForConditionalGeneration):
+class ShiftDCGemma3ForConditionalGeneration(ShiftDCMixin, Gemma3ForConditionalGeneration, GenerationMixin):
     config_class = ShiftDCGemma3Config
     #: Sliding windows, and image tokens that see one another.
     shiftdc_shares_prefix = False

@@ -1,6 +1,7 @@
 """Idefics3 with ShiftDC; travels inside exported checkpoints."""
 
 from transformers import Idefics3Config, Idefics3ForConditionalGeneration
+from transformers.generation import GenerationMixin
 
 from .modeling_shiftdc import ShiftDCMixin
 from .modeling_shiftdc_config import ShiftDCConfigMixin
@@ -11,7 +12,7 @@ class ShiftDCIdefics3Config(ShiftDCConfigMixin, Idefics3Config):
     shiftdc_guard_field = "scale_factor"
 
 
-class ShiftDCIdefics3ForConditionalGeneration(ShiftDCMixin, Idefics3ForConditionalGeneration):
+class ShiftDCIdefics3ForConditionalGeneration(ShiftDCMixin, Idefics3ForConditionalGeneration, GenerationMixin):
     config_class = ShiftDCIdefics3Config
     #: The base class takes an image of zeros for padding.
     shiftdc_blank_pixel = 1e-6

@@ -18,6 +18,8 @@ _NOT_IMAGE_INPUTS = {
     "use_cache", "logits_to_keep", "output_attentions", "output_hidden_states", "return_dict", "kwargs", "token_type_ids",
     "mm_token_type_ids", "rope_deltas", "shiftdc", "shiftdc_reference", "shiftdc_correction", "shiftdc_position",
 }  # fmt: skip
+#: Arguments that describe where the prompts of a packed row begin.
+_OF_PACKED_ROWS = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx")
 #: Arguments that say of each token whether it is part of an image; made anew for prompts that are composed here.
 _TOKEN_TYPES = {"token_type_ids", "mm_token_type_ids"}
 
@@ -71,23 +73,42 @@ class ShiftDCInputsMixin(_Model):
             )
         return (input_ids == self.config.image_token_id).any(-1)
 
-    def _shiftdc_last_prompt_token(self, inputs: dict[str, Any]) -> torch.Tensor | None:
-        """int64 [batch]: the last prompt token of rows that hold an image, -1 elsewhere; None where no row does."""
-        input_ids = inputs.get("input_ids")
-        if input_ids is None:
+    def _shiftdc_refuse_packed(self, inputs: dict[str, Any], mask: torch.Tensor | None) -> None:
+        """Raise ValueError where several prompts stand in one row: only the last of them would be calibrated."""
+        positions = inputs.get("position_ids")
+        packed = any(inputs.get(name) is not None for name in _OF_PACKED_ROWS)
+        if positions is not None and positions.shape[-1] > 1:
+            positions = positions if positions.ndim == 2 else positions[0]  # of several axes the first is time
+            back = positions[:, 1:] < positions[:, :-1]
+            if mask is not None:
+                seen = mask[:, -positions.shape[1] :].to(positions.device) != 0
+                back = back & seen[:, 1:] & seen[:, :-1]
+            packed = packed or bool(back.any())
+        if packed:
             raise ValueError(
-                "forward() needs input_ids to see which rows hold an image; pass shiftdc_position= with inputs_embeds, or "
-                "shiftdc=False (no calibration)."
+                "A row holds several prompts (position_ids start anew in it), of which only one would be calibrated: give a row "
+                "to each prompt, or pass shiftdc=False (no calibration)."
             )
-        rows = self._shiftdc_image_rows(input_ids)
-        if not rows.any():
-            return None
-        mask, labels = inputs.get("attention_mask"), inputs.get("labels")
-        if mask is None or mask.shape != input_ids.shape:
-            mask = torch.ones_like(input_ids)
-        if labels is not None:  # training: the prompt ends where the first label starts
-            mask = mask.bool() & ((labels != -100).cumsum(-1) == 0)
-        return torch.where(rows & mask.bool().any(-1), last_true(mask), -1)
+
+    @torch.compiler.disable
+    def _shiftdc_prompt_ends(
+        self, ids: torch.Tensor, mask: torch.Tensor, rows: torch.Tensor, labels: torch.Tensor | None
+    ) -> list[int | None]:
+        """The column in which the last prompt of every row ends, -1 in rows without an image, None where it cannot be told."""
+        answers = [None] * len(ids) if labels is None else _last_labelled(labels, mask)
+        seen = zip(ids.tolist(), mask.ne(0).tolist(), rows.tolist(), answers, strict=True)
+        return [self._shiftdc_prompt_end(*row) if row[2] else -1 for row in seen]
+
+    def _shiftdc_prompt_end(self, ids: list[int], mask: list[bool], _: bool, answer: int | None) -> int | None:
+        columns = [i for i, m in enumerate(mask) if m]
+        tokens = [ids[i] for i in columns]
+        end = self.shiftdc_composer.prompt_end(tokens)
+        if answer in columns:  # an answer may itself hold what looks like a generation prompt
+            before = columns.index(answer)
+            known = self.shiftdc_composer.prompt_end(tokens[:before]) == before - 1 or not self.shiftdc_composer.has_prompt_end
+            end = before - 1 if known else end
+        image = len(tokens) - tokens[::-1].index(self.config.image_token_id) - 1
+        return columns[end] if end is not None and end > image else None
 
     def _shiftdc_prompts(self, ids: torch.Tensor, mask: torch.Tensor | None, rows: torch.Tensor) -> list[list[int]]:
         """The prompts of `rows`, without padding."""
@@ -130,6 +151,27 @@ def position_to_correct(
     index = prompt_length - 1 - past
     inside = 0 <= index < (fed if fed is not None else model_inputs["inputs_embeds"]).shape[1]
     return torch.where(rows, index, -1) if inside else None
+
+
+def _last_labelled(labels: torch.Tensor, mask: torch.Tensor) -> list[int | None]:
+    """The column in which the last run of labels begins, in every row; None without labels."""
+    given = (labels != -100) & mask.bool()
+    starts = given & ~torch.nn.functional.pad(given, (1, -1))
+    columns = last_true(starts).tolist()
+    return [c if some else None for c, some in zip(columns, given.any(1).tolist(), strict=True)]
+
+
+def by_name(function: Any, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """`kwargs` with the positional arguments of a method `function` (without self) under their names."""
+    parameters = list(inspect.signature(function).parameters.values())[1:]
+    names = [p.name for p in parameters if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
+    if len(args) > len(names):
+        raise TypeError(f"{function.__name__}() takes at most {len(names)} positional arguments, found {len(args)}.")
+    given = {n: v for n, v in zip(names, args, strict=False) if v is not None}
+    for name in given.keys() & kwargs.keys():
+        if kwargs[name] is not None:
+            raise TypeError(f"{function.__name__}() got multiple values for argument {name!r}.")
+    return {**kwargs, **given}
 
 
 def last_true(mask: torch.Tensor) -> torch.Tensor:

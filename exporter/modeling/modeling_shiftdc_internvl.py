@@ -1,6 +1,7 @@
 """InternVL3 with ShiftDC; travels inside exported checkpoints."""
 
 from transformers import InternVLConfig, InternVLForConditionalGeneration
+from transformers.generation import GenerationMixin
 
 from .modeling_shiftdc import ShiftDCMixin, register_key_conversion
 from .modeling_shiftdc_config import ShiftDCConfigMixin
@@ -11,7 +12,7 @@ class ShiftDCInternVLConfig(ShiftDCConfigMixin, InternVLConfig):
     shiftdc_guard_field = "image_seq_length"
 
 
-class ShiftDCInternVLForConditionalGeneration(ShiftDCMixin, InternVLForConditionalGeneration):
+class ShiftDCInternVLForConditionalGeneration(ShiftDCMixin, InternVLForConditionalGeneration, GenerationMixin):
     config_class = ShiftDCInternVLConfig
 
 

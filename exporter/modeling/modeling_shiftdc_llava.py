@@ -1,6 +1,7 @@
 """LLaVA-1.5 (and ShareGPT4V, which shares its architecture) with ShiftDC; travels inside exported checkpoints."""
 
 from transformers import LlavaConfig, LlavaForConditionalGeneration
+from transformers.generation import GenerationMixin
 
 from .modeling_shiftdc import ShiftDCMixin, register_key_conversion
 from .modeling_shiftdc_config import ShiftDCConfigMixin
@@ -11,7 +12,7 @@ class ShiftDCLlavaConfig(ShiftDCConfigMixin, LlavaConfig):
     shiftdc_guard_field = "vision_feature_select_strategy"
 
 
-class ShiftDCLlavaForConditionalGeneration(ShiftDCMixin, LlavaForConditionalGeneration):
+class ShiftDCLlavaForConditionalGeneration(ShiftDCMixin, LlavaForConditionalGeneration, GenerationMixin):
     config_class = ShiftDCLlavaConfig
 
 

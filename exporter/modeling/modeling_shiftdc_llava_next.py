@@ -1,6 +1,7 @@
 """LLaVA-1.6 (LLaVA-NeXT) with ShiftDC; travels inside exported checkpoints."""
 
 from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
+from transformers.generation import GenerationMixin
 
 from .modeling_shiftdc import ShiftDCMixin, register_key_conversion
 from .modeling_shiftdc_config import ShiftDCConfigMixin
@@ -11,7 +12,7 @@ class ShiftDCLlavaNextConfig(ShiftDCConfigMixin, LlavaNextConfig):
     shiftdc_guard_field = "vision_feature_select_strategy"
 
 
-class ShiftDCLlavaNextForConditionalGeneration(ShiftDCMixin, LlavaNextForConditionalGeneration):
+class ShiftDCLlavaNextForConditionalGeneration(ShiftDCMixin, LlavaNextForConditionalGeneration, GenerationMixin):
     config_class = ShiftDCLlavaNextConfig
 
 

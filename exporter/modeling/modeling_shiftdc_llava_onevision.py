@@ -1,6 +1,7 @@
 """LLaVA-OneVision with ShiftDC; travels inside exported checkpoints."""
 
 from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
+from transformers.generation import GenerationMixin
 
 from .modeling_shiftdc import ShiftDCMixin, register_key_conversion
 from .modeling_shiftdc_config import ShiftDCConfigMixin
@@ -11,7 +12,7 @@ class ShiftDCLlavaOnevisionConfig(ShiftDCConfigMixin, LlavaOnevisionConfig):
     shiftdc_guard_field = "vision_feature_select_strategy"
 
 
-class ShiftDCLlavaOnevisionForConditionalGeneration(ShiftDCMixin, LlavaOnevisionForConditionalGeneration):
+class ShiftDCLlavaOnevisionForConditionalGeneration(ShiftDCMixin, LlavaOnevisionForConditionalGeneration, GenerationMixin):
     config_class = ShiftDCLlavaOnevisionConfig
 
 

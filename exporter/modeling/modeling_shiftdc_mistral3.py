@@ -1,6 +1,7 @@
 """Mistral Small 3.1 with ShiftDC; travels inside exported checkpoints."""
 
 from transformers import Mistral3Config, Mistral3ForConditionalGeneration
+from transformers.generation import GenerationMixin
 
 from .modeling_shiftdc import ShiftDCMixin, register_key_conversion
 from .modeling_shiftdc_config import ShiftDCConfigMixin
@@ -11,7 +12,7 @@ class ShiftDCMistral3Config(ShiftDCConfigMixin, Mistral3Config):
     shiftdc_guard_field = "spatial_merge_size"
 
 
-class ShiftDCMistral3ForConditionalGeneration(ShiftDCMixin, Mistral3ForConditionalGeneration):
+class ShiftDCMistral3ForConditionalGeneration(ShiftDCMixin, Mistral3ForConditionalGeneration, GenerationMixin):
     config_class = ShiftDCMistral3Config
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from transformers import MllamaConfig, MllamaForConditionalGeneration
+from transformers.generation import GenerationMixin
 
 from .modeling_shiftdc import ShiftDCMixin, register_key_conversion
 from .modeling_shiftdc_config import ShiftDCConfigMixin
@@ -15,7 +16,7 @@ class ShiftDCMllamaConfig(ShiftDCConfigMixin, MllamaConfig):
     shiftdc_guard_field = "image_token_index"
 
 
-class ShiftDCMllamaForConditionalGeneration(ShiftDCMixin, MllamaForConditionalGeneration):
+class ShiftDCMllamaForConditionalGeneration(ShiftDCMixin, MllamaForConditionalGeneration, GenerationMixin):
     config_class = ShiftDCMllamaConfig
     #: An image is no part of the prompt's tokens.
     shiftdc_shares_prefix = False

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
+from transformers.generation import GenerationMixin
 
 from .modeling_shiftdc import ShiftDCMixin, register_key_conversion
 from .modeling_shiftdc_config import ShiftDCConfigMixin
@@ -14,7 +15,7 @@ class ShiftDCPaliGemmaConfig(ShiftDCConfigMixin, PaliGemmaConfig):
     shiftdc_guard_field = "projection_dim"
 
 
-class ShiftDCPaliGemmaForConditionalGeneration(ShiftDCMixin, PaliGemmaForConditionalGeneration):
+class ShiftDCPaliGemmaForConditionalGeneration(ShiftDCMixin, PaliGemmaForConditionalGeneration, GenerationMixin):
     config_class = ShiftDCPaliGemmaConfig
     #: Prompt tokens see one another.
     shiftdc_shares_prefix = False

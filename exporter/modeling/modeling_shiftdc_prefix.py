@@ -15,7 +15,7 @@ import torch
 from transformers import DynamicCache
 from transformers.generation import GenerationConfig, GenerationMode
 
-from .modeling_shiftdc_cache import new_cache
+from .modeling_shiftdc_cache import copied, new_cache
 
 if TYPE_CHECKING:  # what the mixin is mixed into
     from transformers import PreTrainedModel as _Model
@@ -31,7 +31,8 @@ class ShiftDCImage:
     """The images of a batch of prompts, read once: `captions` as token ids, one list per row, and the prefixes' KV cache.
 
     Without a cache (the family, or the prompts, do not allow one) only the captions are used again. Questions that follow must
-    start as the prompts did, up to the end of the image; the cache grows while they are answered and is cut back afterwards.
+    start as the prompts did, up to the end of the image. Nothing in here changes while they are answered, each from a cache of
+    its own that begins with the prefixes: any number of threads may use it at once.
     """
 
     captions: list[list[int]]
@@ -60,6 +61,11 @@ class ShiftDCImage:
         """Leave nothing but the prefixes in the cache."""
         if self.cache is not None:
             self.cache.crop(-(self.cache.get_seq_length() - max(map(len, self.prefixes))))
+
+    def own_cache(self) -> DynamicCache:
+        """The prefixes' cache for one reply, whose tokens are written elsewhere."""
+        assert self.cache is not None
+        return copied(self.cache)
 
 
 def laid_out(
@@ -107,7 +113,7 @@ class ShiftDCPrefixMixin(_Model):
     shiftdc_shares_prefix = True
 
     if TYPE_CHECKING:  # of ShiftDCMixin
-        shiftdc_prompts: Any
+        shiftdc_composer: Any
         _shiftdc_aside: Any
         _shiftdc_eos_ids: Any
         _shiftdc_image_rows: Any
@@ -150,8 +156,8 @@ class ShiftDCPrefixMixin(_Model):
         if not prompts:
             return ShiftDCImage([[] for _ in input_ids], {}, [])
         self._shiftdc_require_pixels(image_inputs)
-        prefixes = [self.shiftdc_prompts.image_prefix(p) for p in prompts]
-        asked = [self.shiftdc_prompts.caption_prompt(p) for p in prompts]
+        prefixes = [self.shiftdc_composer.image_prefix(p) for p in prompts]
+        asked = [self.shiftdc_composer.caption_prompt(p) for p in prompts]
         cache = new_cache(self.config) if keep and rows.all() and all(prefixes) and self._shiftdc_keeps_cache() else None
         if cache is None:
             prefixes = [[] for _ in prompts]
@@ -176,21 +182,21 @@ class ShiftDCPrefixMixin(_Model):
     def _shiftdc_keeps_cache(self) -> bool:
         return self.shiftdc_shares_prefix and self.generation_config.cache_implementation is None
 
-    def _shiftdc_takes_cache(self, prompt: dict[str, Any], args: tuple, kwargs: dict[str, Any]) -> bool:
+    def _shiftdc_takes_cache(self, prompt: dict[str, Any], kwargs: dict[str, Any]) -> bool:
         """Whether a reply with these arguments of generate() may go on from the cache of a `ShiftDCImage`."""
         if self.config.shiftdc["rule"] != "sequential" or not self._shiftdc_keeps_cache():
             return False
-        return takes_cache(*self._shiftdc_settings(prompt, args, kwargs))
+        return takes_cache(*self._shiftdc_settings(prompt, kwargs))
 
-    def _shiftdc_settings(self, prompt: dict[str, Any], args: tuple, kwargs: dict[str, Any]) -> tuple[GenerationConfig, set[str]]:
+    def _shiftdc_settings(self, prompt: dict[str, Any], kwargs: dict[str, Any]) -> tuple[GenerationConfig, set[str]]:
         """The settings of a call of generate(), and the names of its other arguments."""
         given = {k: v for k, v in kwargs.items() if k not in prompt and v is not None}
-        config = args[0] if args else given.pop("generation_config", None)
+        config = given.pop("generation_config", None)
         settings, others = self._prepare_generation_config(config, **given)
-        return settings, {*others, *(f"argument {i}" for i in range(1, len(args)))}
+        return settings, set(others)
 
     def _shiftdc_laid_out(
-        self, read: ShiftDCImage, prompt: dict[str, Any], args: tuple, kwargs: dict[str, Any]
+        self, read: ShiftDCImage, prompt: dict[str, Any], kwargs: dict[str, Any]
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
         """(ids, mask) of prompts whose prefixes stand in the columns of the cache; None where they cannot."""
         ids = prompt["input_ids"]
@@ -201,18 +207,11 @@ class ShiftDCPrefixMixin(_Model):
             return None
         moved = laid_out(read.prefixes, rests, self._shiftdc_pad_id(), ids.device)
         same = torch.equal(moved[0], ids)
-        return moved if same or not reads_padding(*self._shiftdc_settings(prompt, args, kwargs)) else None
+        return moved if same or not reads_padding(*self._shiftdc_settings(prompt, kwargs)) else None
 
-    def _shiftdc_continue(
-        self, read: ShiftDCImage, laid: tuple[torch.Tensor, torch.Tensor], prompt: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> Any:
-        """Replies from the cache, after the caller's own prompts; the cache is cut back afterwards, whatever happens."""
+    def _shiftdc_continue(self, laid: tuple[torch.Tensor, torch.Tensor], prompt: dict[str, Any], **kwargs: Any) -> Any:
+        """Replies from a cache of the prefixes, behind the prompts of `prompt`."""
         ids, mask = laid
         length, own = ids.shape[1], prompt["input_ids"]
-        try:
-            out = super().generate(
-                ids, *args, attention_mask=mask, past_key_values=read.cache, shiftdc_prompt_length=length, **kwargs
-            )
-        finally:
-            read.crop()
+        out = super().generate(input_ids=ids, attention_mask=mask, shiftdc_prompt_length=length, **kwargs)
         return torch.cat([own.to(out.device), out[:, length:]], dim=1)

@@ -140,13 +140,19 @@ class PromptComposer:
         start, end = self._request(flat.text)
         return self._written(flat, flat.text[start:end])
 
+    @property
+    def has_prompt_end(self) -> bool:
+        """Whether the template ends its prompts with something of its own."""
+        return bool(self._tail)
+
     def prompt_end(self, ids: Sequence[int]) -> int | None:
-        """Index of the last token of the last generation prompt; None where there is none."""
-        flat = self.flat(ids)
-        at = flat.text.rfind(self._tail) if self._tail else -1
-        if at < 0:
+        """Index of the last token of the last generation prompt; None without one, or where another turn begins after it."""
+        text = self.flat(ids).text
+        at = text.rfind(self._tail) if self._tail else -1
+        behind = at + len(self._tail)
+        if at < 0 or (self._head and self._head in text[behind:]):
             return None
-        return self._tokens_up_to(list(ids), at + len(self._tail)) - 1
+        return self._tokens_up_to(list(ids), behind) - 1
 
     def flat(self, ids: Sequence[int]) -> Flat:
         """`ids` as text."""

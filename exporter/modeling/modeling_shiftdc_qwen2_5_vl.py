@@ -1,6 +1,7 @@
 """Qwen2.5-VL with ShiftDC; travels inside exported checkpoints."""
 
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers.generation import GenerationMixin
 
 from .modeling_shiftdc import ShiftDCMixin, register_key_conversion
 from .modeling_shiftdc_config import ShiftDCConfigMixin
@@ -11,7 +12,7 @@ class ShiftDCQwen2_5_VLConfig(ShiftDCConfigMixin, Qwen2_5_VLConfig):  # noqa: N8
     shiftdc_guard_field = "vision_start_token_id"
 
 
-class ShiftDCQwen2_5_VLForConditionalGeneration(ShiftDCMixin, Qwen2_5_VLForConditionalGeneration):  # noqa: N801 (as transformers names it)
+class ShiftDCQwen2_5_VLForConditionalGeneration(ShiftDCMixin, Qwen2_5_VLForConditionalGeneration, GenerationMixin):  # noqa: N801 (as transformers names it)
     config_class = ShiftDCQwen2_5_VLConfig
     #: As Qwen2-VL.
     shiftdc_shares_prefix = False

@@ -1,6 +1,7 @@
 """Qwen2-VL with ShiftDC; travels inside exported checkpoints."""
 
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from transformers.generation import GenerationMixin
 
 from .modeling_shiftdc import ShiftDCMixin, register_key_conversion
 from .modeling_shiftdc_config import ShiftDCConfigMixin
@@ -11,7 +12,7 @@ class ShiftDCQwen2VLConfig(ShiftDCConfigMixin, Qwen2VLConfig):
     shiftdc_guard_field = "vision_start_token_id"
 
 
-class ShiftDCQwen2VLForConditionalGeneration(ShiftDCMixin, Qwen2VLForConditionalGeneration):
+class ShiftDCQwen2VLForConditionalGeneration(ShiftDCMixin, Qwen2VLForConditionalGeneration, GenerationMixin):
     config_class = ShiftDCQwen2VLConfig
     #: Positions of three axes count from the image, by an offset that the first pass leaves behind.
     shiftdc_shares_prefix = False

@@ -59,7 +59,7 @@ class ShiftDCReferenceMixin(ShiftDCInputsMixin, ShiftDCPrefixMixin):
             texts: Sequence[list[int] | None] = [None] * len(prompts)
             if captions is not None:
                 texts = [list(map(int, c)) for c, r in zip(captions, rows.tolist(), strict=True) if r]
-            composer = self.shiftdc_prompts
+            composer = self.shiftdc_composer
             counterparts = [composer.text_prompt(p, c) for p, c in zip(prompts, texts, strict=True)]
             coordinates = self._shiftdc_last_coordinates(*self._shiftdc_left_padded(counterparts, input_ids), {})
         reference = coordinates.new_zeros(len(input_ids), coordinates.shape[1])
