@@ -2,12 +2,13 @@
 # make test: set everything up, run the tests
 # make bench: the table of the README's section "Speed", on one CPU thread
 # make evidence: every defence and control on the demo's test things, as in the README
+# make published SHIFTDC_PUBLISHED=FOLDER: small files of published checkpoints, which are no part of this project, the whole way
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: bench demo evidence test check clean
+.PHONY: bench demo evidence published test check clean
 
 demo: $(READY)
 	$(BIN)/shiftdc-export demo --output demo-shiftdc --force
@@ -22,6 +23,10 @@ bench: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+published: $(READY)
+	$(BIN)/python tests/vocabularies.py $(VENV)/vocabularies
+	SHIFTDC_VOCABULARIES=$(abspath $(VENV)/vocabularies) $(BIN)/python -m pytest -n 2 --dist loadscope tests/test_published.py
 
 check: $(READY)
 	$(BIN)/ruff check .

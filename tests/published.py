@@ -229,6 +229,29 @@ def instructblip(folder: Path) -> Path:
     return with_weights(folder, config, 2, 32001)
 
 
+def paligemma(folder: Path) -> Path:
+    """PaliGemma: no chat template; Gemma's vocabulary with places and segments as ordinary added tokens."""
+    for file in published("paligemma").iterdir():
+        shutil.copy(file, folder)
+    shutil.copy(vocabulary("gemma") / "tokenizer.model", folder)
+    images = json.loads((folder / "preprocessor_config.json").read_text())
+    write(folder, "preprocessor_config.json", {**images, "size": {"height": 56, "width": 56}, "image_seq_length": 16})
+    text = {
+        **TEXT, "model_type": "gemma", "vocab_size": 257216, "head_dim": 8, "max_position_embeddings": 2048,
+        "num_key_value_heads": 1, "pad_token_id": 0,
+    }  # fmt: skip
+    vision = {
+        **VISION, "model_type": "siglip_vision_model", "image_size": 56, "patch_size": 14, "projection_dim": 32,
+        "vision_use_head": False, "num_image_tokens": 16,
+    }  # fmt: skip
+    config = {
+        "architectures": ["PaliGemmaForConditionalGeneration"], "bos_token_id": 2, "eos_token_id": 1, "hidden_size": 32,
+        "ignore_index": -100, "image_token_index": 257152, "model_type": "paligemma", "pad_token_id": 0, "projection_dim": 32,
+        "text_config": text, "torch_dtype": "float32", "vision_config": vision, "vocab_size": 257216,
+    }  # fmt: skip
+    return with_weights(folder, config, 1, 0)
+
+
 CHECKPOINTS: dict[str, Callable[[Path], Path]] = {
-    f.__name__: f for f in (llava, idefics3, smolvlm_instruct, mllama, mllama_first, qwen3_vl, instructblip)
+    f.__name__: f for f in (llava, idefics3, smolvlm_instruct, mllama, mllama_first, qwen3_vl, instructblip, paligemma)
 }

