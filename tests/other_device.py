@@ -13,10 +13,18 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
+
+
+class _Unavailable(_DummyBackendModule):
+    """Libraries that look for an accelerator, in other tests of this process, find none."""
+
+    def is_available(self):
+        return False
+
 
 _NAME = "other"
-_setup_privateuseone_for_python_backend(_NAME)
+_setup_privateuseone_for_python_backend(_NAME, backend_module=_Unavailable())
 OTHER = torch.device(_NAME, 0)
 
 aten = torch.ops.aten
