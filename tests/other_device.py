@@ -29,6 +29,7 @@ OTHER = torch.device(_NAME, 0)
 
 aten = torch.ops.aten
 _COPYING = (aten._to_copy.default, aten.copy_.default)
+_WAITING = (aten._local_scalar_dense.default, aten.nonzero.default)
 _INDEXING = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default)
 
 
@@ -52,7 +53,7 @@ class OtherTensor(torch.Tensor):
         return self.numbers.data_ptr()
 
     def tolist(self):
-        return self.numbers.tolist()
+        return self.cpu().tolist()
 
     def numpy(self, *args, **kwargs):
         raise TypeError("can't convert a tensor of the other device to numpy; copy it to the CPU first")
@@ -108,6 +109,19 @@ class _Factories(TorchDispatchMode):
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         return _run(operation, args, kwargs or {})
+
+
+class Waits(TorchDispatchMode):
+    """Counts how often the CPU asks for numbers of the device, for which it would have to wait; inside `other_device()`."""
+
+    count = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        fetching = operation is aten._to_copy.default and torch.device(kwargs.get("device") or OTHER).type == "cpu"
+        if args and isinstance(args[0], OtherTensor) and (fetching or operation in _WAITING):
+            self.count += 1
+        return operation(*args, **kwargs)
 
 
 class _Functions(TorchFunctionMode):

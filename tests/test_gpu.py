@@ -13,7 +13,7 @@ from contextlib import contextmanager, nullcontext
 import pytest
 import torch
 from in_memory import calibrated_copy
-from other_device import OTHER, other_device
+from other_device import OTHER, Waits, other_device
 from test_families import GREEDY, ROWS, encode
 from tiny import picture, tiny_model, tiny_processor
 from tiny_families import EOS, IMAGE, PAD, TinyFamily
@@ -199,6 +199,25 @@ def test_comparison_and_sweep(device, calibration_file, monkeypatch):
             run_sweep(other, held_out, False)
     assert (found.uncalibrated, found.calibrated) == (expected.uncalibrated, expected.calibrated)
     assert [s.after for s in found.layers] == pytest.approx([s.after for s in expected.layers], rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["caption", "text", "static"])
+def test_decode_steps_wait_for_the_device_as_often_as_plain_ones(kind):
+    tiny, vlm = calibrated("llava")
+    vlm.model.config.shiftdc = {**vlm.model.config.shiftdc, "reference": kind}
+    inputs = encode(tiny.processor, ROWS)
+
+    def waits(model, tokens, **options):
+        with Waits() as counted:
+            model.generate(**there, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, **options)
+        return counted.count
+
+    with using(OTHER):
+        model, there = moved(vlm, OTHER).model, on(OTHER, inputs)
+        plain = [waits(model, tokens, shiftdc=False) for tokens in (2, 5)]
+        found = [waits(model, tokens) for tokens in (2, 5)]
+    assert found[1] - found[0] == plain[1] - plain[0] > 0
+    assert found[0] <= plain[0] + {"static": 1, "text": 20, "caption": 60}[kind]  # a reply, not a token
 
 
 def test_a_tensor_left_on_the_cpu_is_found():
