@@ -30,15 +30,25 @@ FORKS = 3
 VOCABULARY = 32064
 
 
-def padded(prompts: list[list[int]]) -> Inputs:
+CPU = torch.device("cpu")
+
+
+def some_prompts(count: int) -> list[list[int]]:
+    """Token ids, of lengths in LENGTHS."""
+    rng = random.Random(0)
+    return [[1, *(rng.randrange(5, 8000) for _ in range(rng.randint(*LENGTHS)))] for _ in range(count)]
+
+
+def padded(prompts: list[list[int]], device: torch.device = CPU) -> Inputs:
     width = max(map(len, prompts))
     ids = torch.tensor([[3] * (width - len(p)) + p for p in prompts])
-    return {"input_ids": ids, "attention_mask": torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])}
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
 
 
-def batches(prompts: list[list[int]]) -> list[Inputs]:
+def batches(prompts: list[list[int]], device: torch.device = CPU) -> list[Inputs]:
     """As the package makes them."""
-    return [padded(batch) for batch in by_length(prompts, [len(p) for p in prompts], None, torch.device("cpu"))]
+    return [padded(batch, device) for batch in by_length(prompts, [len(p) for p in prompts], None, device)]
 
 
 def ways(vlm: VLM, prompts: list[list[int]]) -> dict[str, Callable[[], object]]:
@@ -46,20 +56,20 @@ def ways(vlm: VLM, prompts: list[list[int]]) -> dict[str, Callable[[], object]]:
 
     def ours() -> LastTokenStats:
         stats = LastTokenStats()
-        for inputs in batches(prompts):
+        for inputs in batches(prompts, vlm.device):
             stats.update(last_token_activations(vlm, layers, inputs))
         return stats
 
     @torch.no_grad()
     def bare() -> None:
-        for inputs in batches(prompts):
+        for inputs in batches(prompts, vlm.device):
             vlm.backbone(inputs)
 
     @torch.no_grad()
     def reference() -> torch.Tensor:
         kept = []
         for start in range(0, len(prompts), FIXED_BATCH):
-            inputs = padded(prompts[start : start + FIXED_BATCH])
+            inputs = padded(prompts[start : start + FIXED_BATCH], vlm.device)
             states = vlm.model(**inputs, output_hidden_states=True, use_cache=False).hidden_states
             kept.append(torch.stack(states)[:, :, -1])  # [layers + 1, batch, hidden]
         return torch.cat(kept, 1).mean(1)
@@ -80,8 +90,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=160)
     arguments = parser.parse_args()
     one_thread()
-    rng = random.Random(0)
-    prompts = [[1, *(rng.randrange(5, 8000) for _ in range(rng.randint(*LENGTHS)))] for _ in range(arguments.prompts)]
+    prompts = some_prompts(arguments.prompts)
     vlm = VLM(model(replace(SMALL, vocabulary=VOCABULARY)), None)
     bytes_ = peaks(vlm, prompts)
     found = seconds(ways(vlm, prompts), arguments.rounds, warm=False)

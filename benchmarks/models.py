@@ -38,6 +38,7 @@ class Size:
     image: int = 336  # pixels; with patches of 14, 576 image tokens
     vision_hidden: int = 256
     vision_layers: int = 4
+    kv_heads: int | None = None  # as many as heads
 
 
 #: About 75 million parameters.
@@ -46,13 +47,15 @@ SMALL = Size()
 GIGABYTE = Size(hidden=1536, layers=8, heads=12, intermediate=4096, vocabulary=16384, image=56)
 #: LLaVA-1.5-7B.
 FULL = Size(4096, 32, 32, 11008, 32064, 336, 1024, 24)
+#: The language model of LLaVA-1.6-34B.
+LARGE = Size(7168, 60, 56, 20480, 64064, 336, 1024, 24, kv_heads=8)
 _PATCH = 14
 
 
 def config(size: Size) -> LlavaConfig:
     text = LlamaConfig(
         vocab_size=size.vocabulary, hidden_size=size.hidden, intermediate_size=size.intermediate,
-        num_hidden_layers=size.layers, num_attention_heads=size.heads, num_key_value_heads=size.heads,
+        num_hidden_layers=size.layers, num_attention_heads=size.heads, num_key_value_heads=size.kv_heads or size.heads,
         max_position_embeddings=4096, bos_token_id=1, eos_token_id=EOS, pad_token_id=PAD, tie_word_embeddings=False,
     )  # fmt: skip
     vision = CLIPVisionConfig(

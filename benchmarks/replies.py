@@ -44,13 +44,14 @@ def calibrated(base_folder: Path, folder: Path, size: Size = SMALL) -> VLM:
 
 
 class Replies:
-    """Ways to answer the same questions about the same images."""
+    """Ways to answer the same questions about the same images; captions are as long as replies if `caption` is None."""
 
-    def __init__(self, vlm: VLM, stock: Any, tokens: int, questions: list[str]):
+    def __init__(self, vlm: VLM, stock: Any, tokens: int, questions: list[str], caption: int | None = None):
         self.vlm, self.stock, self.tokens = vlm, stock, tokens
-        self.model, self.settings = vlm.model, dict(vlm.model.config.shiftdc) | {"caption_max_new_tokens": tokens}
+        self.caption = caption or tokens
+        self.model, self.settings = vlm.model, dict(vlm.model.config.shiftdc) | {"caption_max_new_tokens": self.caption}
         for model in (self.model, stock):  # captions and replies of exactly so many tokens
-            model.generation_config.min_new_tokens = tokens
+            model.generation_config.min_new_tokens = self.caption
         self.inputs = vlm.encode(questions, [picture(seed, 336, 336) for seed in range(len(questions))])
         self.use("caption")
         self.seen = self.model.shiftdc_image(**self.inputs)
@@ -59,7 +60,7 @@ class Replies:
             ids[mask.bool()].tolist() for ids, mask in zip(self.inputs["input_ids"], self.inputs["attention_mask"], strict=True)
         ]
         self.counterparts = vlm.pad([composer.text_prompt(p, c) for p, c in zip(prompts, self.seen.captions, strict=True)])
-        self.length = {"max_new_tokens": tokens, "do_sample": False}
+        self.length = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False}
         self.one = {"max_new_tokens": 1, "min_new_tokens": 1, "do_sample": False}
 
     def use(self, reference: str) -> None:
@@ -67,6 +68,12 @@ class Replies:
 
     def plain(self) -> Any:
         return self.stock.generate(**self.inputs, **self.length)
+
+    def plain_caption(self) -> Any:
+        """As many tokens as a caption has."""
+        return self.stock.generate(
+            **self.inputs, **self.length | {"max_new_tokens": self.caption, "min_new_tokens": self.caption}
+        )
 
     def plain_prefill(self) -> Any:
         return self.stock.generate(**self.inputs, **self.one)

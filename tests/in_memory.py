@@ -1,0 +1,36 @@
+"""A calibrated model that shares the weights of a stock one: no file, and no second copy of what may be large."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from exporter.bake import identity, shiftdc_block
+from exporter.families import family
+from exporter.prompt_pieces import prompt_pieces
+from exporter.recipes import Recipe
+from exporter.vlm import VLM
+
+
+def calibrated_copy(vlm: VLM, recipe: Recipe, layers: tuple[int, ...], shift: float = 1.0) -> VLM:
+    """The model of `vlm` with random directions at `layers`."""
+    stock, classes = vlm.model, family(recipe.family)
+    block = shiftdc_block(recipe, layers, prompt_pieces(vlm, recipe.wording), SimpleNamespace(name="random", revision=None))
+    settings = {**stock.config.to_dict(), **identity(classes), "shiftdc": block}
+    with torch.device("meta"):
+        model: Any = classes.model(classes.config.from_dict(settings))
+    model.load_state_dict(stock.state_dict(), strict=False, assign=True)
+    model.tie_weights()
+    for name, buffer in stock.named_buffers():  # those that are not in the state dict too
+        module, _, leaf = name.rpartition(".")
+        model.get_submodule(module)._buffers[leaf] = buffer
+    generator = torch.Generator().manual_seed(0)
+    for correction in model.shiftdc_corrections:
+        direction = torch.nn.functional.normalize(torch.randn(correction.direction.shape, generator=generator), dim=0)
+        correction.direction = direction.to(vlm.device)
+        correction.shift = torch.tensor(shift, device=vlm.device)
+    model.generation_config = stock.generation_config
+    model.shiftdc_check()
+    return VLM(model.eval(), vlm.processor, vlm.composed_text)
