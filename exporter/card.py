@@ -61,6 +61,7 @@ def render_card(
         depth=report["layers"]["depth"],
         layer_reason=report["layers"]["criterion"],
         calibration=report["calibration"],
+        prompts=report["prompts"],
         directions=report.get("directions", DIFFERENCE),
         mean=_means(statistics, report["layers"]["chosen"]),
         evaluation=None if results is None else evaluation(results, (folder or base.folder) / "assets"),

@@ -39,6 +39,11 @@ class _Layers(_Part):
     criterion: str
 
 
+class _Prompts(_Part):
+    compared: int
+    different: int
+
+
 class _Report(_Part):
     """What is relied on of a report; more may stand in it."""
 
@@ -46,6 +51,7 @@ class _Report(_Part):
     layers: _Layers
     recipe: dict[str, Any]
     calibration: dict[str, Any]
+    prompts: _Prompts
     statistics: list[dict[str, Any]]
     versions: dict[str, str]
     files: dict[str, Sha256]

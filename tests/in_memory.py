@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from exporter.bake import identity, shiftdc_block
+from exporter.directions import Directions
 from exporter.families import family
-from exporter.prompt_pieces import prompt_pieces
+from exporter.prompt_frame import prompt_frame
 from exporter.recipes import Recipe
 from exporter.vlm import VLM
 
@@ -17,7 +18,12 @@ from exporter.vlm import VLM
 def calibrated_copy(vlm: VLM, recipe: Recipe, layers: tuple[int, ...], shift: float = 1.0) -> VLM:
     """The model of `vlm` with random directions at `layers`."""
     stock, classes = vlm.model, family(recipe.family)
-    block = shiftdc_block(recipe, layers, prompt_pieces(vlm, recipe.wording), SimpleNamespace(name="random", revision=None))
+    generator = torch.Generator().manual_seed(0)
+    size = stock.config.get_text_config().hidden_size
+    units = torch.nn.functional.normalize(torch.randn(len(layers), size, generator=generator), dim=-1)
+    directions = Directions(layers, units, torch.full((len(layers),), shift), ())
+    base = SimpleNamespace(name="random", revision=None)
+    block = shiftdc_block(recipe, layers, prompt_frame(vlm, recipe.wording), base, directions)
     settings = {**stock.config.to_dict(), **identity(classes), "shiftdc": block}
     with torch.device("meta"):
         model: Any = classes.model(classes.config.from_dict(settings))
@@ -26,11 +32,9 @@ def calibrated_copy(vlm: VLM, recipe: Recipe, layers: tuple[int, ...], shift: fl
     for name, buffer in stock.named_buffers():  # those that are not in the state dict too
         module, _, leaf = name.rpartition(".")
         model.get_submodule(module)._buffers[leaf] = buffer
-    generator = torch.Generator().manual_seed(0)
-    for correction in model.shiftdc_corrections:
-        direction = torch.nn.functional.normalize(torch.randn(correction.direction.shape, generator=generator), dim=0)
-        correction.direction = direction.to(vlm.device)
-        correction.shift = torch.tensor(shift, device=vlm.device)
+    for layer, correction in zip(layers, model.shiftdc_corrections, strict=True):
+        correction.direction, correction.shift = (t.to(vlm.device) for t in directions.of(layer))
+    model.shiftdc_use_tokenizer(vlm.tokenizer)
     model.generation_config = stock.generation_config
     model.shiftdc_check()
     return VLM(model.eval(), vlm.processor, vlm.composed_text)

@@ -30,6 +30,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 RECIPE = load_recipe("llava")
 REPORT = {
     "layers": {"chosen": [1, 2], "depth": 4, "criterion": "longest run"},
+    "prompts": {"compared": 1008, "different": 0, "not_taken_by_the_template": []},
     "calibration": {
         "name": "builtin", "sha256": "ab" * 32, "images": False,
         "fit_safe": 160, "fit_unsafe": 160, "held_out_safe": 40, "held_out_unsafe": 40,
@@ -422,3 +423,10 @@ def test_the_hub_is_sent_the_whole_card(base, results, tmp_path):
     assert (path, sent["repoType"]) == ("/api/validate-yaml", "model")
     assert "attack_success_rate" in sent["content"]
     assert body(sent["content"]).strip() == body((tmp_path / "good.md").read_text()).strip()
+
+
+def test_prompts_that_are_not_the_templates_own_are_told(base):
+    inexact = {**REPORT, "prompts": {"compared": 1008, "different": 12}}
+    assert "differ from the chat template's own" not in render(base)
+    told = render(base, report=inexact)
+    assert "**12 of 1008 prompts that `generate()` composed in a check differ from the chat template's own.**" in told

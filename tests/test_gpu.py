@@ -29,7 +29,7 @@ from exporter.errors import InputError
 from exporter.exported import open_export
 from exporter.pipeline import export, make_plan
 from exporter.probe import record_probe
-from exporter.prompt_pieces import prompt_pieces
+from exporter.prompt_frame import prompt_frame
 from exporter.recipes import load_recipe, recipe_for_family
 from exporter.source import resolve
 from exporter.sweep import run_sweep
@@ -162,7 +162,7 @@ def test_directions_and_probe(harmless, device, calibration_file, tmp_path):
 
     def measured(vlm):
         found = fit_directions(vlm, calibration, RECIPE.prompts, RECIPE.decoder_layers, layers=LAYERS)
-        probe = record_probe(vlm, found, LAYERS, RECIPE, prompt_pieces(vlm, RECIPE.wording))
+        probe = record_probe(vlm, found, LAYERS, RECIPE, prompt_frame(vlm, RECIPE.wording))
         return [found.direction, found.shift, *(probe.tensors[k] for k in sorted(probe.tensors))]
 
     vlm = VLM(tiny.model, tiny.processor)

