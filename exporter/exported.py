@@ -13,9 +13,10 @@ from exporter.directions import LayerStatistics
 from exporter.errors import InputError, refusing
 from exporter.families import family
 from exporter.modeling.modeling_shiftdc_prompts import PromptFrame
+from exporter.processors import load_processor
 from exporter.reading import UnreadableError, read_json
 from exporter.recipes import Recipe, recorded_recipe
-from exporter.vlm import DTYPES, VLM, load_processor
+from exporter.vlm import DTYPES, VLM
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 ShardName = Annotated[str, Field(pattern=r"^[\w-][\w.-]*\.safetensors$")]

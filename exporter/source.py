@@ -140,7 +140,7 @@ def resolve_small(model: str, revision: str | None = None) -> SmallFiles:
         folder, revision = download(model, revision, SMALL, "MODEL")
     name = folder.name if model != DEMO and revision is None else model
     config = _config(name, folder)
-    here = {f.name: f.stat().st_size for f in folder.iterdir() if f.is_file()}
+    here = {f.name: f.stat().st_size for f in folder.iterdir() if f.exists()}
     listed = here if revision is None or _has_weights(folder, here) else _listed(name, revision) | here
     files = SmallFiles(name, revision, folder, config, {n: listed[n] for n in _weights(folder, listed)})
     _check_config(files, _most_tensors(folder, files.weights))

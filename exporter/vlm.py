@@ -20,7 +20,6 @@ from exporter.families import Family, family
 from exporter.modeling.modeling_shiftdc_prompts import PromptComposer, PromptFrame, TokenizerCodec
 from exporter.needs import BLOCK, is_quantised
 from exporter.notices import noticed
-from exporter.processors import load_processor as load_processor
 from exporter.processors import load_with_notices
 from exporter.recipes import Recipe
 from exporter.source import BaseCheckpoint, BaseFiles

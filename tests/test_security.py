@@ -226,9 +226,16 @@ def nested_code(folder: Path, canary: Path) -> None:
     edit(folder / "config.json", text_config={**config["text_config"], "auto_map": {"AutoConfig": "someone/else--evil.Evil"}})
 
 
+def code_of_a_part(folder: Path, canary: Path) -> None:
+    (folder / "qformer_tokenizer").mkdir()
+    entry = {"auto_map": {"AutoTokenizer": ["someone/else--evil.Evil", None]}}
+    (folder / "qformer_tokenizer" / "tokenizer_config.json").write_text(json.dumps(entry))
+
+
 @pytest.mark.parametrize(
     ("attack", "message"),
     [
+        (code_of_a_part, r"qformer_tokenizer/tokenizer_config\.json names code"),
         (new_code, r"evil\.py is not the code of this version"),
         (new_generate, r"custom_generate/generate\.py is not the code of this version"),
         (changed_code, r"modeling_shiftdc_llava\.py is not the code of this version"),
