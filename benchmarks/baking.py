@@ -75,7 +75,8 @@ def measure(work: Path, rounds: int) -> tuple[list[dict[str, Any]], dict[str, An
             shutil.rmtree(target)
     against = f"load + save_pretrained, {size / 1e9:.2f} GB"
     aside, alone = (ratio(found["load and save"], found[name]) for name in list(ways)[:2])
-    note = f"a thread hashes the shards beside the measuring; {new / 1e6:.2f} MB of new bytes; hashing by itself {alone:.2g} x"
+    new_bytes_said = f"{new / 1e6:.2f} MB of new bytes; hashing by itself {alone:.2g} x"
+    note = f"of a Hub cache; a thread hashes the shards beside the measuring; {new_bytes_said}"
     rows = [row("bake, as a stage of an export: speed", against, aside, 50, least=True, note=note)]
     return rows, {"seconds": found, "new_bytes": new, "base_bytes": size}
 

@@ -61,6 +61,8 @@ class DefaultToExport(click.Group):
         except ShiftDCError as error:
             _fail(ctx, str(error), 1)
         except OSError as error:
+            if error.errno == errno.ENAMETOOLONG:
+                _fail(ctx, f"a name is too long for the file system ({str(error.filename)[:100]}...); give a shorter one.", 2)
             if error.errno in (None, errno.EPIPE):  # not the disk's, or a reader of stdout who has gone
                 raise
             where = f" at {error.filename}" if error.filename else ""

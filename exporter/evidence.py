@@ -74,12 +74,12 @@ def gather(
     Replies, results.json and pictures go to `output` (default ./<checkpoint>-evaluation). Only figures and pictures are attached.
     """
     report = read_report(checkpoint)
+    folder = output or Path(f"{checkpoint.name}-evaluation")
+    check_results_folder(folder)
     named_judge = load_judge(judge)  # before benchmarks are fetched
     calibrated = report["calibration"]
     whole = load_benchmark(benchmark, split=split, revision=calibrated_revision(calibrated, benchmark))
     found = of_categories(unseen(whole, calibrated), categories).limited(limit)
-    folder = output or Path(f"{checkpoint.name}-evaluation")
-    check_results_folder(folder)
     replies = ReplyLog(folder, settings(checkpoint, report, found, max_new_tokens, dtype))
     vlm = open_export(checkpoint, dtype=dtype, device_map=device_map)
     blank_shifts = {s["layer"]: s["blank_shift"] for s in report["statistics"]}
@@ -95,7 +95,9 @@ def gather(
 
 
 def check_results_folder(folder: Path) -> None:
-    """Raise InputError where something would be overwritten that is not of an earlier evaluation."""
+    """Raise InputError where there can be no folder, or something would be overwritten that is not of an earlier evaluation."""
+    if files := [place for place in (folder, *folder.parents) if place.exists() and not place.is_dir()]:
+        raise InputError(f"--output: {files[0]} is no folder; give another one.")
     there = [name for name in (RESULTS, *plots.PICTURES) if (folder / name).exists()]
     if there and not (folder / REPLIES).exists():
         raise InputError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import stat
 from contextlib import suppress
 from pathlib import Path
@@ -27,3 +28,16 @@ def is_marked(folder: Path) -> bool:
         return stat.S_ISDIR(kinds[0]) and stat.S_ISREG(kinds[1]) and file.read_bytes() == TEXT.encode()
     except OSError:
         return False
+
+
+def clear_away(folder: Path) -> None:
+    """Delete a folder, the marker last: of a run that is killed amid this, the next one finds what to delete."""
+    with suppress(OSError):
+        for below in folder.iterdir():
+            if below.is_dir() and not below.is_symlink():
+                shutil.rmtree(below, ignore_errors=True)
+            elif below.name != MARKER:
+                below.unlink()
+        if [below.name for below in folder.iterdir()] == [MARKER]:
+            unmark(folder)
+        folder.rmdir()

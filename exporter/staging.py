@@ -11,7 +11,6 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -23,7 +22,7 @@ from exporter.bake import REPORT
 from exporter.earlier import NOTHING, Contents, contents, few, listed, remove
 from exporter.errors import InputError, WriteError, printable
 from exporter.locks import in_use, lock_of, release, try_lock
-from exporter.marker import is_marked, mark, unmark
+from exporter.marker import clear_away, is_marked, mark, unmark
 from exporter.mounts import is_mount_point
 from exporter.reading import UnreadableError
 
@@ -129,7 +128,7 @@ def scratch(output: Path, purpose: str) -> Iterator[Path]:
     try:
         yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        clear_away(folder)
         release(lock)
 
 
@@ -196,7 +195,7 @@ def _sibling(place: Path, check: Callable[[], object]) -> Iterator[Path]:
     try:
         yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        clear_away(folder)
         release(lock)
 
 
@@ -218,7 +217,7 @@ def _clear_up(place: Path) -> None:
     for gone in named("before"):
         _discard(place, gone, None)
     for folder in named(*PURPOSES):
-        shutil.rmtree(folder)
+        clear_away(folder)
 
 
 def swap(staging: Path, place: Path, before: Contents) -> None:

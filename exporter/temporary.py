@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
@@ -11,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from exporter.locks import in_use, lock_of, release, try_lock
-from exporter.marker import is_marked, mark
+from exporter.marker import clear_away, is_marked, mark
 
 
 @contextmanager
@@ -25,14 +24,14 @@ def temporary(purpose: str) -> Iterator[Path]:
     with lock_of(root):  # one run at a time looks around and makes its folder
         for left in root.iterdir():
             if is_marked(left) and not in_use(left):
-                shutil.rmtree(left, ignore_errors=True)
+                clear_away(left)
         folder = Path(tempfile.mkdtemp(prefix=f"{purpose}-", dir=root))
         mark(folder)
         lock = try_lock(folder)
     try:
         yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        clear_away(folder)
         release(lock)
 
 

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from exporter import pipeline, staging
+import exporter.earlier
+from exporter import marker, pipeline, staging
 from exporter.bake import REPORT, sha256
 from exporter.cli import main
 from exporter.earlier import PARTIAL
@@ -203,6 +205,52 @@ def test_what_a_killed_run_kept_aside_is_cleaned_up(tmp_path, purpose):
     assert answer(*child(work))[0] == -signal.SIGKILL
     assert names(tmp_path)[0].startswith(f".out.{purpose}-")
     with staged(tmp_path / "out", False) as folder:
+        fill(folder)
+    assert names(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("kind", ["partial", "replaced"])
+def test_killed_amid_clearing_up_the_next_run_finds_what_to_delete(tmp_path, monkeypatch, kind):
+    """The marker goes last, when nothing else is there."""
+    left = []
+
+    def killed(folder: Path) -> None:
+        if folder != tmp_path / "out":
+            left.append([str(f) for f in folder.rglob("*") if f.name != MARKER])
+            assert is_marked(folder)
+
+    earlier(tmp_path / "out")
+    for module in (marker, staging, exporter.earlier):
+        monkeypatch.setattr(module, "unmark", killed)
+    with suppress(ZeroDivisionError), staged(tmp_path / "out", True) as folder:
+        fill(folder)
+        if kind == "partial":
+            raise ZeroDivisionError
+    assert [name for found in left for name in found if not name.endswith("/assets")] == [] and left
+    monkeypatch.undo()
+    with staged(tmp_path / "out", True) as folder:
+        fill(folder)
+    assert names(tmp_path) == ["out"]
+
+
+def test_what_cannot_be_cleared_away_does_not_stop_a_run(tmp_path, monkeypatch):
+    leftover = tmp_path / ".out.partial-abcdefgh"
+    leftover.mkdir()
+    mark(leftover)
+    (leftover / "x").write_text("x")
+    unlink = Path.unlink
+
+    def refuse(self: Path, missing_ok: bool = False) -> None:
+        if self == leftover / "x":
+            raise PermissionError(errno.EPERM, "Operation not permitted", str(self))
+        unlink(self, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with staged(tmp_path / "out", False) as folder:
+        fill(folder)
+    monkeypatch.undo()
+    assert names(tmp_path) == [leftover.name, "out"] and is_marked(leftover)
+    with staged(tmp_path / "out", True) as folder:
         fill(folder)
     assert names(tmp_path) == ["out"]
 

@@ -151,6 +151,19 @@ CASES = [
             (f"--output: e holds {name}", "may be somebody's", "give another"))
         for name in ("results.json", "layers.png", "attack_success.png")
     ),
+    Case("evaluate into a file", lambda w: (w.file("e", "mine"), [
+        "evaluate", w.whole_export, "--output", "e", "--limit", "1", "--quiet"])[1], ("--output: e is no folder", "give another")),
+    Case("evaluate below a file", lambda w: (w.file("e", "mine"), [
+        "evaluate", w.whole_export, "--output", "e/f/g", "--limit", "1", "--quiet"])[1], ("--output: e is no folder", "give another")),
+    *(
+        Case(f"{name} with a name without end", build, ("too long for the file system", "give a shorter one"))
+        for name, build in {
+            "an adapter": option(adapter="a" * 5000), "a calibration set": option(calibration="c" * 5000),
+            "a judge": lambda w: ["evaluate", w.whole_export, "--judge", "j" * 5000, "--quiet"],
+            "a picture": lambda w: ["generate", w.whole_export, "--image", "i" * 5000, "--prompt", "x"],
+            "results": lambda w: ["evaluate", w.whole_export, "--output", "e" * 5000, "--quiet"],
+        }.items()
+    ),
     Case("replies with numbers for texts", lambda w: (w.file("e/replies.jsonl", '{"settings": {}}\n{"defence": 1}\n{}\n'), [
         "evaluate", w.whole_export, "--output", "e", "--limit", "1", "--quiet"])[1], ("e/replies.jsonl, line 2", "give another")),
 ]  # fmt: skip
