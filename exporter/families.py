@@ -6,6 +6,7 @@ import importlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from exporter import modeling
 from exporter.errors import InputError
@@ -45,8 +46,8 @@ def family(name: str) -> Family:
     except ModuleNotFoundError:
         raise InputError(f"Recipe: there is no modeling code for family {name!r}; see 'shiftdc-export recipes'.") from None
     own = [c for c in vars(code).values() if isinstance(c, type) and c.__module__ == code.__name__]
-    config = next((c for c in own if issubclass(c, ShiftDCConfigMixin)), None)
     model = next((c for c in own if issubclass(c, ShiftDCMixin)), None)
+    config: Any = getattr(model, "config_class", None)
     if config is None or model is None:  # a module that families share
         raise InputError(f"Recipe: there is no modeling code for family {name!r}; see 'shiftdc-export recipes'.")
     return Family(module, config, model)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
@@ -18,8 +21,11 @@ from transformers import (
     pipeline,
 )
 
+from exporter.modeling import modeling_shiftdc_config
+from exporter.modeling.modeling_shiftdc_config import TRANSFORMERS, require_transformers
 from exporter.modeling.modeling_shiftdc_llava import ShiftDCLlavaConfig, ShiftDCLlavaForConditionalGeneration
 
+ROOT = Path(__file__).parents[1]
 BUFFER = "model.language_model.layers.1.shiftdc.direction"
 
 
@@ -205,3 +211,39 @@ def test_other_buffers_loaded_later(export):
         model.generate(torch.tensor([[1, 4, 4, 4, 4, 9]]), max_new_tokens=1)
     model.load_state_dict(state)
     model.generate(torch.tensor([[1, 4, 4, 4, 4, 9]]), pixel_values=torch.zeros(1, 3, 28, 28), max_new_tokens=1)
+
+
+@pytest.mark.parametrize("version", ["4.57.6", "5.2.0", "5.19.1"])
+def test_a_transformers_that_is_too_old_is_told_in_one_sentence(export, monkeypatch, version):
+    copy = export.rename(export.with_name(f"for_{version.replace('.', '_')}"))  # its code is read anew
+    monkeypatch.setattr(transformers, "__version__", version)
+    for auto in (AutoConfig, AutoModelForImageTextToText):
+        with pytest.raises(
+            ImportError, match=rf"needs transformers {TRANSFORMERS} or newer, found {version}: pip install [^\n]*$"
+        ):
+            auto.from_pretrained(copy, trust_remote_code=True)
+
+
+def test_the_version_that_is_needed(export):
+    for version in ("5.20.0", "5.23.1", "5.100.0.dev0", "6.0.0"):
+        require_transformers(version)
+    assert f'"transformers>={TRANSFORMERS},<6"' in (ROOT / "pyproject.toml").read_text()
+    assert f"transformers {TRANSFORMERS} or newer is needed" in (export / "README.md").read_text()
+    # versions before 5.0 fetch no more than the files that the first one names
+    assert not re.findall(r"^ *from \.", Path(modeling_shiftdc_config.__file__).read_text(), re.MULTILINE)
+    config = json.loads((export / "config.json").read_text())
+    assert config["auto_map"]["AutoConfig"] == "modeling_shiftdc_config.ShiftDCLlavaConfig"
+
+
+def test_continuous_batching_is_refused(export):
+    model = load(export)
+    ids = torch.tensor([[1, 4, 4, 4, 4, 9]])
+    for call in (
+        lambda: model.generate_batch(ids.tolist()),
+        model.init_continuous_batching,
+        model.continuous_batching_context_manager,
+        lambda: model.generate(ids, cache_implementation="paged", pixel_values=torch.zeros(1, 3, 28, 28)),
+        lambda: model.generate(ids, cache_implementation="paged", shiftdc=False),
+    ):
+        with pytest.raises(ValueError, match=r"Continuous batching .*call generate\(\)"):
+            call()

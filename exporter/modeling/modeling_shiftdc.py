@@ -364,6 +364,16 @@ class ShiftDCMixin(ShiftDCReferenceMixin, ShiftDCForwardMixin):
         self._shiftdc_remember_reply(sequences, turn, _cache_of(turn.cache, out), rows)
         return turn.answered(out)
 
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused, as are the other entries to continuous batching."""
+        raise ValueError(
+            "Continuous batching (generate_batch, cache_implementation='paged', transformers serve --continuous-batching) reads "
+            "many prompts as one row without their images, which calibration does not know: call generate(), or load the base "
+            "model for it."
+        )
+
+    init_continuous_batching = continuous_batching_context_manager = generate_batch
+
     def _shiftdc_amounts(
         self,
         prompt: dict[str, Any],

@@ -1,15 +1,10 @@
 """Aya Vision with ShiftDC; travels inside exported checkpoints."""
 
-from transformers import AyaVisionConfig, AyaVisionForConditionalGeneration
+from transformers import AyaVisionForConditionalGeneration
 from transformers.generation import GenerationMixin
 
 from .modeling_shiftdc import ShiftDCMixin, register_key_conversion
-from .modeling_shiftdc_config import ShiftDCConfigMixin
-
-
-class ShiftDCAyaVisionConfig(ShiftDCConfigMixin, AyaVisionConfig):
-    model_type = "shiftdc_aya_vision"
-    shiftdc_guard_field = "vision_feature_select_strategy"
+from .modeling_shiftdc_config import ShiftDCAyaVisionConfig
 
 
 class ShiftDCAyaVisionForConditionalGeneration(ShiftDCMixin, AyaVisionForConditionalGeneration, GenerationMixin):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +10,6 @@ from transformers import GenerationConfig, PretrainedConfig
 from transformers.generation import GenerationMixin
 
 from .modeling_shiftdc import ShiftDCMixin
-from .modeling_shiftdc_config import ShiftDCConfigMixin
 from .modeling_shiftdc_conversation import length_of
 from .modeling_shiftdc_inputs import by_name, position_to_correct
 
@@ -64,18 +62,6 @@ def _new_language_model(stock: type) -> Any:
     """An empty one, for pickle, which does not find a class that was made here."""
     made = _language_model_class(stock)
     return made.__new__(made)
-
-
-class ShiftDCBlipConfigMixin(ShiftDCConfigMixin):
-    shiftdc_guard_field = "num_query_tokens"
-
-    @staticmethod
-    def shiftdc_unsupported(config: Mapping[str, Any]) -> str | None:
-        if config.get("text_config", {}).get("model_type") == "t5":
-            return "its language model is an encoder-decoder (T5), and the method is for decoders; take one with a decoder"
-        if config.get("image_token_index", config.get("image_token_id")) is None:
-            return "its config.json names no image_token_index, so image prompts cannot be told; fetch its newest revision"
-        return None
 
 
 class ShiftDCBlipMixin(ShiftDCMixin):

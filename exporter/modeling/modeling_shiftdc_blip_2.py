@@ -1,13 +1,10 @@
 """BLIP-2 with a decoder-only language model (OPT) with ShiftDC; travels inside exported checkpoints."""
 
-from transformers import Blip2Config, Blip2ForConditionalGeneration
+from transformers import Blip2ForConditionalGeneration
 from transformers.generation import GenerationMixin
 
-from .modeling_shiftdc_blip import ShiftDCBlipConfigMixin, ShiftDCBlipMixin
-
-
-class ShiftDCBlip2Config(ShiftDCBlipConfigMixin, Blip2Config):
-    model_type = "shiftdc_blip-2"
+from .modeling_shiftdc_blip import ShiftDCBlipMixin
+from .modeling_shiftdc_config import ShiftDCBlip2Config
 
 
 class ShiftDCBlip2ForConditionalGeneration(ShiftDCBlipMixin, Blip2ForConditionalGeneration, GenerationMixin):

@@ -1,16 +1,38 @@
-"""The config of a calibrated checkpoint, which stock classes refuse; travels inside exported checkpoints."""
+"""The configs of calibrated checkpoints, which stock classes refuse; travels inside exported checkpoints.
+
+It imports none of the other files: it is read first, also by versions of transformers that are too old for the others.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
+
+import transformers
+
+#: The oldest version of transformers that the code in this checkpoint is for.
+TRANSFORMERS = "5.20"
 
 if TYPE_CHECKING:  # what the mixin is mixed into
     from transformers import PretrainedConfig as _Config
 else:
     _Config = object
+
+
+def require_transformers(found: str) -> None:
+    """Raise ImportError for a version that is too old."""
+    needed, given = ([int(n) for n in re.findall(r"\d+", version)[:2]] for version in (TRANSFORMERS, found))
+    if given < needed:
+        raise ImportError(
+            f"This checkpoint is calibrated by ShiftDC and needs transformers {TRANSFORMERS} or newer, found {found}: "
+            f"pip install --upgrade 'transformers>={TRANSFORMERS},<6'."
+        )
+
+
+require_transformers(transformers.__version__)
 
 FORMAT_VERSION = 2
 #: In an exported config.json this sentence stands in one field that the stock config class validates (its value is kept in the
@@ -70,3 +92,93 @@ class ShiftDCConfigMixin(_Config):
             if k != field
         }
         return {**kept, **({field: guarded["value"]} if "value" in guarded else {}), "shiftdc": settings}
+
+
+class ShiftDCBlipConfigMixin(ShiftDCConfigMixin):
+    shiftdc_guard_field = "num_query_tokens"
+
+    @staticmethod
+    def shiftdc_unsupported(config: Mapping[str, Any]) -> str | None:
+        if config.get("text_config", {}).get("model_type") == "t5":
+            return "its language model is an encoder-decoder (T5), and the method is for decoders; take one with a decoder"
+        if config.get("image_token_index", config.get("image_token_id")) is None:
+            return "its config.json names no image_token_index, so image prompts cannot be told; fetch its newest revision"
+        return None
+
+
+class ShiftDCAyaVisionConfig(ShiftDCConfigMixin, transformers.AyaVisionConfig):
+    model_type = "shiftdc_aya_vision"
+    shiftdc_guard_field = "vision_feature_select_strategy"
+
+
+class ShiftDCBlip2Config(ShiftDCBlipConfigMixin, transformers.Blip2Config):
+    model_type = "shiftdc_blip-2"
+
+
+class ShiftDCGemma3Config(ShiftDCConfigMixin, transformers.Gemma3Config):
+    model_type = "shiftdc_gemma3"
+    shiftdc_guard_field = "mm_tokens_per_image"
+
+
+class ShiftDCIdefics3Config(ShiftDCConfigMixin, transformers.Idefics3Config):
+    model_type = "shiftdc_idefics3"
+    shiftdc_guard_field = "scale_factor"
+
+
+class ShiftDCInstructBlipConfig(ShiftDCBlipConfigMixin, transformers.InstructBlipConfig):
+    model_type = "shiftdc_instructblip"
+
+
+class ShiftDCInternVLConfig(ShiftDCConfigMixin, transformers.InternVLConfig):
+    model_type = "shiftdc_internvl"
+    shiftdc_guard_field = "image_seq_length"
+
+
+class ShiftDCLlavaConfig(ShiftDCConfigMixin, transformers.LlavaConfig):
+    model_type = "shiftdc_llava"
+    shiftdc_guard_field = "vision_feature_select_strategy"
+
+
+class ShiftDCLlavaNextConfig(ShiftDCConfigMixin, transformers.LlavaNextConfig):
+    model_type = "shiftdc_llava_next"
+    shiftdc_guard_field = "vision_feature_select_strategy"
+
+
+class ShiftDCLlavaOnevisionConfig(ShiftDCConfigMixin, transformers.LlavaOnevisionConfig):
+    model_type = "shiftdc_llava_onevision"
+    shiftdc_guard_field = "vision_feature_select_strategy"
+
+
+class ShiftDCMistral3Config(ShiftDCConfigMixin, transformers.Mistral3Config):
+    model_type = "shiftdc_mistral3"
+    shiftdc_guard_field = "spatial_merge_size"
+
+
+class ShiftDCMllamaConfig(ShiftDCConfigMixin, transformers.MllamaConfig):
+    model_type = "shiftdc_mllama"
+    shiftdc_guard_field = "image_token_index"
+
+
+class ShiftDCPaliGemmaConfig(ShiftDCConfigMixin, transformers.PaliGemmaConfig):
+    model_type = "shiftdc_paligemma"
+    shiftdc_guard_field = "projection_dim"
+
+
+class ShiftDCQwen2_5_VLConfig(ShiftDCConfigMixin, transformers.Qwen2_5_VLConfig):  # noqa: N801 (as transformers names it)
+    model_type = "shiftdc_qwen2_5_vl"
+    shiftdc_guard_field = "vision_start_token_id"
+
+
+class ShiftDCQwen2VLConfig(ShiftDCConfigMixin, transformers.Qwen2VLConfig):
+    model_type = "shiftdc_qwen2_vl"
+    shiftdc_guard_field = "vision_start_token_id"
+
+
+class ShiftDCQwen3VLConfig(ShiftDCConfigMixin, transformers.Qwen3VLConfig):
+    model_type = "shiftdc_qwen3_vl"
+    shiftdc_guard_field = "vision_start_token_id"
+
+
+class ShiftDCSmolVLMConfig(ShiftDCConfigMixin, transformers.SmolVLMConfig):
+    model_type = "shiftdc_smolvlm"
+    shiftdc_guard_field = "scale_factor"

@@ -1,15 +1,10 @@
 """Gemma 3 with images with ShiftDC; travels inside exported checkpoints."""
 
-from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+from transformers import Gemma3ForConditionalGeneration
 from transformers.generation import GenerationMixin
 
 from .modeling_shiftdc import ShiftDCMixin, register_key_conversion
-from .modeling_shiftdc_config import ShiftDCConfigMixin
-
-
-class ShiftDCGemma3Config(ShiftDCConfigMixin, Gemma3Config):
-    model_type = "shiftdc_gemma3"
-    shiftdc_guard_field = "mm_tokens_per_image"
+from .modeling_shiftdc_config import ShiftDCGemma3Config
 
 
 class ShiftDCGemma3ForConditionalGeneration(ShiftDCMixin, Gemma3ForConditionalGeneration, GenerationMixin):

@@ -1,15 +1,10 @@
 """Idefics3 with ShiftDC; travels inside exported checkpoints."""
 
-from transformers import Idefics3Config, Idefics3ForConditionalGeneration
+from transformers import Idefics3ForConditionalGeneration
 from transformers.generation import GenerationMixin
 
 from .modeling_shiftdc import ShiftDCMixin
-from .modeling_shiftdc_config import ShiftDCConfigMixin
-
-
-class ShiftDCIdefics3Config(ShiftDCConfigMixin, Idefics3Config):
-    model_type = "shiftdc_idefics3"
-    shiftdc_guard_field = "scale_factor"
+from .modeling_shiftdc_config import ShiftDCIdefics3Config
 
 
 class ShiftDCIdefics3ForConditionalGeneration(ShiftDCMixin, Idefics3ForConditionalGeneration, GenerationMixin):

@@ -1,13 +1,10 @@
 """InstructBLIP with a decoder-only language model (Vicuna) with ShiftDC; travels inside exported checkpoints."""
 
-from transformers import InstructBlipConfig, InstructBlipForConditionalGeneration
+from transformers import InstructBlipForConditionalGeneration
 from transformers.generation import GenerationMixin
 
-from .modeling_shiftdc_blip import ShiftDCBlipConfigMixin, ShiftDCBlipMixin
-
-
-class ShiftDCInstructBlipConfig(ShiftDCBlipConfigMixin, InstructBlipConfig):
-    model_type = "shiftdc_instructblip"
+from .modeling_shiftdc_blip import ShiftDCBlipMixin
+from .modeling_shiftdc_config import ShiftDCInstructBlipConfig
 
 
 class ShiftDCInstructBlipForConditionalGeneration(ShiftDCBlipMixin, InstructBlipForConditionalGeneration, GenerationMixin):

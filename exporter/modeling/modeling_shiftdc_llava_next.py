@@ -1,15 +1,10 @@
 """LLaVA-1.6 (LLaVA-NeXT) with ShiftDC; travels inside exported checkpoints."""
 
-from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
+from transformers import LlavaNextForConditionalGeneration
 from transformers.generation import GenerationMixin
 
 from .modeling_shiftdc import ShiftDCMixin, register_key_conversion
-from .modeling_shiftdc_config import ShiftDCConfigMixin
-
-
-class ShiftDCLlavaNextConfig(ShiftDCConfigMixin, LlavaNextConfig):
-    model_type = "shiftdc_llava_next"
-    shiftdc_guard_field = "vision_feature_select_strategy"
+from .modeling_shiftdc_config import ShiftDCLlavaNextConfig
 
 
 class ShiftDCLlavaNextForConditionalGeneration(ShiftDCMixin, LlavaNextForConditionalGeneration, GenerationMixin):

@@ -1,15 +1,10 @@
 """Mistral Small 3.1 with ShiftDC; travels inside exported checkpoints."""
 
-from transformers import Mistral3Config, Mistral3ForConditionalGeneration
+from transformers import Mistral3ForConditionalGeneration
 from transformers.generation import GenerationMixin
 
 from .modeling_shiftdc import ShiftDCMixin, register_key_conversion
-from .modeling_shiftdc_config import ShiftDCConfigMixin
-
-
-class ShiftDCMistral3Config(ShiftDCConfigMixin, Mistral3Config):
-    model_type = "shiftdc_mistral3"
-    shiftdc_guard_field = "spatial_merge_size"
+from .modeling_shiftdc_config import ShiftDCMistral3Config
 
 
 class ShiftDCMistral3ForConditionalGeneration(ShiftDCMixin, Mistral3ForConditionalGeneration, GenerationMixin):

@@ -4,16 +4,11 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from transformers import MllamaConfig, MllamaForConditionalGeneration
+from transformers import MllamaForConditionalGeneration
 from transformers.generation import GenerationMixin
 
 from .modeling_shiftdc import ShiftDCMixin, register_key_conversion
-from .modeling_shiftdc_config import ShiftDCConfigMixin
-
-
-class ShiftDCMllamaConfig(ShiftDCConfigMixin, MllamaConfig):
-    model_type = "shiftdc_mllama"
-    shiftdc_guard_field = "image_token_index"
+from .modeling_shiftdc_config import ShiftDCMllamaConfig
 
 
 class ShiftDCMllamaForConditionalGeneration(ShiftDCMixin, MllamaForConditionalGeneration, GenerationMixin):

@@ -3,16 +3,11 @@
 from typing import Any
 
 import torch
-from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
+from transformers import PaliGemmaForConditionalGeneration
 from transformers.generation import GenerationMixin
 
 from .modeling_shiftdc import ShiftDCMixin, register_key_conversion
-from .modeling_shiftdc_config import ShiftDCConfigMixin
-
-
-class ShiftDCPaliGemmaConfig(ShiftDCConfigMixin, PaliGemmaConfig):
-    model_type = "shiftdc_paligemma"
-    shiftdc_guard_field = "projection_dim"
+from .modeling_shiftdc_config import ShiftDCPaliGemmaConfig
 
 
 class ShiftDCPaliGemmaForConditionalGeneration(ShiftDCMixin, PaliGemmaForConditionalGeneration, GenerationMixin):

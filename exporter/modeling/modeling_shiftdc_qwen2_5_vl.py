@@ -1,15 +1,10 @@
 """Qwen2.5-VL with ShiftDC; travels inside exported checkpoints."""
 
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import Qwen2_5_VLForConditionalGeneration
 from transformers.generation import GenerationMixin
 
 from .modeling_shiftdc import ShiftDCMixin, register_key_conversion
-from .modeling_shiftdc_config import ShiftDCConfigMixin
-
-
-class ShiftDCQwen2_5_VLConfig(ShiftDCConfigMixin, Qwen2_5_VLConfig):  # noqa: N801 (as transformers names it)
-    model_type = "shiftdc_qwen2_5_vl"
-    shiftdc_guard_field = "vision_start_token_id"
+from .modeling_shiftdc_config import ShiftDCQwen2_5_VLConfig
 
 
 class ShiftDCQwen2_5_VLForConditionalGeneration(ShiftDCMixin, Qwen2_5_VLForConditionalGeneration, GenerationMixin):  # noqa: N801 (as transformers names it)

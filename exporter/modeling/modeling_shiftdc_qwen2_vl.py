@@ -1,15 +1,10 @@
 """Qwen2-VL with ShiftDC; travels inside exported checkpoints."""
 
-from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from transformers import Qwen2VLForConditionalGeneration
 from transformers.generation import GenerationMixin
 
 from .modeling_shiftdc import ShiftDCMixin, register_key_conversion
-from .modeling_shiftdc_config import ShiftDCConfigMixin
-
-
-class ShiftDCQwen2VLConfig(ShiftDCConfigMixin, Qwen2VLConfig):
-    model_type = "shiftdc_qwen2_vl"
-    shiftdc_guard_field = "vision_start_token_id"
+from .modeling_shiftdc_config import ShiftDCQwen2VLConfig
 
 
 class ShiftDCQwen2VLForConditionalGeneration(ShiftDCMixin, Qwen2VLForConditionalGeneration, GenerationMixin):

@@ -1,15 +1,10 @@
 """Qwen3-VL with ShiftDC; travels inside exported checkpoints."""
 
-from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+from transformers import Qwen3VLForConditionalGeneration
 from transformers.generation import GenerationMixin
 
 from .modeling_shiftdc import ShiftDCMixin
-from .modeling_shiftdc_config import ShiftDCConfigMixin
-
-
-class ShiftDCQwen3VLConfig(ShiftDCConfigMixin, Qwen3VLConfig):
-    model_type = "shiftdc_qwen3_vl"
-    shiftdc_guard_field = "vision_start_token_id"
+from .modeling_shiftdc_config import ShiftDCQwen3VLConfig
 
 
 class ShiftDCQwen3VLForConditionalGeneration(ShiftDCMixin, Qwen3VLForConditionalGeneration, GenerationMixin):

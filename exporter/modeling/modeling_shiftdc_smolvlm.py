@@ -1,15 +1,10 @@
 """SmolVLM2 with ShiftDC; travels inside exported checkpoints."""
 
-from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration
+from transformers import SmolVLMForConditionalGeneration
 from transformers.generation import GenerationMixin
 
 from .modeling_shiftdc import ShiftDCMixin
-from .modeling_shiftdc_config import ShiftDCConfigMixin
-
-
-class ShiftDCSmolVLMConfig(ShiftDCConfigMixin, SmolVLMConfig):
-    model_type = "shiftdc_smolvlm"
-    shiftdc_guard_field = "scale_factor"
+from .modeling_shiftdc_config import ShiftDCSmolVLMConfig
 
 
 class ShiftDCSmolVLMForConditionalGeneration(ShiftDCMixin, SmolVLMForConditionalGeneration, GenerationMixin):
