@@ -188,7 +188,7 @@ def llava_next_vicuna() -> TinyFamily:
     return llava_next(TEMPLATE)
 
 
-def aya_vision(plain_tags: bool = False) -> TinyFamily:
+def aya_vision(plain_tags: bool = True) -> TinyFamily:
     """plain_tags: TILE_1 and TILE_GLOBAL are ordinary text of several tokens, as published, in Aya Expanse's vocabulary.
 
     There, of the marks of a turn only that at its end is special.
@@ -231,7 +231,7 @@ def image_token_types(image: int, ids: torch.Tensor, given: dict[str, torch.Tens
     return {"token_type_ids": (ids == image).long()}
 
 
-def idefics3(plain_tags: bool = False) -> TinyFamily:
+def idefics3(plain_tags: bool = True) -> TinyFamily:
     """plain_tags: those of rows, columns and the whole image are ordinary text of several tokens, as published."""
     cells = [f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)]
     around = ["<|begin_of_text|>", "<fake_token_around_image>", "<end_of_utterance>"]
