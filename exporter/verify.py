@@ -24,6 +24,9 @@ from exporter.source import INDEX, SINGLE, read_header
 from exporter.staging import scratch
 from exporter.temporary import temporary
 
+#: What the fresh process runs.
+WORKER = Path(verify_worker.__file__)
+
 
 @dataclass(frozen=True)
 class Verification:
@@ -146,7 +149,7 @@ def _fresh_process(folder: Path, device_map: str | None, place: Path) -> dict[st
         reading, writing = os.pipe()  # closed with this process, however it ends, and the other ends with it
         with os.fdopen(reading), os.fdopen(writing, "w"):
             done = subprocess.run(
-                [sys.executable, "-I", verify_worker.__file__, str(folder), *placement],
+                [sys.executable, "-I", str(WORKER), str(folder), *placement],
                 env=environment, stdin=reading, capture_output=True, text=True, check=False,
             )  # fmt: skip
     if done.returncode:

@@ -19,7 +19,7 @@ from filelock import FileLock
 from tiny import save_tiny_llava
 from transformers import AutoModelForImageTextToText
 
-from exporter import prompt_check
+from exporter import prompt_check, verify
 from exporter.onnx_export import export_onnx
 from exporter.onnx_interface import SUFFIXES
 from exporter.pipeline import Export, export, make_plan
@@ -29,6 +29,7 @@ torch.set_num_threads(1)
 #: Of the check of prompts. Every export makes that check; here most do with a few, and the tests of the check with all.
 ALL_REQUESTS = prompt_check.REQUESTS
 prompt_check.REQUESTS = ALL_REQUESTS[:2]
+verify.WORKER = Path(__file__).parent / "worker_with_torchvision.py"
 
 THINGS = {
     "unsafe": [

@@ -233,7 +233,7 @@ def paligemma(folder: Path) -> Path:
     """PaliGemma: no chat template; Gemma's vocabulary with places and segments as ordinary added tokens."""
     for file in published("paligemma").iterdir():
         shutil.copy(file, folder)
-    shutil.copy(vocabulary("gemma") / "tokenizer.model", folder)
+    shutil.copy(vocabulary("gemma") / "tokenizer.json", folder)
     images = json.loads((folder / "preprocessor_config.json").read_text())
     write(folder, "preprocessor_config.json", {**images, "size": {"height": 56, "width": 56}, "image_seq_length": 16})
     text = {

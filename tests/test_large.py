@@ -119,7 +119,7 @@ def test_directions_of_a_quantised_model(wide, calibration_file, tmp_path, bits)
     assert done.report["measured_quantised"] == bits
     assert "quantised to 4 bits" in (tmp_path / "out" / "README.md").read_text()
     for shard in plan.base.shards:  # what is exported are the weights as they are
-        assert (tmp_path / "out" / shard.name).samefile(shard)
+        assert (tmp_path / "out" / shard.name).read_bytes() == shard.read_bytes()
     with pipeline.loaded(plan) as vlm:
         arguments = (plan.calibration, plan.recipe.prompts, plan.recipe.decoder_layers)
         plain = fit_directions(vlm, *arguments, layers=plan.layers)

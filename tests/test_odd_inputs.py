@@ -81,7 +81,7 @@ def test_every_mode_becomes_rgb(tmp_path, mode):
 def plan(folder: Path, *arguments: object) -> str:
     done = CliRunner().invoke(main, [os.fspath(a) for a in ("--dry-run", *arguments, "--", folder)])
     assert done.exit_code == 0, done.output
-    assert done.stdout.count("\n") == 16
+    assert done.stdout.count("\n") == 17
     return done.stdout
 
 

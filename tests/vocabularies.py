@@ -5,6 +5,7 @@ They belong to their makers and are no part of the project; tests/published.py p
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tarfile
@@ -46,5 +47,31 @@ def save(folder: Path, files: dict[str, bytes]) -> None:
         (folder / name).write_bytes(content)
 
 
+def converted(folder: Path) -> None:
+    """tokenizer.json of a SentencePiece model, as published beside it; sentencepiece is needed for this alone."""
+    if (folder / "tokenizer.json").exists():
+        return
+    script = (
+        "import sys; from transformers import GemmaTokenizer as T; T.from_pretrained(sys.argv[1]).save_pretrained(sys.argv[2])"
+    )
+    with tempfile.TemporaryDirectory() as packages, tempfile.TemporaryDirectory() as saved:
+        install = [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--no-deps",
+            "--target",
+            packages,
+            "sentencepiece",
+            "protobuf",
+        ]
+        subprocess.run(install, check=True)
+        subprocess.run([sys.executable, "-c", script, str(folder), saved], check=True, env={**os.environ, "PYTHONPATH": packages})
+        (folder / "tokenizer.json").write_bytes((Path(saved) / "tokenizer.json").read_bytes())
+
+
 if __name__ == "__main__":
     main(Path(sys.argv[1]).resolve())
+    converted(Path(sys.argv[1]).resolve() / "gemma")
