@@ -21,6 +21,7 @@ from exporter import bake as baking
 from exporter import pipeline
 from exporter.errors import InputError, ShiftDCError, VerificationError
 from exporter.manifest import hashes
+from exporter.modeling.modeling_shiftdc_correction import buffers_sha256
 from exporter.pipeline import export, make_plan
 from exporter.verify import verify
 
@@ -177,12 +178,17 @@ class TestVerify:
             (lambda f: drop_from_index(f), "the index does not say"),
             (lambda f: change_buffer(f, lambda d: d * torch.nan), "not finite"),
             (lambda f: change_buffer(f, lambda d: d * 2), "not of unit norm"),
+<<<<<<< HEAD
             (lambda f: signed(f, change_buffer(f, lambda d: -d)), "are not those"),
+=======
+            (lambda f: signed(f, change_buffer(f, lambda d: -d)), "not those that config.json records"),
+            (lambda f: signed(f, recorded(f, change_buffer(f, lambda d: -d))), "the probe's"),
+>>>>>>> calls
             (lambda f: append(f / "modeling_shiftdc.py", "\n# changed\n"), "not the code of this version"),
             (lambda f: signed(f, set_strength(f, 0.5)), "the probe's calibrated_logits"),
             (lambda f: signed(f, remove_guard(f)), "the stock class LlavaForConditionalGeneration loads it"),
         ],
-        ids=["bit", "gone", "single", "index", "nan", "norm", "sign", "code", "strength", "guard"],
+        ids=["bit", "gone", "single", "index", "nan", "norm", "sign", "recorded sign", "code", "strength", "guard"],
     )
     def test_damage_is_found(self, folder, damage, message):
         damage(folder)
@@ -221,6 +227,16 @@ def change_buffer(folder: Path, change) -> None:
     tensors = load_file(folder / "shiftdc.safetensors")
     key = next(k for k in tensors if k.endswith("direction"))
     save_file({**tensors, key: change(tensors[key])}, folder / "shiftdc.safetensors", metadata={"format": "pt"})
+
+
+def recorded(folder: Path, _changed: None) -> None:
+    """Make the config agree with buffers that were changed."""
+    tensors = load_file(folder / "shiftdc.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    names = [f"{config['shiftdc']['decoder_layers']}.{layer}.shiftdc" for layer in config["shiftdc"]["layers"]]
+    hashes = [buffers_sha256(tensors[f"{n}.direction"], tensors[f"{n}.shift"]) for n in names]
+    config["shiftdc"]["buffers_sha256"] = hashes
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 def set_strength(folder: Path, strength: float) -> None:

@@ -477,6 +477,17 @@ def test_pickled_models_stay_calibrated(model, processor):
         assert torch.equal(again.generate(**inputs, **GREEDY), expected)
 
 
+def test_an_image_without_its_tokens_is_refused(model, processor):
+    inputs = dict(encode(processor, ROWS[:1]))
+    image, ids = model.config.image_token_id, inputs["input_ids"]
+    hidden = {**inputs, "input_ids": torch.where(ids == image, ids[0, -1], ids)}
+    for given in (hidden, {k: v for k, v in hidden.items() if k != "cross_attention_mask"}):
+        with pytest.raises(ValueError, match=r"no image token in input_ids .*shiftdc=False"):
+            model.generate(**given, **GREEDY)
+        with pytest.raises(ValueError, match=r"no image token in input_ids .*shiftdc=False"):
+            model(**given)
+
+
 def test_layers_that_are_told_nothing_refuse(model, processor):
     inputs = encode(processor, ROWS[:1])
     with pytest.raises(ValueError, match=r"shiftdc=False"):

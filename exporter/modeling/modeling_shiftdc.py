@@ -270,6 +270,7 @@ class ShiftDCMixin(ShiftDCReferenceMixin, ShiftDCForwardMixin):
             self._shiftdc_refuse(given, kwargs)
             turn = self._shiftdc_turn(given[0], kwargs)
             rows = self._shiftdc_image_rows(turn.ids)
+            self._shiftdc_require_tokens(rows, turn.images)
             if not rows.any():
                 return self._shiftdc_uncalibrated(*given, **kwargs)
             self._shiftdc_refuse_packed(kwargs, turn.mask)

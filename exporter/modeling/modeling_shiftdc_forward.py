@@ -112,6 +112,7 @@ class ShiftDCForwardMixin(ShiftDCConversationMixin):
     def _shiftdc_found(self, step: _Pass, held: Held | None) -> _Pass:
         """`step` with the positions to correct. Raises ValueError where they cannot be told."""
         rows = self._shiftdc_image_rows(step.ids)
+        self._shiftdc_require_tokens(rows, step.images or {})
         if not rows.any():
             return step
         mask = step.inputs.get("attention_mask")

@@ -18,6 +18,10 @@ _NOT_IMAGE_INPUTS = {
     "use_cache", "logits_to_keep", "output_attentions", "output_hidden_states", "return_dict", "kwargs", "token_type_ids",
     "mm_token_type_ids", "rope_deltas", "shiftdc", "shiftdc_reference", "shiftdc_correction", "shiftdc_position",
 }  # fmt: skip
+UNMARKED_IMAGE = (
+    "An image is given that no image token in input_ids stands for, so its row cannot be calibrated: let the processor write the "
+    "prompt, leave the image out, or pass shiftdc=False (no calibration)."
+)
 #: Arguments that describe where the prompts of a packed row begin.
 _OF_PACKED_ROWS = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx")
 #: Arguments that say of each token whether it is part of an image; made anew for prompts that are composed here.
@@ -59,6 +63,11 @@ class ShiftDCInputsMixin(_Model):
                 "The prompt holds image tokens but no image was given, so no reference can be computed: pass pixel_values, "
                 "shiftdc_reference= or shiftdc_captions=, or shiftdc=False (no calibration)."
             )
+
+    def _shiftdc_require_tokens(self, rows: torch.Tensor, images: dict[str, Any]) -> None:
+        """Raise ValueError where an image is shown to a row that holds no image token: it would go uncalibrated."""
+        if not rows.any() and any(v is not None for k, v in images.items() if k.startswith("pixel_values")):
+            raise ValueError(UNMARKED_IMAGE)
 
     def _shiftdc_image_rows(self, input_ids: torch.Tensor) -> torch.Tensor:
         """bool [batch]: the rows that hold an image. pixel_values may be absent at prefill, so token ids decide.

@@ -9,6 +9,7 @@ from transformers.generation import GenerationMixin
 
 from .modeling_shiftdc import ShiftDCMixin, register_key_conversion
 from .modeling_shiftdc_config import ShiftDCMllamaConfig
+from .modeling_shiftdc_inputs import UNMARKED_IMAGE
 
 
 class ShiftDCMllamaForConditionalGeneration(ShiftDCMixin, MllamaForConditionalGeneration, GenerationMixin):
@@ -28,6 +29,16 @@ class ShiftDCMllamaForConditionalGeneration(ShiftDCMixin, MllamaForConditionalGe
             for image, (start, end) in enumerate(_spans(positions, ids.shape[1])):
                 mask[row, start:end, image] = tiles[image]
         return {"cross_attention_mask": mask}
+
+    def _shiftdc_require_tokens(self, rows: torch.Tensor, images: dict[str, Any]) -> None:
+        """Rows see the image that is given for them, whatever their tokens are, unless the mask says that they do not."""
+        super()._shiftdc_require_tokens(rows, images)
+        seen = images.get("cross_attention_mask")
+        if images.get("pixel_values") is None:
+            return
+        shown = torch.ones_like(rows) if seen is None else seen.flatten(1).ne(0).any(1).to(rows.device)
+        if (shown & ~rows).any():
+            raise ValueError(UNMARKED_IMAGE)
 
     @staticmethod
     def shiftdc_image_layers(text_config: Any) -> frozenset[int]:
