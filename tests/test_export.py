@@ -178,12 +178,8 @@ class TestVerify:
             (lambda f: drop_from_index(f), "the index does not say"),
             (lambda f: change_buffer(f, lambda d: d * torch.nan), "not finite"),
             (lambda f: change_buffer(f, lambda d: d * 2), "not of unit norm"),
-<<<<<<< HEAD
-            (lambda f: signed(f, change_buffer(f, lambda d: -d)), "are not those"),
-=======
             (lambda f: signed(f, change_buffer(f, lambda d: -d)), "not those that config.json records"),
             (lambda f: signed(f, recorded(f, change_buffer(f, lambda d: -d))), "the probe's"),
->>>>>>> calls
             (lambda f: append(f / "modeling_shiftdc.py", "\n# changed\n"), "not the code of this version"),
             (lambda f: signed(f, set_strength(f, 0.5)), "the probe's calibrated_logits"),
             (lambda f: signed(f, remove_guard(f)), "the stock class LlavaForConditionalGeneration loads it"),
