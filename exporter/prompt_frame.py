@@ -33,14 +33,16 @@ def prompt_frame(vlm: VLM, prompts: Prompts) -> PromptFrame:
     _check_template(vlm)
     writer = _Writer(vlm)
     alone, shown = [writer(turn(t)) for t in _TEXTS], [writer(turn(t, 1)) for t in _TEXTS]
-    behind = writer(turn(_TEXTS[0], 1, behind=True))
-    images = [_difference(prompt, alone[0]) for prompt in (shown[0], behind)]
+    behind = [writer.tried(turn(t, 1, behind=True)) or shown[i] for i, t in enumerate(_TEXTS)]
+    images = [_difference(prompt, alone[0]) for prompt in (shown[0], behind[0])]
     own = any(i is None for i in images)  # the template says more than that there is no image
-    first, later = [i or _around_image(p, alone[0], vlm.image_token_id) for i, p in zip(images, (shown[0], behind), strict=True)]
+    first, later = [
+        i or _around_image(p, alone[0], vlm.image_token_id) for i, p in zip(images, (shown[0], behind[0]), strict=True)
+    ]
     forms = [first.image, later.image, *_forms(writer, None if own else alone[0], vlm.image_token_id)]
     split = [_split(form, vlm.image_token_id) for form in forms]
     reply, later_turns = _second_turn(writer)
-    heads = [_common_start(alone), _common_start(writer(turn(t, 1, behind=True)) for t in _TEXTS), *later_turns]
+    heads = [_common_start(alone), _common_start(behind), *later_turns]
     heads = [head for head in heads if vlm.image_token_id not in head]
     openings = [first.start, *_second_opening(writer, vlm.image_token_id, split[0][0])]
     return PromptFrame(
