@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -246,7 +247,7 @@ def test_code_is_told_apart_by_any_of_its_files(tmp_path, monkeypatch):
     for file in files:
         file.write_text("2")
         found.append(code_identity.__wrapped__())
-    assert [{k for k in a if a[k] != b[k]} for a, b in zip(found, found[1:], strict=False)] == [{"code"}] * 2
+    assert [{k for k in a if a[k] != b[k]} for a, b in itertools.pairwise(found)] == [{"code"}] * 2
     assert {"torch", "transformers", "torchvision", "device", "shiftdc-export"} <= found[0].keys()
 
 
