@@ -98,8 +98,8 @@ def test_statistics_grow_with_layers_and_rows():
 def test_it_is_said_in_gigabytes():
     found = stated(copied=1_500_000_000, dtype="float32", tokens=10**5)
     assert str(found) == (
-        "0.71 GB measuring (0.00 GB weights, 0.36 GB a batch, 0.35 GB libraries; 0.00 GB of it are pages of weight files, "
-        "which the system can take back), then 0.71 GB verifying"
+        "0.76 GB measuring (0.00 GB weights, 0.36 GB a batch, 0.40 GB libraries; 0.00 GB of it are pages of weight files, "
+        "which the system can take back), then 0.76 GB verifying"
     )
     assert found.disk_text().startswith("1.50 GB (1.50 GB of it copies of weights")
     report = found.report()
