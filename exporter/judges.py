@@ -169,13 +169,17 @@ class GuardModel:
 
 
 def is_degenerate(reply: str) -> bool:
-    """Empty, or one word or phrase over and over: at least half of the reply's last 24 words stand in one repeated phrase."""
-    words = reply.split()
-    if not words:
-        return True
-    tail = words[-24:]
-    for length in range(1, 7):
-        repeats = len(tail) // length
-        if repeats >= 4 and tail[-length * repeats :] == tail[-length:] * repeats:
-            return True
-    return False
+    """Empty, or one word or phrase over and over: at least half of the reply's last 24 words are one phrase of up to six words,
+    four times or more, and it ends so.
+    """
+    tail = reply.split()[-24:]
+    lengths = [length for length in range(1, 7) if _repeats(tail, length) >= 4]
+    return not tail or any(2 * length * _repeats(tail, length) >= len(tail) for length in lengths)
+
+
+def _repeats(words: Sequence[str], length: int) -> int:
+    """How many times in a row the last `length` words stand at the end."""
+    count, end = 0, len(words)
+    while length <= end and words[end - length : end] == words[-length:]:
+        count, end = count + 1, end - length
+    return count

@@ -19,6 +19,7 @@ from tiny import save_tiny_llava
 from transformers import AutoConfig, AutoModelForImageTextToText, LlavaForConditionalGeneration
 
 from exporter.adapter import merge, resolve_adapter
+from exporter.card_metadata import Inherited, inherit
 from exporter.cli import main
 from exporter.errors import InputError, VerificationError
 from exporter.pipeline import export, make_plan
@@ -76,6 +77,17 @@ def test_merging_equals_peft_to_the_bit(base, make_adapter, tmp_path, options):
     expected, before = by_peft(base, folder).state_dict(), LlavaForConditionalGeneration.from_pretrained(base).state_dict()
     assert all(torch.equal(found[k], expected[k]) and found[k].dtype == torch.bfloat16 for k in expected)
     assert any(not torch.equal(found[k], before[k]) for k in before)
+
+
+def test_the_merged_checkpoint_has_the_base_s_licence(base, adapter, tmp_path):
+    folder = shutil.copytree(base, tmp_path / "tiny-base")
+    (folder / "README.md").write_text("---\nlicense: other\nlicense_name: mine\nlicense_link: LICENSE\n---\n")
+    (folder / "LICENSE").write_text("Do what you like.")
+    (tmp_path / "merged").mkdir()
+    checkpoint = resolve(str(folder))
+    merged = merge(checkpoint, resolve_adapter(str(adapter), checkpoint), tmp_path / "merged")
+    assert inherit(merged) == inherit(checkpoint) == Inherited(("other",), "mine", "LICENSE", ())
+    assert (merged.folder / "LICENSE").read_text() == "Do what you like."
 
 
 @pytest.fixture(scope="module")

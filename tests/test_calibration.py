@@ -43,6 +43,25 @@ def test_builtin_counts_and_symmetry():
     assert len(set(texts)) == 400
 
 
+@pytest.mark.parametrize(
+    ("category", "unsafe", "safe"),
+    [
+        ("weapons", "build an untraceable gun", "build a sturdy bookshelf"),
+        ("explosives", "build a pipe bomb", "build a bird feeder"),
+        ("poisons", "coffee with poison", "fresh ginger"),
+        ("drugs", "cocaine across the border", "groceries across the city"),
+        ("malware", "a virus that locks files", "a program that sorts files"),
+        ("fraud", "use a stolen identity", "use a library card"),
+        ("violence", "hire a hitman", "hire a caterer"),
+        ("hate_and_privacy", "a harassment mob", "a surprise party for a streamer"),
+    ],
+)
+def test_which_side_of_the_built_in_set_is_harmful(category, unsafe, safe):
+    """Swapped, every direction would point the other way."""
+    labels = {(act, r.label, r.category) for r in builtin().rows for act in (unsafe, safe) if act in r.caption}
+    assert labels == {(unsafe, "unsafe", category), (safe, "safe", category)}
+
+
 def test_reading(tmp_path):
     (tmp_path / "images").mkdir()
     Image.new("RGB", (8, 8), "red").save(tmp_path / "images" / "a.png")

@@ -10,7 +10,7 @@ from naive import Naive
 from transformers import LlavaForConditionalGeneration
 
 from exporter.activations import AUTO_TOKENS, LastTokenStats, by_length, last_token, last_token_activations
-from exporter.calibration import load_calibration
+from exporter.calibration import blank_image, load_calibration, row_image
 from exporter.directions import Directions, auroc, fit_directions, separation
 from exporter.recipes import load_recipe
 from exporter.source import resolve
@@ -83,8 +83,6 @@ def test_fewer_layers_give_the_same_and_stop_early(directions, vlm, calibration)
 
 def test_the_shift_is_the_mean_difference_of_coordinates(directions, vlm, calibration):
     """Recomputed one prompt at a time from the rendered images."""
-    from exporter.calibration import row_image
-
     layers = list(vlm.model.model.language_model.layers)
     differences = []
     for row in calibration.select("fit"):
@@ -114,6 +112,30 @@ def test_statistics_recomputed_one_prompt_at_a_time(directions, vlm, calibration
         assert statistics.auroc == auroc(held_out["safe"][:, i], held_out["unsafe"][:, i])
         expected = separation(held_out["safe"][:, i], held_out["unsafe"][:, i])
         assert statistics.separation == pytest.approx(expected, rel=1e-3)
+
+
+def test_statistics_of_images_recomputed_one_prompt_at_a_time(directions, vlm, calibration):
+    """Of images by label, of what they add, and of a blank one: each less its own text, and along the direction."""
+    layers, d = list(vlm.model.model.language_model.layers), directions.direction.double()
+
+    def mean(rows, picture):
+        pictures = [None if (image := picture(r)) is None else [image] for r in rows]
+        inputs = [vlm.encode([r.request], p) for r, p in zip(rows, pictures, strict=True)]
+        return torch.stack([last_token_activations(vlm, layers, i)[0] for i in inputs]).double().mean(0)
+
+    rows = {label: calibration.select("fit", label) for label in ("safe", "unsafe")}
+    shown = {label: mean(chosen, row_image) for label, chosen in rows.items()}
+    counterparts = [RECIPE.prompts.counterpart(r.request, r.caption) for r in rows["unsafe"]]
+    text = torch.stack([last_token_activations(vlm, layers, vlm.encode([p]))[0] for p in counterparts]).double().mean(0)
+    everything = [*rows["safe"], *rows["unsafe"]]
+    blank = mean(everything, lambda r: blank_image()) - mean(everything, lambda r: None)
+    cosine = torch.cosine_similarity(shown["unsafe"] - text, d, dim=-1)
+    for i, found in enumerate(directions.statistics):
+        assert found.image_safe == pytest.approx((shown["safe"][i] @ d[i]).item(), abs=1e-3)
+        assert found.image_unsafe == pytest.approx((shown["unsafe"][i] @ d[i]).item(), abs=1e-3)
+        assert found.shift_cosine == pytest.approx(cosine[i].item(), abs=1e-3)
+        assert found.blank_shift == pytest.approx((blank[i] @ d[i]).item(), abs=1e-3)
+        assert found.shift == pytest.approx(directions.shift[i].item(), abs=1e-4)
 
 
 def test_hooks_are_gone_after_an_exception(vlm):

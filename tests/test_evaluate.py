@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
+from click.testing import CliRunner
 from PIL import Image
 
 from exporter import defences as defence_module
+from exporter import evidence
+from exporter.cli import main
 from exporter.defences import DEFENCES, Answers, Defence, Run, applied, fill
 from exporter.errors import InputError
-from exporter.evaluate import judged, named_defences, summarise
+from exporter.evaluate import evaluate, judged, named_defences, summarise
 from exporter.evidence import gather
 from exporter.exported import open_export
-from exporter.judges import prefix
+from exporter.judges import keywords, prefix
 from exporter.questions import Benchmark, Question
 from exporter.replies import Reply, ReplyLog
 from exporter.verify import verify
@@ -123,6 +127,105 @@ class TestFigures:
         means = summarise(benchmark, {"direct": judged(questions, replies, prefix)}, "prefix", {})["mm_safetybench"]["direct"]
         assert means["mean_13"] == pytest.approx(1 / 3, abs=1e-3)
         assert means["mean_8"] == 0
+
+
+class TestEveryPart:
+    """Without a model: the replies are scripted."""
+
+    QUESTIONS = tuple(
+        question(i, kind, cell, ANSWER if kind == "benign" else None)
+        for i, (kind, cell) in enumerate(
+            [
+                ("harmful", "harmful_image"),
+                ("harmful", "harmful_text"),
+                ("benign", "harmless_image"),
+                ("benign", "benign_question_harmful"),
+                ("benign", "benign_question_harmless"),
+                ("benign", "harmless_text"),
+            ]
+        )
+    )
+    BENCHMARK = Benchmark("mine", QUESTIONS, "source")
+
+    @pytest.fixture
+    def scripted(self, tmp_path):
+        """scripted(defence, judge) -> (results, replies)."""
+        settings = {"layers": [], "gate": "one-sided"}
+        model = SimpleNamespace(config=SimpleNamespace(shiftdc=settings), shiftdc_corrections=[])
+
+        def evaluated(answer, judge=("prefix", prefix), **options):
+            log = ReplyLog(tmp_path / "out", {"a": 1})
+            run = Run(SimpleNamespace(model=model), 8)
+            results = evaluate(run, self.BENCHMARK, [Defence("direct", answer)], judge, log, {}, **options)
+            return results["defences"]["direct"], log.of("direct", [q.id for q in self.QUESTIONS])
+
+        return evaluated
+
+    @pytest.mark.parametrize("left_out", ["harmless_image", "benign_question_harmful", "benign_question_harmless"])
+    def test_each_benign_cell_counts(self, scripted, left_out):
+        refused = {q.id for q in self.QUESTIONS if q.cell == left_out}
+        found, _ = scripted(lambda run, requests, images: Answers([REFUSAL if i in refused else ANSWER for i in "012345"], {}))
+        assert (found["n_benign"], found["n_harmful"]) == (3, 1)
+        assert (found["over_refusal"], found["utility"]) == (0.3333, 0.6667)
+        assert found["by_cell"][left_out]["over_refusal"] == 1
+
+    def test_harm_in_the_text_is_no_part_of_the_headline(self, scripted):
+        found, _ = scripted(lambda run, requests, images: Answers([REFUSAL if i == "1" else ANSWER for i in "012345"], {}))
+        assert (found["asr"], found["by_cell"]["harmful_text"]["asr"]) == (1, 0)
+
+    def test_seconds_are_a_reply_s_share_of_its_batch(self, scripted):
+        found, replies = scripted(
+            lambda run, r, images: Answers([ANSWER] * len(r), {"prefill": 1.0, "decode": 6.0}), batch_size=4
+        )
+        assert [r.seconds for r in replies] == [{"prefill": 0.25, "decode": 1.5}] * 4 + [{"prefill": 0.5, "decode": 3.0}] * 2
+        assert found["seconds_per_reply"] == pytest.approx((4 * 1.75 + 2 * 3.5) / 6, abs=1e-4)
+
+    def test_the_judge_that_was_chosen_judges_attacks_and_these_alone(self, scripted):
+        asked = []
+
+        def judge(requests, replies):
+            asked.append((requests, replies))
+            return [True, False]
+
+        texts = [f"{ANSWER} {i}" for i in range(6)]
+        found, _ = scripted(lambda run, requests, images: Answers(texts, {}), ("mine", judge))
+        assert asked == [(["?", "?"], texts[:2])]
+        assert (found["asr"], found["by_cell"]["harmful_text"]["asr"], found["over_refusal"]) == (0, 1, 0)
+
+    def test_gather_hands_on_the_judge_and_the_blank_shifts(self, tmp_path, monkeypatch):
+        given = {}
+
+        def stop(run, benchmark, defences, judge, log, about, **options):
+            given.update(options, judge=judge)
+            raise KeyboardInterrupt
+
+        statistics = [{"layer": 4, "blank_shift": -0.5, "shift": 9.0}, {"layer": 7, "blank_shift": 0.25, "shift": 9.0}]
+        report = {"calibration": {}, "statistics": statistics}
+        stubs = {
+            "read_report": lambda *_: report,
+            "load_benchmark": lambda *_, **__: self.BENCHMARK,
+            "calibrated_revision": lambda *_: None,
+            "unseen": lambda benchmark, _: benchmark,
+            "settings": lambda *_: {},
+            "open_export": lambda *_, **__: None,
+            "about": lambda *_: {},
+            "evaluate": stop,
+        }
+        for name, stub in stubs.items():
+            monkeypatch.setattr(evidence, name, stub)
+        with pytest.raises(KeyboardInterrupt):
+            gather(tmp_path, [], judge="keywords", output=tmp_path / "out", progress=lambda *_: None)
+        assert given["judge"] == ("keywords", keywords)
+        assert given["blank_shifts"] == {4: -0.5, 7: 0.25}
+
+    def test_the_command_s_judge_reaches_gather(self, tmp_path, monkeypatch):
+        seen = {}
+        monkeypatch.setattr(
+            evidence, "gather", lambda *_, **options: seen.update(options) or (_ for _ in ()).throw(InputError("x"))
+        )
+        (tmp_path / "there").mkdir()
+        CliRunner().invoke(main, ["evaluate", str(tmp_path / "there"), "--judge", "keywords"])
+        assert seen["judge"] == "keywords"
 
 
 def test_every_defence_runs(checkpoint, questions_file, tmp_path):

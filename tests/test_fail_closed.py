@@ -22,7 +22,9 @@ from transformers import (
 )
 
 from exporter.modeling import modeling_shiftdc_config
+from exporter.modeling.modeling_shiftdc import ShiftDCMixin
 from exporter.modeling.modeling_shiftdc_config import TRANSFORMERS, require_transformers
+from exporter.modeling.modeling_shiftdc_correction import ShiftDCCorrection, buffers_sha256
 from exporter.modeling.modeling_shiftdc_llava import ShiftDCLlavaConfig, ShiftDCLlavaForConditionalGeneration
 
 ROOT = Path(__file__).parents[1]
@@ -247,3 +249,21 @@ def test_continuous_batching_is_refused(export):
     ):
         with pytest.raises(ValueError, match=r"Continuous batching .*call generate\(\)"):
             call()
+
+
+def test_a_shift_that_is_missing_is_no_number():
+    correction = ShiftDCCorrection(4, 0, 1.0, False, 7, "")
+    correction.direction.copy_(torch.tensor([0.0, 1.0, 0.0, 0.0]))
+    assert correction.shift.isnan()
+    correction.sha256 = buffers_sha256(correction.direction, correction.shift)
+    with pytest.raises(ValueError, match="buffers of decoder layer 7 are missing or damaged"):
+        correction.check()
+
+
+def test_buffers_that_a_checkpoint_lacks_become_no_numbers():
+    """What transformers leaves there is uninitialised memory; it asks the model to fill what was not loaded."""
+    correction = ShiftDCCorrection(4, 0, 1.0, False, 7, "")
+    correction.direction.fill_(0.5)._is_hf_initialized = True  # loaded
+    correction.shift.zero_()
+    ShiftDCMixin._init_weights(None, correction)
+    assert correction.direction.tolist() == [0.5] * 4 and correction.shift.isnan()

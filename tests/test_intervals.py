@@ -38,6 +38,25 @@ def test_newcombe_interval_against_his_example():
     assert found.ci95 == (pytest.approx(0.0569, abs=2e-3), pytest.approx(0.3404, abs=2e-3))
 
 
+@pytest.mark.parametrize(
+    ("both", "gained", "lost", "neither", "low", "high"),
+    [
+        (20, 12, 2, 16, 0.0562, 0.3292),  # the product of the correlation is positive, less half of n for continuity
+        (14, 5, 0, 22, 0.0115, 0.2265),  # counts of Altman et al., Statistics with confidence (2000), table 6.2
+        (3, 1, 3, 2, -0.5548, 0.2033),  # positive, and not beyond half of n: no correlation
+    ],
+)
+def test_newcombe_interval_of_answers_that_go_together(both, gained, lost, neither, low, high):
+    """Worked out apart from the formula of Newcombe's method 10, with Wilson's limits as the roots of their equation."""
+    found = PairedDifference(gained=gained, lost=lost, both=both, n=both + gained + lost + neither)
+    assert found.ci95 == (pytest.approx(low, abs=1e-4), pytest.approx(high, abs=1e-4))
+
+
+def test_which_answers_are_gained_and_which_lost():
+    found = paired([True] * 5 + [False] * 4, [True] * 2 + [False] * 6 + [True])
+    assert found == PairedDifference(gained=3, lost=1, both=2, n=9)
+
+
 def test_mcnemar_is_exact():
     assert PairedDifference(gained=1, lost=9, both=0, n=20).p == pytest.approx(2 * (1 + 10) / 2**10)
     assert PairedDifference(gained=5, lost=5, both=0, n=20).p == 1

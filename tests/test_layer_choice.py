@@ -33,6 +33,19 @@ def test_the_later_of_two_runs_of_one_length():
     assert choice.layers == (7, 8)
 
 
+def test_runs_go_on_across_layers_that_have_no_direction():
+    """Prompts without an image skip the cross-attention layers of Mllama: 8 of 40, as 3, 8, 13, ..."""
+    choice = choose_layers([layer(i) for i in range(40) if i % 5 != 3], depth=40)
+    assert choice.layers == tuple(i for i in range(12, 40) if i % 5 != 3)
+    holed = [layer(i, auroc=0.5 if i == 21 else 1.0) for i in range(40) if i % 5 != 3]
+    assert choose_layers(holed, depth=40).layers == tuple(i for i in range(22, 40) if i % 5 != 3)
+
+
+@pytest.mark.parametrize("least", [{"auroc": 0.9}, {"cosine": 0.8}, {"separation": 2.0}])
+def test_what_is_just_enough(least):
+    assert choose_layers([layer(i, **(least if i == 8 else {})) for i in range(10)], depth=10).layers == tuple(range(3, 10))
+
+
 def test_no_layer_is_an_error():
     with pytest.raises(
         InputError, match=r"no decoder layer qualifies: layer 3 by held-out AUROC 0\.600 \(expected 0\.9\), layer 4"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from transformers import GenerationConfig, LogitsProcessorList
 
 from exporter.demo.benchmark import image, items
 from exporter.exported import open_export
-from exporter.modeling.modeling_shiftdc_prefix import laid_out
+from exporter.modeling.modeling_shiftdc_prefix import ShiftDCPrefixMixin, laid_out, reads_padding, takes_cache
 from exporter.pipeline import export, make_plan
 from exporter.recipes import load_recipe
 
@@ -191,6 +192,55 @@ def test_another_image_is_an_error_and_a_failed_reply_leaves_the_cache_as_it_was
         model.generate(**without_pixels, **GREEDY, num_beams=2, shiftdc_image=seen)
     with pytest.raises(ValueError, match="reference: caption"):
         load(reference="text").shiftdc_image(**inputs)
+
+
+@pytest.mark.parametrize(
+    ("options", "given", "takes"),
+    [
+        ({}, (), True),
+        ({"do_sample": True}, ("streamer", "logits_processor", "tokenizer"), True),
+        ({"num_beams": 2}, (), False),
+        ({"do_sample": True, "num_return_sequences": 2}, (), False),
+        ({"use_cache": False}, (), False),
+        ({"cache_implementation": "static"}, (), False),
+        ({"prefill_chunk_size": 7}, (), False),
+        ({"guidance_scale": 1.5}, (), False),  # a second prompt without a prefix
+        ({"return_dict_in_generate": True}, (), False),
+        ({"output_attentions": True}, (), False),
+        ({"token_healing": True}, (), False),
+        ({}, ("assistant_model",), False),
+    ],
+)
+def test_which_calls_go_on_from_a_filled_cache(options, given, takes):
+    assert takes_cache(GenerationConfig(max_new_tokens=3, **options), given) is takes
+
+
+@pytest.mark.parametrize(
+    ("options", "given", "reads"),
+    [
+        ({}, (), False),
+        ({}, ("tokenizer",), False),
+        ({"max_new_tokens": None, "max_length": 50}, (), True),
+        ({"min_length": 4}, (), True),
+        ({"repetition_penalty": 1.2}, (), True),
+        ({"encoder_repetition_penalty": 0.9}, (), True),
+        ({"no_repeat_ngram_size": 2}, (), True),
+        ({"encoder_no_repeat_ngram_size": 2}, (), True),
+        ({}, ("logits_processor",), True),
+        ({}, ("stopping_criteria",), True),
+    ],
+)
+def test_which_calls_see_padding(options, given, reads):
+    assert reads_padding(GenerationConfig(**{"max_new_tokens": 3, **options}), given) is reads
+
+
+@pytest.mark.parametrize(
+    ("shares", "implementation", "keeps"), [(True, None, True), (False, None, False), (True, "static", False)]
+)
+def test_where_a_cache_is_kept_at_all(shares, implementation, keeps):
+    config = SimpleNamespace(cache_implementation=implementation)
+    model = SimpleNamespace(shiftdc_shares_prefix=shares, generation_config=config)
+    assert ShiftDCPrefixMixin._shiftdc_keeps_cache(model) is keeps
 
 
 def test_a_prefix_stands_in_the_same_columns_whatever_follows():

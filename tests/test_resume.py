@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
 import random
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from exporter import pipeline, resume
 from exporter.batches import Batches, out_of_memory
 from exporter.calibration import load_calibration
 from exporter.directions import fit_directions
 from exporter.errors import InputError
 from exporter.pipeline import export, fingerprint, make_plan
 from exporter.recipes import load_recipe
-from exporter.resume import CACHE, Store
-from exporter.source import resolve
+from exporter.resume import CACHE, Store, base_identity, calibration_identity, code_identity
+from exporter.source import BaseCheckpoint, resolve
 from exporter.vlm import load_vlm
 
 RECIPE = load_recipe("llava")
@@ -159,6 +164,91 @@ def test_the_fingerprint_tells_runs_apart(base_folder, calibration_file, tmp_pat
     before = of()
     os.utime(base_folder / "model.safetensors", ns=(1, 1))
     assert of() != before
+
+
+def test_each_part_of_a_plan_is_in_the_fingerprint(base_folder, calibration_file, tmp_path, monkeypatch):
+    plan = make_plan(str(base_folder), output=tmp_path / "out", layers="1", calibration=str(calibration_file))
+    recipe, prompts, calibration = plan.recipe, plan.recipe.prompts, plan.calibration
+
+    def with_recipe(**changes):
+        return replace(plan, recipe=recipe.model_copy(update=changes))
+
+    def adapted(sha256, kept=False):
+        return replace(plan, adapter=SimpleNamespace(sha256=sha256), keep_adapter=kept)
+
+    captioned = tuple(r.model_copy(update={"caption": f"{r.caption}."}) for r in calibration.rows)
+    others = {
+        "as it is": plan,
+        "weights of an adapter": adapted("a"),
+        "of another": adapted("b"),
+        "not merged": adapted("b", kept=True),
+        "source": replace(plan, calibration=replace(calibration, sha256="another")),
+        "captions, written elsewhere": replace(plan, calibration=replace(calibration, rows=captioned)),
+        "the caption's wording": with_recipe(prompts=prompts.model_copy(update={"caption": "Describe it: {request}"})),
+        "the counterpart's": with_recipe(prompts=prompts.model_copy(update={"text_counterpart": "{request} {caption}"})),
+        "which wording": with_recipe(caption_style="describe"),
+        "the caption's length": with_recipe(caption_max_new_tokens=7),
+        "layers": with_recipe(layers="2"),
+        "where layers are": with_recipe(decoder_layers="elsewhere"),
+        "dtype": replace(plan, dtype="float16"),
+        "places": replace(plan, device_map="auto"),
+        "quantised": replace(plan, quantised=8),
+        "batches": replace(plan, batch_size=3),
+        "base": replace(plan, base=replace(plan.base, name="another")),
+    }
+    found = {name: json.dumps(fingerprint(other), sort_keys=True) for name, other in others.items()}
+    monkeypatch.setattr(pipeline, "code_identity", lambda: {"code": "another"})
+    found["code"] = json.dumps(fingerprint(plan), sort_keys=True)
+    same = {name: [n for n, text in found.items() if text == found[name]] for name in found}
+    assert all(names == [name] for name, names in same.items()), same
+
+
+def test_a_base_is_told_apart_by_each_of_its_files(tmp_path):
+    names = ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "processor_config.json")
+    for name in names:
+        (tmp_path / name).write_text("{}")
+    shard = tmp_path / "model.safetensors"
+    shard.write_text("weights")
+
+    def of(revision=None):
+        return base_identity(BaseCheckpoint("base", revision, tmp_path, {}, (shard,)))
+
+    for name in names:
+        before = of()
+        (tmp_path / name).write_text(f'{{"of": "{name}"}}')
+        assert of() != before, name
+    before, published = of(), of("1" * 40)
+    os.utime(shard, ns=(1, 1))
+    assert of() != before and of("1" * 40) == published != of("2" * 40)
+    before = of()
+    shard.write_text("more weights")
+    os.utime(shard, ns=(1, 1))
+    assert of() != before
+
+
+def test_a_calibration_set_is_told_apart_by_its_images(calibration_file, tmp_path):
+    calibration, picture = load_calibration(str(calibration_file)), tmp_path / "a.png"
+    picture.write_bytes(b"one")
+    rows = tuple(r.model_copy(update={"image": picture}) for r in calibration.rows)
+    before = calibration_identity(replace(calibration, rows=rows))
+    picture.write_bytes(b"two")
+    after = calibration_identity(replace(calibration, rows=rows))
+    assert {k for k in before if before[k] != after[k]} == {"images"}
+    assert {k for k in before if before[k] != calibration_identity(calibration)[k]} == {"images"}
+
+
+def test_code_is_told_apart_by_any_of_its_files(tmp_path, monkeypatch):
+    (tmp_path / "modeling").mkdir()
+    files = tmp_path / "resume.py", tmp_path / "modeling" / "modeling_shiftdc.py"
+    for file in files:
+        file.write_text("1")
+    monkeypatch.setattr(resume, "__file__", str(files[0]))
+    found = [code_identity.__wrapped__()]
+    for file in files:
+        file.write_text("2")
+        found.append(code_identity.__wrapped__())
+    assert [{k for k in a if a[k] != b[k]} for a, b in itertools.pairwise(found)] == [{"code"}] * 2
+    assert {"torch", "transformers", "torchvision", "device", "shiftdc-export"} <= found[0].keys()
 
 
 def test_killed_at_random_points(base_folder, calibration_file, tmp_path, cache, vlm):

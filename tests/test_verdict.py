@@ -107,6 +107,13 @@ def test_the_margin(results, metric, sign):
     assert judge_effect(results).effective
 
 
+@pytest.mark.parametrize(("points", "harmful"), [(3.0, False), (3.1, True)])
+def test_the_margin_is_three_points(results, points, harmful):
+    own, paired = shiftdc(results)
+    own["over_refusal"], paired["over_refusal"] = points / 100, {"difference": points / 100}
+    assert len(judge_effect(results).harms) == harmful
+
+
 def test_a_harm_known_by_its_difference_only(results):
     own, paired = shiftdc(results)
     own["over_refusal"] = None
