@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from exporter.errors import InputError
 from exporter.modeling.modeling_shiftdc_prompts import PromptComposer, PromptFrame, TokenizerCodec
+from exporter.onnx_prompts import PromptWriter
 from exporter.prompt_check import CAPTIONS, check_prompts, images_kept
 from exporter.prompt_frame import prompt_frame
 from exporter.recipes import load_recipe
@@ -208,3 +209,18 @@ def test_too_many_special_tokens_are_told():
     frame = PromptFrame((), (), (), (), (), ((),), ((),), ((),), ("", ""), "", "", False)
     with pytest.raises(ValueError, match="different special tokens"):
         PromptComposer(frame, codec, 0).flat(range(3000))
+
+
+def test_a_runtime_without_transformers_composes_the_same(vlm, tmp_path):
+    """onnx_prompts.py has a tokenizer.json and nothing else."""
+    vlm.processor.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": TEMPLATE}))
+    frame = prompt_frame(vlm, PROMPTS)
+    ours, theirs = vlm.composing(frame), PromptComposer(frame, PromptWriter(tmp_path, None), 4)
+    for request in REQUESTS:
+        ids = vlm.token_ids(request, IMAGE)
+        caption = ours.codec.encode("a red cube <image></s>", plain=True)
+        assert theirs.caption_prompt(ids) == ours.caption_prompt(ids)
+        assert theirs.text_prompt(ids, caption) == ours.text_prompt(ids, caption)
+        assert theirs.image_prefix(ids) == ours.image_prefix(ids) != []
