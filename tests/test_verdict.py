@@ -103,6 +103,12 @@ def test_the_margin(results, metric, sign):
     del paired[metric]  # the rates give the same difference
     (harm,) = judge_effect(results).harms
     assert harm.endswith(f"from 50 % to {50 + sign * 20} %.")
+    what = {
+        "over_refusal": "Harmless requests are refused more often",
+        "utility": "Fewer answers are right",
+        "degenerate": "More replies are empty, cut off or endless repetition",
+    }
+    assert harm.startswith(f"{what[metric]}: ")
     assert not judge_effect(results).publishable
     assert judge_effect(results).effective
 
