@@ -2,13 +2,14 @@
 # make test: set everything up, run the tests
 # make bench: the table of the README's section "Speed", on one CPU thread
 # make evidence: every defence and control on the demo's test things, as in the README
+# make mutants MUTANTS='exporter.verdict*': which broken lines the tests do not notice (docs/mutants.md)
 # make published SHIFTDC_PUBLISHED=FOLDER: small files of published checkpoints, which are no part of this project, the whole way
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: bench demo evidence published test check clean
+.PHONY: bench demo evidence mutants published test check clean
 
 demo: $(READY)
 	$(BIN)/shiftdc-export demo --output demo-shiftdc --force
@@ -23,6 +24,10 @@ bench: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+mutants: $(READY)
+	$(BIN)/mutmut run --max-children 2 $(MUTANTS)
+	$(BIN)/mutmut results
 
 published: $(READY)
 	$(BIN)/python tests/vocabularies.py $(VENV)/vocabularies
@@ -44,4 +49,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo-shiftdc demo-slice demo-evidence
+	rm -rf $(VENV) demo-shiftdc demo-slice demo-evidence mutants

@@ -14,6 +14,12 @@ def test_wilson_against_published_values(hits, n, low, high):
     assert Share(hits, n).ci95 == (pytest.approx(low, abs=1e-4), pytest.approx(high, abs=1e-4))
 
 
+def test_what_is_counted():
+    assert share([True, False, True]) == Share(hits=2, n=3)
+    with pytest.raises(ValueError, match="zip"):
+        paired([True, False], [True])
+
+
 def test_nothing_to_count():
     assert share([]) is None
     assert paired([], []) is None

@@ -88,6 +88,17 @@ def test_only_layers_that_are_never_chosen():
     assert "qualifies: the first 0.3 of 10 layers are never chosen; the" in refused(layer(0), layer(2))
 
 
+def test_what_was_asked_for_is_said():
+    asked = "held-out AUROC >= 0.9, split-half cosine >= 0.8 and separation >= 0.5 of the best layer's (4.00)"
+    expected = f"longest run of layers from 0.3 of the depth on with {asked}"
+    assert choose_layers([layer(3)], depth=4).criterion == expected
+
+
+def test_six_layers_are_named_and_no_more_spoken_of():
+    assert "more by more" not in refused(*(layer(i, auroc=0.5) for i in range(3, 9)))
+    assert "1 more by more" in refused(*(layer(i, auroc=0.5) for i in range(3, 10)))
+
+
 def test_what_is_not_known_is_not_asked_for_and_the_criterion_says_so():
     choice = choose_layers([layer(i, auroc=None, separation=None, cosine=0.5 if i == 4 else 0.9) for i in range(10)], depth=10)
     assert choice.layers == (5, 6, 7, 8, 9)
