@@ -25,6 +25,7 @@ from transformers import LlavaForConditionalGeneration
 
 from exporter.bake import bake, sha256
 from exporter.directions import Directions
+from exporter.modeling.modeling_shiftdc_prompts import PromptFrame
 from exporter.pipeline import export, make_plan
 from exporter.recipes import load_recipe
 from exporter.source import resolve
@@ -36,6 +37,9 @@ ROWS = [
     for label, word in (("safe", "What"), ("unsafe", "How"))
     for i in range(10)
 ]
+
+#: Of prompts that are never made.
+FRAME = PromptFrame((), (), (), (), (), ((),), ((),), ((),), ("", ""), "", "", False)
 
 
 def new_bytes(folder: Path, base: Path) -> int:
@@ -107,7 +111,7 @@ def baked(base_folder: Path, target: Path) -> float:
     directions = Directions(LAYERS, unit, torch.ones(len(LAYERS)), ())
     target.mkdir()
     start = time.perf_counter()
-    bake(base, recipe, directions, LAYERS, {}, target)
+    bake(base, recipe, directions, LAYERS, FRAME, target)
     return time.perf_counter() - start
 
 

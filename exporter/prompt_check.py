@@ -27,7 +27,14 @@ REQUESTS = (
     "THE END", "don't", "...", "(why)", "multi\nline\n\nrequest",
 )  # fmt: skip
 #: What stands in place of an image; models begin captions with and without a space.
-CAPTIONS = ("a red cube on a table", " A photo of two dogs.", "7 birds", 'The sign says "STOP".\nIt is red.', "图中有一只猫")
+CAPTIONS = (
+    "a red cube on a table",
+    " A photo of two dogs.",
+    "7 birds",
+    'The sign says "STOP".\nIt is red.',
+    "图中有一只猫",
+    "\n\n",
+)
 _SIZE = (64, 64)
 
 

@@ -59,6 +59,7 @@ def prompt_frame(vlm: VLM, prompts: Prompts) -> PromptFrame:
         text=prompts.text_counterpart,
         bos_added=writer.bos_added,
         own=own,
+        trims=writer(turn(f" {_TEXTS[0]}\n")) == alone[0],
     )
 
 

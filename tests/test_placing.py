@@ -19,12 +19,16 @@ from exporter import pipeline, placing
 from exporter.bake import REPORT, Baked, bake
 from exporter.console import export_text
 from exporter.directions import Directions
+from exporter.modeling.modeling_shiftdc_prompts import PromptFrame
 from exporter.pipeline import make_plan, plan_needs, text_config
 from exporter.placing import SHARED, is_hub_blob, lend, place, will_be_linked
 from exporter.recipes import load_recipe
 from exporter.source import resolve
 
 SHARD = "model-00001-of-00002.safetensors"
+
+#: Of prompts that are never made.
+FRAME = PromptFrame((), (), (), (), (), ((),), ((),), ((),), ("", ""), "", "", False)
 
 
 @pytest.fixture
@@ -46,7 +50,7 @@ def baked(base: Path | str, folder: Path) -> Baked:
     hidden = int(text_config(checkpoint)["hidden_size"])
     unit = torch.nn.functional.normalize(torch.ones(1, hidden), dim=-1)
     folder.mkdir()
-    return bake(checkpoint, load_recipe("llava"), Directions(layers, unit, torch.ones(1), ()), layers, {}, folder)
+    return bake(checkpoint, load_recipe("llava"), Directions(layers, unit, torch.ones(1), ()), layers, FRAME, folder)
 
 
 def in_place(file: Path) -> None:

@@ -15,6 +15,7 @@ from exporter.calibration import typographic_image
 from exporter.probe import PROBE, _processed, _texts
 from exporter.processors import ODD_TEXT
 from exporter.recipes import load_recipe
+from exporter.templates import DAY
 from exporter.verify_worker import libraries, remakes_inputs
 from exporter.vlm import VLM
 
@@ -110,10 +111,10 @@ def test_other_libraries_may_differ_in_a_bit_of_a_pixel(llava):
 def test_a_template_with_a_date_is_read_on_the_day_of_the_export(tmp_path):
     _, processor = saved(tmp_path, tiny_processor("{{ strftime_now('%d %b %Y') }} " + TEMPLATE))
     tensors, texts = recorded(processor)
-    today = date.today()
-    assert texts["prompt"].startswith(today.strftime("%d %b %Y"))
+    written = date.fromisoformat(DAY)
+    assert texts["prompt"].startswith(written.strftime("%d %b %Y"))
     assert remakes_inputs(tmp_path, tensors, texts) == []
-    another = {**texts, "day": "2001-02-03", "prompt": texts["prompt"].replace(today.strftime("%d %b %Y"), "03 Feb 2001")}
+    another = {**texts, "day": "2001-02-03", "prompt": texts["prompt"].replace(written.strftime("%d %b %Y"), "03 Feb 2001")}
     found = remakes_inputs(tmp_path, tensors, another)
     assert found and not any("chat template" in f for f in found)
 

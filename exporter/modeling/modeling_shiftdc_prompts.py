@@ -54,6 +54,7 @@ class PromptFrame:
     caption, text: wording of the caption request and of the text-only counterpart.
     bos_added: the tokenizer adds the first token; the template does not write it.
     own: text-only prompts are what is left of prompts with an image, because without one the template writes more.
+    trims: the template takes white space around a request away.
     """
 
     head: Parts
@@ -69,6 +70,7 @@ class PromptFrame:
     text: str
     bos_added: bool
     own: bool = False
+    trims: bool = False
 
     def as_json(self) -> dict[str, Any]:
         """Plain lists, strings and numbers."""
@@ -111,7 +113,7 @@ class PromptComposer:
         """The prompt that asks the model for a caption, in view of the request where the wording has a slot; the image stays."""
         flat = self.flat(ids)
         start, end = self._request(flat.text)
-        asked = filled(self.frame.caption, request=flat.text[start:end])
+        asked = self._trimmed(filled(self.frame.caption, request=flat.text[start:end]))
         return self._encoded(flat, flat.text[:start] + asked + flat.text[end:])
 
     def text_prompt(self, ids: Sequence[int], caption: Sequence[int] | str | None = None) -> list[int]:
@@ -121,7 +123,7 @@ class PromptComposer:
         request = flat.text[start:end]
         if caption is not None:
             shown = caption.strip() if isinstance(caption, str) else self.codec.text(caption)
-            request = filled(self.frame.text, request=request, caption=_MARK.sub("\ufffd", shown))
+            request = self._trimmed(filled(self.frame.text, request=request, caption=_MARK.sub("\ufffd", shown)))
         return self._encoded(flat, self._without_images(flat.text[:start] + request + flat.text[end:]))
 
     def image_prefix(self, ids: Sequence[int]) -> list[int]:
@@ -188,6 +190,9 @@ class PromptComposer:
             return max([start, *(stop for _, stop in images[:-1])]), last_start
         start = max(start, last_end)
         return min(start + len(self._gap) if text.startswith(self._gap, start) else start, end), end
+
+    def _trimmed(self, request: str) -> str:
+        return request.strip() if self.frame.trims else request
 
     def _without_images(self, text: str) -> str:
         def instead(found: re.Match[str]) -> str:

@@ -147,6 +147,7 @@ CONFIG = ("MODEL: ", "config.json", "fetch the checkpoint again")
 UNUSABLE = ("MODEL: the config.json of base cannot be used", "restore it")
 SHARD = ("MODEL: ", SINGLE, "not a whole safetensors file", "fetch it again")
 PROCESSOR = ("MODEL: ", "processor", "restore its")
+TEMPLATE = ("MODEL: its chat template does not render a prompt without an image", "restore the template")
 PROMPT = ("MODEL: base cannot read a prompt with an image", "restore its")
 NUMBERS = ("MODEL: ", "not finite", "fetch it again")
 
@@ -234,12 +235,12 @@ CASES = [
     Case("tokenizer is empty", content("tokenizer.json", "{}"), PROCESSOR),
     Case("tokenizer config is a list", content("tokenizer_config.json", "[]"), PROCESSOR),
     Case("tokenizer is a link out", linked("tokenizer.json", "/etc/hostname"), ("tokenizer.json", "leads out of", "copy that file")),
-    Case("no padding token", damaged(no_padding), ("MODEL: base cannot read a prompt", "padding", "restore its")),
+    Case("no padding token", damaged(no_padding), ("MODEL: prompts of base cannot be composed", "padding", "restore its")),
     Case("no processor config", gone("processor_config.json", "preprocessor_config.json"), PROCESSOR),
     Case("processor config is no JSON", content("processor_config.json", "{"), PROCESSOR),
     Case("no chat template", gone("chat_template.jinja"), ("no chat template", "add one")),
-    Case("chat template cut short", content("chat_template.jinja", "{% for m in"), PROMPT),
-    Case("chat template that leaves the sandbox", content("chat_template.jinja", "{{ ''.__class__.__mro__ }}"), PROMPT),
+    Case("chat template cut short", content("chat_template.jinja", "{% for m in"), TEMPLATE),
+    Case("chat template that leaves the sandbox", content("chat_template.jinja", "{{ ''.__class__.__mro__ }}"), TEMPLATE),
     Case("chat template without the image", content("chat_template.jinja", "{{ messages[0].content[-1].text }}"), ("MODEL: ", "template")),
     Case("chat template without the request", content("chat_template.jinja", "<image> Hello"), ("MODEL: ", "template")),
 ]  # fmt: skip

@@ -135,7 +135,7 @@ CASES = [
     Case("report without layers", report("push", layers={}), ("--push: ", "log in")),
     Case("generate with a config that is none", generate(lambda f: replace(f / "config.json", "[]")), ("CHECKPOINT: ", "export again")),
     Case("generate without a shiftdc block", generate(lambda f: edit_json(f / "config.json", shiftdc=7)), ("CHECKPOINT: ", "again")),
-    Case("generate without the tokenizer", generate(lambda f: (f / "tokenizer.json").unlink()), ("CHECKPOINT: ", "restore its files")),
+    Case("generate without the tokenizer", generate(lambda f: (f / "tokenizer.json").unlink()), ("CHECKPOINT: ", "tokenizer files")),
     Case(
         "generate with half a shard",
         generate(lambda f: replace(f / "shiftdc.safetensors", (f / "shiftdc.safetensors").read_bytes()[:99])),
