@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import signal
-import threading
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
-from exporter.errors import InputError
+from exporter.time_limit import limited
 from exporter.verify_worker import on_the_day
 
 #: Seconds of computing for the text of one batch of prompts, which takes milliseconds.
@@ -25,7 +21,8 @@ def rendered(processor: Any, conversation: Sequence[Any], what: str = "MODEL", *
 
     what: whose template it is, for the message.
     """
-    with _limited(what), on_the_day(DAY):
+    endless = f"{what}: its chat template does not end within {LIMIT:g} seconds of computing; restore it."
+    with limited(LIMIT, endless), on_the_day(DAY):
         return processor.apply_chat_template(conversation, tokenize=False, **options)
 
 
@@ -37,27 +34,3 @@ def encoded(processor: Any, conversations: Sequence[Sequence[dict[str, Any]]], *
     texts = rendered(processor, list(conversations), add_generation_prompt=True)
     marked = [[{**first, "rendered": text}, *others] for (first, *others), text in zip(conversations, texts, strict=True)]
     return processor.apply_chat_template(marked, chat_template=_AS_RENDERED, tokenize=True, return_dict=True, **options)
-
-
-@contextmanager
-def _limited(what: str) -> Iterator[None]:
-    """Raises InputError in the block after `LIMIT` seconds of this thread's computing; waiting, and what other threads and other
-    processes do meanwhile, are not counted. A thread but the main one cannot be interrupted, nor Windows.
-    """
-    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
-        yield
-        return
-    start = time.thread_time()
-
-    def end(*_: object) -> None:
-        if (left := LIMIT - (time.thread_time() - start)) > 0:  # the timer counts all threads
-            signal.setitimer(signal.ITIMER_PROF, left)
-            return
-        raise InputError(f"{what}: its chat template does not end within {LIMIT:g} seconds of computing; restore it.")
-
-    handler, (before, _) = signal.signal(signal.SIGPROF, end), signal.setitimer(signal.ITIMER_PROF, LIMIT)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_PROF, before)
-        signal.signal(signal.SIGPROF, handler)
