@@ -23,12 +23,14 @@ from models import GIGABYTE, save
 from side_by_side import one_thread, ratio, row, write
 from transformers import LlavaForConditionalGeneration
 
-from exporter.bake import bake, sha256
-from exporter.directions import Directions
+from exporter.checkpoint.bake import bake
+from exporter.directions.directions import Directions
 from exporter.modeling.modeling_shiftdc_prompts import PromptFrame
-from exporter.pipeline import export, make_plan
-from exporter.recipes import load_recipe
-from exporter.source import resolve
+from exporter.models.base import resolve
+from exporter.models.recipe import load_recipe
+from exporter.pipeline.export import export
+from exporter.pipeline.plan import make_plan
+from exporter.runtime.hashing import sha256
 
 LAYERS = (3, 4, 5)
 #: A calibration set as small as one can be: what is timed does not depend on it.

@@ -13,14 +13,15 @@ from typing import Any, get_args
 
 from side_by_side import one_thread, ratio, seconds, write
 
-from exporter.benchmarks import load_benchmark
-from exporter.defences import DEFENCES, Run
-from exporter.evaluate import evaluate
-from exporter.exported import open_export
-from exporter.judges import begins_as_refusal
-from exporter.pipeline import export, make_plan
-from exporter.recipes import CaptionStyle
-from exporter.replies import ReplyLog
+from exporter.checkpoint.open import open_export
+from exporter.data.benchmarks import load_benchmark
+from exporter.data.refusals import begins_as_refusal
+from exporter.evaluation.defences import DEFENCES, Run
+from exporter.evaluation.evaluate import evaluate
+from exporter.evaluation.replies import ReplyLog
+from exporter.models.recipe import CaptionStyle
+from exporter.pipeline.export import export
+from exporter.pipeline.plan import make_plan
 
 
 def measured(style: str, split: str, limit: int | None) -> dict[str, Any]:

@@ -20,8 +20,8 @@ import torch
 from models import SMALL, model
 from side_by_side import give_back, memory, one_thread, ratio, row, seconds, write
 
-from exporter.activations import LastTokenStats, by_length, last_token_activations
-from exporter.vlm import VLM, Inputs
+from exporter.directions.activations import LastTokenStats, by_length, last_token_activations
+from exporter.models.vlm import VLM, Inputs
 
 LENGTHS, FIXED_BATCH = (20, 200), 32
 #: Times that memory is measured, since what the C library keeps differs from one to the next.

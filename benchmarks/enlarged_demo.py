@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-from exporter.bake import REPORT
-from exporter.exported import open_export
+from exporter.checkpoint.layout import REPORT
+from exporter.checkpoint.open import open_export
 
 TEXT = {"hidden_size": 768, "intermediate_size": 2048, "num_attention_heads": 12, "num_key_value_heads": 12, "head_dim": 64}
 VISION = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8, "image_size": 336, "patch_size": 14}

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from exporter.activations import AUTO_TOKENS
-from exporter.calibration import load_calibration
-from exporter.directions import BLANK_IMAGES, image_rows
-from exporter.needs import QUANTISED
+from exporter.data.calibration_sets import load_calibration
+from exporter.directions.activations import AUTO_TOKENS
+from exporter.directions.fit import BLANK_IMAGES, image_rows
+from exporter.models.footprint import QUANTISED
 
 #: bfloat16 FLOP/s and bytes/s of an A100-80GB, and the share of them that large matrix products and decode steps reach.
 FLOPS, BYTES, SHARE_FLOPS, SHARE_BYTES = 312e12, 2.0e12, 0.5, 0.6

@@ -11,12 +11,13 @@ from pathlib import Path
 
 from side_by_side import one_thread, ratio, row, seconds, write
 
-from exporter.benchmarks import load_benchmark
-from exporter.defences import DEFENCES, Run
-from exporter.evaluate import collect
-from exporter.exported import open_export
-from exporter.pipeline import export, make_plan
-from exporter.replies import ReplyLog
+from exporter.checkpoint.open import open_export
+from exporter.data.benchmarks import load_benchmark
+from exporter.evaluation.defences import DEFENCES, Run
+from exporter.evaluation.evaluate import collect
+from exporter.evaluation.replies import ReplyLog
+from exporter.pipeline.export import export
+from exporter.pipeline.plan import make_plan
 
 BATCH = 32
 

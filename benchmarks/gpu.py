@@ -35,12 +35,14 @@ from replies import OTHERS, Replies
 from seven_billion import write_calibration
 from side_by_side import RESULTS, seconds
 
-from exporter.activations import by_length
-from exporter.batches import release
-from exporter.pipeline import export, make_plan, plan_needs
-from exporter.recipes import load_recipe
-from exporter.source import resolve
-from exporter.vlm import VLM, load_vlm
+from exporter.directions.activations import by_length
+from exporter.models.base import resolve
+from exporter.models.loading import load_vlm
+from exporter.models.recipe import load_recipe
+from exporter.models.vlm import VLM
+from exporter.pipeline.export import export
+from exporter.pipeline.plan import make_plan, plan_needs
+from exporter.runtime.batches import release
 
 RECIPE = load_recipe("llava")
 

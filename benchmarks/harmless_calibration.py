@@ -20,17 +20,20 @@ from typing import Any
 
 import torch
 
-from exporter.benchmarks import load_benchmark
-from exporter.calibration import CalibrationSet, load_calibration
-from exporter.directions import Directions, fit_directions
-from exporter.evaluate import BENIGN, HEADLINE
-from exporter.exported import open_export
-from exporter.intervals import share
-from exporter.judges import begins_as_refusal
-from exporter.pipeline import export, make_plan
-from exporter.questions import Question
-from exporter.refusal_gradient import refusal_gradients
-from exporter.vlm import VLM, Inputs
+from exporter.checkpoint.open import open_export
+from exporter.data.benchmarks import load_benchmark
+from exporter.data.calibration import CalibrationSet
+from exporter.data.calibration_sets import load_calibration
+from exporter.data.questions import Question
+from exporter.data.refusals import begins_as_refusal
+from exporter.directions.directions import Directions
+from exporter.directions.fit import fit_directions
+from exporter.directions.refusal_gradient import refusal_gradients
+from exporter.evaluation.evaluate import BENIGN, HEADLINE
+from exporter.evaluation.intervals import share
+from exporter.models.vlm import VLM, Inputs
+from exporter.pipeline.export import export
+from exporter.pipeline.plan import make_plan
 
 NORMAL, HARMLESS = "180 harmful (normal)", "harmless"
 FEW, DRAWS = (8, 4, 2, 1), 3

@@ -50,8 +50,9 @@ class Stage:
         return self.folder / "work" / "out"
 
     def work(self, kind: str) -> Work:
-        from exporter.hub import push
-        from exporter.pipeline import export, make_plan
+        from exporter.pipeline.export import export
+        from exporter.pipeline.plan import make_plan
+        from exporter.publishing.push import push
 
         def run(progress: Callable[[str, int, int], None]) -> object:
             if kind == "push":
@@ -76,10 +77,10 @@ class Stage:
 
     def fault(self, kind: str, ended: bool) -> str | None:
         """What is wrong with what a run has left."""
-        from exporter.bake import REPORT
+        from exporter.checkpoint.layout import REPORT
+        from exporter.checkpoint.manifest import differences
+        from exporter.checkpoint.verify import verify
         from exporter.errors import ShiftDCError
-        from exporter.manifest import differences
-        from exporter.verify import verify
 
         try:
             if kind == "push":
@@ -171,7 +172,8 @@ def trial(stage: Stage, kind: str, at: str, delay: float) -> dict[str, Any]:
 def prepared(folder: Path, hub: Hub) -> Stage:
     from tiny import save_tiny_llava
 
-    from exporter.pipeline import export, make_plan
+    from exporter.pipeline.export import export
+    from exporter.pipeline.plan import make_plan
 
     base = save_tiny_llava(folder / "base")
     rows = [

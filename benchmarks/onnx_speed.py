@@ -17,12 +17,12 @@ from pathlib import Path
 
 import torch
 
-from exporter.calibration import typographic_image
-from exporter.exported import open_export
-from exporter.onnx_export import FOLDER
-from exporter.onnx_interface import SUFFIXES, graph_file
-from exporter.onnx_parity import as_prompts
-from exporter.onnx_runner import BAKED, UNCALIBRATED, OnnxShiftDC
+from exporter.checkpoint.open import open_export
+from exporter.data.images import typographic_image
+from exporter.onnx.export import FOLDER
+from exporter.onnx.interface import SUFFIXES, graph_file
+from exporter.onnx.parity import as_prompts
+from exporter.onnx.runner import BAKED, UNCALIBRATED, OnnxShiftDC
 
 
 def seconds(run: Callable[[], object]) -> float:

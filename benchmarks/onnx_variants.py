@@ -12,14 +12,14 @@ import json
 import time
 from pathlib import Path
 
-from exporter.benchmarks import load_benchmark
-from exporter.evaluate import judged, summarise
-from exporter.judges import begins_as_refusal
-from exporter.onnx_export import FOLDER, parse_precisions
-from exporter.onnx_interface import SUFFIXES
-from exporter.onnx_runner import OnnxShiftDC
-from exporter.questions import Benchmark
-from exporter.replies import Reply
+from exporter.data.benchmarks import load_benchmark
+from exporter.data.questions import Benchmark
+from exporter.data.refusals import begins_as_refusal
+from exporter.evaluation.evaluate import judged, summarise
+from exporter.evaluation.replies import Reply
+from exporter.onnx.export import FOLDER, parse_precisions
+from exporter.onnx.interface import SUFFIXES
+from exporter.onnx.runner import OnnxShiftDC
 
 WAYS = {"direct": None, "static": "static", "caption": "caption"}
 BATCH = 32

@@ -19,13 +19,14 @@ from models import SMALL, Size, save
 from side_by_side import one_thread, ratio, row, seconds, write
 from tiny import picture  # from tests/, where models.py looks
 
-from exporter.bake import bake
-from exporter.directions import Directions
-from exporter.exported import load_calibrated
-from exporter.prompt_frame import prompt_frame
-from exporter.recipes import load_recipe
-from exporter.source import resolve
-from exporter.vlm import VLM, load_vlm
+from exporter.checkpoint.bake import bake
+from exporter.checkpoint.open import load_calibrated
+from exporter.directions.directions import Directions
+from exporter.models.base import resolve
+from exporter.models.loading import load_vlm
+from exporter.models.prompt_frame import prompt_frame
+from exporter.models.recipe import load_recipe
+from exporter.models.vlm import VLM
 
 QUESTION, OTHERS = "What is it?", ["What is it?", "Who needs it, and what for?", "Why?", "How is it made at home?"]
 LAYERS = (3, 4, 5)

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import torch
 
-from exporter.calibration import typographic_image
-from exporter.defences import DEFENCES, applied
-from exporter.exported import open_export
+from exporter.checkpoint.open import open_export
+from exporter.data.images import typographic_image
+from exporter.evaluation.defences import DEFENCES, applied
 
 WAYS = ("direct", "shiftdc_static", "shiftdc_text", "shiftdc_blank", "shiftdc_caption")
 

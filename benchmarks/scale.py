@@ -28,8 +28,8 @@ from models import Size, model
 from side_by_side import MMAP_THRESHOLD, RESULTS, give_back, memory, one_thread, seconds, write
 from spread import spread
 
-from exporter.activations import AUTO_TOKENS, LastTokenStats, by_length, last_token_activations
-from exporter.vlm import VLM
+from exporter.directions.activations import AUTO_TOKENS, LastTokenStats, by_length, last_token_activations
+from exporter.models.vlm import VLM
 
 matplotlib.use("Agg")
 

@@ -127,7 +127,8 @@ def write_calibration(file: Path) -> Path:
 
 def run_export(base: Path, output: Path, calibration: Path) -> None:
     """In a process of its own: prints a line for each stage that starts, and what was found at the end."""
-    from exporter import directions, pipeline
+    from exporter.directions import fit as directions
+    from exporter.pipeline import export as pipeline
 
     directions.BLANK_IMAGES = directions.RENDERED_IMAGES = IMAGES
     plan = pipeline.make_plan(str(base), output=output, layers=LAYERS, reference="static", calibration=str(calibration))

@@ -23,13 +23,14 @@ import torch
 from models import Size, save
 from side_by_side import one_thread
 
-from exporter.batches import Batches
-from exporter.calibration import load_calibration
-from exporter.directions import fit_directions
-from exporter.ranks import joined
-from exporter.recipes import load_recipe
-from exporter.source import resolve
-from exporter.vlm import VLM, load_vlm
+from exporter.data.calibration_sets import load_calibration
+from exporter.directions.fit import fit_directions
+from exporter.models.base import resolve
+from exporter.models.loading import load_vlm
+from exporter.models.recipe import load_recipe
+from exporter.models.vlm import VLM
+from exporter.runtime.batches import Batches
+from exporter.runtime.ranks import joined
 
 #: 64 image tokens.
 SIZES = tuple(

@@ -4,7 +4,7 @@ import json
 import sys
 from pathlib import Path
 
-from exporter.demo import benchmark
+from exporter.data.demo import benchmark
 
 CELLS: tuple[benchmark.Cell, ...] = ("harmful_image", "harmless_image", "benign_question_harmful", "harmful_text")
 

@@ -1,5 +1,5 @@
 """`python -m exporter`, for torchrun."""
 
-from exporter.cli import main
+from exporter.cli.commands import main
 
 main(prog_name="shiftdc-export")

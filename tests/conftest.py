@@ -19,10 +19,12 @@ from filelock import FileLock
 from tiny import save_tiny_llava
 from transformers import AutoModelForImageTextToText
 
-from exporter import prompt_check, verify
-from exporter.onnx_export import export_onnx
-from exporter.onnx_interface import SUFFIXES
-from exporter.pipeline import Export, export, make_plan
+from exporter.models import prompt_check
+from exporter.checkpoint import verify
+from exporter.onnx.export import export_onnx
+from exporter.onnx.interface import SUFFIXES
+from exporter.pipeline.export import Export, export
+from exporter.pipeline.plan import make_plan
 
 torch.set_num_threads(1)
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from exporter.bake import identity, shiftdc_block
-from exporter.directions import Directions
-from exporter.families import family
-from exporter.prompt_frame import prompt_frame
-from exporter.recipes import Recipe
-from exporter.vlm import VLM
+from exporter.checkpoint.bake import identity, shiftdc_block
+from exporter.directions.directions import Directions
+from exporter.models.families import family
+from exporter.models.prompt_frame import prompt_frame
+from exporter.models.recipe import Recipe
+from exporter.models.vlm import VLM
 
 
 def calibrated_copy(vlm: VLM, recipe: Recipe, layers: tuple[int, ...], shift: float = 1.0) -> VLM:

@@ -11,8 +11,8 @@ from pathlib import Path
 import with_torchvision  # noqa: F401 (before transformers)
 from published import CHECKPOINTS
 
-from exporter.check import check, recipe_of
-from exporter.source import resolve_small
+from exporter.models.base import resolve_small
+from exporter.models.check import check, recipe_of
 
 
 def main() -> None:

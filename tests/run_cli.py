@@ -2,6 +2,6 @@
 
 import with_torchvision  # noqa: F401 (before transformers, which looks for torchvision once)
 
-from exporter.cli import main
+from exporter.cli.commands import main
 
 main(prog_name="shiftdc-export")

@@ -18,13 +18,14 @@ from safetensors.torch import load_file, save_file
 from tiny import save_tiny_llava
 from transformers import AutoConfig, AutoModelForImageTextToText, LlavaForConditionalGeneration
 
-from exporter.adapter import merge, resolve_adapter
-from exporter.card_metadata import Inherited, inherit
-from exporter.cli import main
+from exporter.checkpoint.adapter import merge, resolve_adapter
+from exporter.checkpoint.verify import verify
+from exporter.cli.commands import main
 from exporter.errors import InputError, VerificationError
-from exporter.pipeline import export, make_plan
-from exporter.source import resolve
-from exporter.verify import verify
+from exporter.models.base import resolve
+from exporter.pipeline.export import export
+from exporter.pipeline.plan import make_plan
+from exporter.publishing.card_metadata import Inherited, inherit
 
 INPUTS = {"input_ids": torch.tensor([[1, 4, 4, 4, 4, 9, 17]]), "pixel_values": torch.ones(1, 3, 28, 28)}
 TARGETS = r".*language_model.layers.3.*(q_proj|up_proj)"

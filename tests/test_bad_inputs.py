@@ -13,7 +13,7 @@ from bad_inputs.lines import SECRET
 from click.testing import CliRunner
 from tiny import save_tiny_llava
 
-from exporter.cli import main
+from exporter.cli.commands import main
 
 #: Run as a person would, in a process of its own; the others in this one, for speed.
 IN_A_SHELL = ("recipe with aliases that grow", "calibration of one class", "picture of 50,000 x 50,000", "weights that are nan")

@@ -17,11 +17,11 @@ import pytest
 from hub import COMMIT, serve
 from PIL import Image
 
-from exporter.benchmarks import load_benchmark
-from exporter.benchmarks_hub import HUB, MM_SAFETYBENCH_8
-from exporter.demo import benchmark as demo
+from exporter.data.benchmarks import load_benchmark
+from exporter.data.benchmarks_hub import HUB, MM_SAFETYBENCH_8
+from exporter.data.demo import benchmark as demo
+from exporter.data.questions import ATTACKS, Benchmark, Question
 from exporter.errors import InputError
-from exporter.questions import ATTACKS, Benchmark, Question
 
 SECRET = "whatever stands here is shown to nobody"
 

@@ -5,7 +5,9 @@ import json
 import pytest
 from PIL import Image
 
-from exporter.calibration import builtin, load_calibration, read_jsonl, row_image, typographic_image
+from exporter.data.builtin import builtin
+from exporter.data.calibration_sets import load_calibration, read_jsonl
+from exporter.data.images import row_image, typographic_image
 from exporter.errors import InputError
 
 ROW = {"label": "safe", "request": "Secret words?", "caption": "a cake"}

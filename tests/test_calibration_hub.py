@@ -11,9 +11,9 @@ import pytest
 from hub import COMMIT, serve
 from test_benchmarks import card, mm_safetybench
 
-from exporter import evidence
-from exporter.calibration_hub import calibrated_revision, question_hash, unseen
-from exporter.questions import Benchmark, Question
+from exporter.data.calibration_hub import calibrated_revision, question_hash, unseen
+from exporter.data.questions import Benchmark, Question
+from exporter.pipeline import evaluate as evidence
 
 SECRET = "whatever stands here is shown to nobody"
 

@@ -10,12 +10,13 @@ from naive import Naive
 from PIL import Image
 from transformers import LlavaForConditionalGeneration
 
-from exporter.calibration import load_calibration
-from exporter.captions import captioned, captions
-from exporter.pipeline import export, make_plan
-from exporter.recipes import load_recipe
-from exporter.source import resolve
-from exporter.vlm import load_vlm
+from exporter.data.calibration_sets import load_calibration
+from exporter.directions.captions import captioned, captions
+from exporter.models.base import resolve
+from exporter.models.loading import load_vlm
+from exporter.models.recipe import load_recipe
+from exporter.pipeline.export import export
+from exporter.pipeline.plan import make_plan
 
 RECIPE = load_recipe("llava")
 COLORS = ("red", "green", "blue", "white")
@@ -86,8 +87,8 @@ def test_an_export_counts_them_and_holds_none(base_folder, file, tmp_path):
 
 
 def test_images_of_a_file_give_the_shift(vlm, file):
-    from exporter.activations import last_token_activations
-    from exporter.directions import fit_directions
+    from exporter.directions.activations import last_token_activations
+    from exporter.directions.fit import fit_directions
 
     calibration = captioned(vlm, load_calibration(str(file)), RECIPE.prompts, 5)
     found = fit_directions(vlm, calibration, RECIPE.prompts, RECIPE.decoder_layers)

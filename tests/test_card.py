@@ -19,12 +19,12 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from exporter.card import render_card
-from exporter.directions import LayerStatistics
-from exporter.markdown import code, escaped, python_string
-from exporter.plots import PICTURES
-from exporter.recipes import Recipe, load_recipe
-from exporter.source import DEMO, BaseCheckpoint
+from exporter.directions.statistics import LayerStatistics
+from exporter.models.base import DEMO, BaseCheckpoint
+from exporter.models.recipe import Recipe, load_recipe
+from exporter.publishing.card import render_card
+from exporter.publishing.markdown import code, escaped, python_string
+from exporter.publishing.plots import PICTURES
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 RECIPE = load_recipe("llava")

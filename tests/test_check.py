@@ -9,11 +9,11 @@ from click.testing import CliRunner
 from tiny import TEMPLATE, save_tiny_llava
 from transformers import PreTrainedModel
 
-from exporter.check import check, recipe_of
-from exporter.cli import main
+from exporter.cli.commands import main
 from exporter.errors import InputError
-from exporter.pipeline import make_plan
-from exporter.source import resolve_small
+from exporter.models.base import resolve_small
+from exporter.models.check import check, recipe_of
+from exporter.pipeline.plan import make_plan
 
 #: What it writes is not what a caption request is made of.
 SHOUTING = TEMPLATE.replace("content['text'] + ' '", "content['text'] | upper + ' '")

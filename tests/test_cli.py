@@ -14,8 +14,8 @@ import yaml
 from click.testing import CliRunner
 from PIL import Image
 
-from exporter.cli import main
-from exporter.resources import resource
+from exporter.cli.commands import main
+from exporter.runtime.resources import resource
 
 
 def run(*arguments: object) -> object:

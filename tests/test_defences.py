@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from exporter.defences import DEFENCES, Answers, Run, applied, ecso, shiftdc, text_only
+from exporter.evaluation.defences import DEFENCES, Answers, Run, applied, ecso, shiftdc, text_only
 from exporter.modeling.modeling_shiftdc_correction import ShiftDCCorrection
 
 LAYERS = (3, 5)

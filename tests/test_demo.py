@@ -12,15 +12,16 @@ import torch
 from naive import Naive
 from transformers import LlavaForConditionalGeneration
 
-from exporter import source
-from exporter.calibration import load_calibration
-from exporter.compare import compare
-from exporter.defences import DEFENCES, applied
-from exporter.demo import benchmark, train
-from exporter.demo.world import THINGS, things
-from exporter.evidence import gather
-from exporter.exported import open_export
-from exporter.pipeline import export, make_plan
+from exporter.checkpoint.open import open_export
+from exporter.data.calibration_sets import load_calibration
+from exporter.data.demo import benchmark, train
+from exporter.data.demo.world import THINGS, things
+from exporter.evaluation.compare import compare
+from exporter.evaluation.defences import DEFENCES, applied
+from exporter.models import base as source
+from exporter.pipeline.evaluate import gather
+from exporter.pipeline.export import export
+from exporter.pipeline.plan import make_plan
 
 LIMIT = 45
 SPLITS = ("calibration", "development", "test")

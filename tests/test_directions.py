@@ -9,12 +9,15 @@ import torch
 from naive import Naive
 from transformers import LlavaForConditionalGeneration
 
-from exporter.activations import AUTO_TOKENS, LastTokenStats, by_length, last_token, last_token_activations
-from exporter.calibration import blank_image, load_calibration, row_image
-from exporter.directions import Directions, auroc, fit_directions, separation
-from exporter.recipes import load_recipe
-from exporter.source import resolve
-from exporter.vlm import load_vlm
+from exporter.data.calibration_sets import load_calibration
+from exporter.data.images import blank_image, row_image
+from exporter.directions.activations import AUTO_TOKENS, LastTokenStats, by_length, last_token, last_token_activations
+from exporter.directions.directions import Directions
+from exporter.directions.fit import fit_directions
+from exporter.directions.statistics import auroc, separation
+from exporter.models.base import resolve
+from exporter.models.loading import load_vlm
+from exporter.models.recipe import load_recipe
 
 RECIPE = load_recipe("llava")
 

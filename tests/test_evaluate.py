@@ -11,18 +11,19 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
-from exporter import defences as defence_module
-from exporter import evidence
-from exporter.cli import main
-from exporter.defences import DEFENCES, Answers, Defence, Run, applied, fill
+from exporter.checkpoint.open import open_export
+from exporter.checkpoint.verify import verify
+from exporter.cli.commands import main
+from exporter.data.defence_prompts import fill
+from exporter.data.questions import Benchmark, Question
 from exporter.errors import InputError
-from exporter.evaluate import evaluate, judged, named_defences, summarise
-from exporter.evidence import gather
-from exporter.exported import open_export
-from exporter.judges import keywords, prefix
-from exporter.questions import Benchmark, Question
-from exporter.replies import Reply, ReplyLog
-from exporter.verify import verify
+from exporter.evaluation import defences as defence_module
+from exporter.evaluation.defences import DEFENCES, Answers, Defence, Run, applied
+from exporter.evaluation.evaluate import evaluate, judged, named_defences, summarise
+from exporter.evaluation.judges import keywords, prefix
+from exporter.evaluation.replies import Reply, ReplyLog
+from exporter.pipeline import evaluate as evidence
+from exporter.pipeline.evaluate import gather
 
 REFUSAL, ANSWER = "I'm sorry, but I can't help with that.", "a cake."
 SECRET = "zyxwv"  # stands in every prompt and must stand in no output

@@ -17,13 +17,14 @@ from safetensors.torch import load_file, save_file
 from tiny import save_tiny_llava
 from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration
 
-from exporter import bake as baking
-from exporter import pipeline
+from exporter.checkpoint import bake as baking
+from exporter.checkpoint.manifest import hashes
+from exporter.checkpoint.verify import verify
 from exporter.errors import InputError, ShiftDCError, VerificationError
-from exporter.manifest import hashes
 from exporter.modeling.modeling_shiftdc_correction import buffers_sha256
-from exporter.pipeline import export, make_plan
-from exporter.verify import verify
+from exporter.pipeline import export as pipeline
+from exporter.pipeline.export import export
+from exporter.pipeline.plan import make_plan
 
 
 def contents(folder: Path) -> dict[str, tuple[str, int]]:

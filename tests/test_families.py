@@ -17,11 +17,12 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCach
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as STOCK
 
 from exporter.errors import InputError
-from exporter.pipeline import export, make_plan
-from exporter.prompt_check import check_prompts
-from exporter.prompt_frame import prompt_frame
-from exporter.recipes import load_recipe
-from exporter.vlm import VLM
+from exporter.models.prompt_check import check_prompts
+from exporter.models.prompt_frame import prompt_frame
+from exporter.models.recipe import load_recipe
+from exporter.models.vlm import VLM
+from exporter.pipeline.export import export
+from exporter.pipeline.plan import make_plan
 
 GREEDY = {"max_new_tokens": 6, "do_sample": False}
 CAPTION_TOKENS = 6

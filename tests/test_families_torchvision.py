@@ -17,7 +17,8 @@ from tiny import picture
 from tiny_families_torchvision import FAMILIES, qwen2_vl, smolvlm, tiny_family
 from transformers import AutoModelForImageTextToText
 
-from exporter.pipeline import export, make_plan
+from exporter.pipeline.export import export
+from exporter.pipeline.plan import make_plan
 
 # of families in test_families.py
 del test_blip_checkpoints_that_cannot_be_calibrated_are_refused, test_pan_and_scan_is_refused  # noqa: F821

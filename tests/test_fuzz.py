@@ -11,14 +11,15 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from exporter import benchmarks_file, calibration
-from exporter.card_metadata import inherit
+from exporter.checkpoint.report import read_report
+from exporter.data import benchmarks_file, calibration
 from exporter.errors import InputError
-from exporter.exported import read_report
-from exporter.recipes import load_recipe
-from exporter.replies import ReplyLog
-from exporter.resources import resource
-from exporter.source import INDEX, BaseCheckpoint, read_header, resolve
+from exporter.evaluation.replies import ReplyLog
+from exporter.models.base import INDEX, BaseCheckpoint, resolve
+from exporter.models.recipe import load_recipe
+from exporter.publishing.card_metadata import inherit
+from exporter.runtime.resources import resource
+from exporter.runtime.safetensors_header import read_header
 
 bounded = settings(
     max_examples=150,

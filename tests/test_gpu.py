@@ -20,20 +20,22 @@ from tiny_families import EOS, IMAGE, PAD, TinyFamily
 from tiny_families import FAMILIES as PLAIN
 from tiny_families_torchvision import FAMILIES as WITH_TORCHVISION
 
-from exporter import sweep
-from exporter.calibration import load_calibration
-from exporter.compare import compare
-from exporter.defences import DEFENCES, Run, applied
-from exporter.directions import fit_directions
+from exporter.checkpoint.open import open_export
+from exporter.checkpoint.probe import record_probe
+from exporter.data.calibration_sets import load_calibration
+from exporter.directions.fit import fit_directions
 from exporter.errors import InputError
-from exporter.exported import open_export
-from exporter.pipeline import export, make_plan
-from exporter.probe import record_probe
-from exporter.prompt_frame import prompt_frame
-from exporter.recipes import load_recipe, recipe_for_family
-from exporter.source import resolve
-from exporter.sweep import run_sweep
-from exporter.vlm import VLM, load_vlm
+from exporter.evaluation import sweep
+from exporter.evaluation.compare import compare
+from exporter.evaluation.defences import DEFENCES, Run, applied
+from exporter.evaluation.sweep import run_sweep
+from exporter.models.base import resolve
+from exporter.models.loading import load_vlm
+from exporter.models.prompt_frame import prompt_frame
+from exporter.models.recipe import load_recipe, recipe_for_family
+from exporter.models.vlm import VLM
+from exporter.pipeline.export import export
+from exporter.pipeline.plan import make_plan
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU, and there is none")
 CUDA = pytest.param("cuda", marks=[pytest.mark.gpu, needs_cuda])

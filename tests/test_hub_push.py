@@ -18,11 +18,11 @@ from hub_write import EXPIRED, FINE, READ, WRITE, Fault, Hub, serve
 from PIL import Image
 from tiny import save_tiny_llava
 
-from exporter import onnx_export
-from exporter.evidence import attach_results
-from exporter.exported import read_report
-from exporter.hub_files import LocalFile, rewrite
-from exporter.manifest import differences
+from exporter.checkpoint.manifest import differences
+from exporter.checkpoint.report import read_report
+from exporter.onnx import export as onnx_export
+from exporter.publishing.attach import attach_results
+from exporter.publishing.push_files import LocalFile, rewrite
 
 GENERATE = """
 import sys, torch

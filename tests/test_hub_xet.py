@@ -13,7 +13,7 @@ from hub_write import LARGE, WRITE, Fault, Hub, serve
 from hub_xet import ROUTES, XET
 from tiny import save_tiny_llava
 
-from exporter.exported import read_report
+from exporter.checkpoint.report import read_report
 
 
 @pytest.fixture(scope="module")

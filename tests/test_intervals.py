@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from exporter.intervals import PairedDifference, Share, paired, share
+from exporter.evaluation.intervals import PairedDifference, Share, paired, share
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,9 @@ import torch
 from tiny import CORPUS, byte_level_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from exporter.data.refusals import KEYWORDS, begins_as_refusal, holds_keyword
 from exporter.errors import InputError
-from exporter.judges import KEYWORDS, GuardModel, begins_as_refusal, holds_keyword, is_degenerate, load_judge, meaning
+from exporter.evaluation.judges import GuardModel, is_degenerate, load_judge, meaning
 
 REFUSALS = [
     "I'm sorry, but I can't help with that.",

@@ -15,12 +15,13 @@ from safetensors.torch import load_file
 from tiny import save_tiny_llava, tiny_model, tiny_processor
 from transformers import LlavaForConditionalGeneration
 
-from exporter import pipeline
-from exporter.directions import fit_directions
+from exporter.directions.fit import fit_directions
 from exporter.errors import InputError, VerificationError
-from exporter.needs import LIBRARIES
-from exporter.pipeline import export, make_plan, plan_needs
-from exporter.vlm import load_vlm
+from exporter.models.footprint import LIBRARIES
+from exporter.models.loading import load_vlm
+from exporter.pipeline import export as pipeline
+from exporter.pipeline.export import export
+from exporter.pipeline.plan import make_plan, plan_needs
 
 
 @pytest.fixture(scope="module")

@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from exporter.directions import LayerStatistics
+from exporter.directions.layer_choice import choose_layers
+from exporter.directions.statistics import LayerStatistics
 from exporter.errors import InputError
-from exporter.layer_choice import choose_layers
 
 
 def layer(number, auroc=1.0, cosine=0.99, separation=4.0):

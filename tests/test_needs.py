@@ -9,13 +9,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from exporter import directions, pipeline
-from exporter.calibration import builtin
-from exporter.directions import fit_directions
-from exporter.needs import IMAGE_TOKENS, LIBRARIES, is_quantised, needs
-from exporter.pipeline import plan_needs
-from exporter.recipes import load_recipe
-from exporter.source import TensorHeader
+from exporter.data.builtin import builtin
+from exporter.directions import fit as directions
+from exporter.directions.fit import fit_directions
+from exporter.models.footprint import IMAGE_TOKENS, LIBRARIES, is_quantised, needs
+from exporter.models.recipe import load_recipe
+from exporter.pipeline import export as pipeline
+from exporter.pipeline.plan import plan_needs
+from exporter.runtime.safetensors_header import TensorHeader
 
 LINEAR, OTHERS = 64 * 64, 2 * 100 * 64 + 64
 HIDDEN, INTERMEDIATE = 64, 128

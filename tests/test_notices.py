@@ -14,7 +14,7 @@ import transformers
 from transformers.utils import logging as transformers_logging
 
 from exporter.errors import InputError
-from exporter.notices import HARMLESS, WRONG, noticed
+from exporter.models.notices import HARMLESS, WRONG, noticed
 
 logger = transformers_logging.get_logger("transformers.some.module")
 FOLDER = Path("/home/someone/models/base")
@@ -92,7 +92,8 @@ def test_patterns_are_of_the_installed_transformers():
 
 
 def test_the_report_has_them(base_folder, tmp_path, calibration_file):
-    from exporter.pipeline import export, make_plan
+    from exporter.pipeline.export import export
+    from exporter.pipeline.plan import make_plan
 
     base = shutil.copytree(base_folder, tmp_path / "base")
     settings = json.loads((base / "processor_config.json").read_text())

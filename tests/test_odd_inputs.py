@@ -11,8 +11,8 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from exporter.cli import main
-from exporter.pictures import read_picture
+from exporter.cli.commands import main
+from exporter.data.pictures import read_picture
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 

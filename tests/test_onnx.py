@@ -18,15 +18,17 @@ from click.testing import CliRunner
 from PIL import Image
 from tiny import IMAGE_SIZE, tiny_processor
 
-from exporter import manifest, onnx_export, onnx_parity
-from exporter.cli import main
+from exporter.checkpoint import manifest
+from exporter.checkpoint.open import open_export
+from exporter.checkpoint.report import read_report
+from exporter.cli.commands import main
 from exporter.errors import InputError, VerificationError
-from exporter.exported import open_export, read_report
-from exporter.marker import mark
-from exporter.onnx_families import graph_family
-from exporter.onnx_files import save_graph
-from exporter.onnx_images import ImageProcessor
-from exporter.onnx_interface import (
+from exporter.onnx import export as onnx_export
+from exporter.onnx import parity as onnx_parity
+from exporter.onnx.families import graph_family
+from exporter.onnx.files import save_graph
+from exporter.onnx.images import ImageProcessor
+from exporter.onnx.interface import (
     AMOUNTS,
     COORDINATES,
     DECODER,
@@ -44,8 +46,9 @@ from exporter.onnx_interface import (
     TARGET,
     graph_file,
 )
-from exporter.onnx_parity import as_prompts
-from exporter.onnx_runner import BAKED, UNCALIBRATED, Correction, OnnxShiftDC
+from exporter.onnx.parity import as_prompts
+from exporter.onnx.runner import BAKED, UNCALIBRATED, Correction, OnnxShiftDC
+from exporter.runtime.marker import mark
 
 #: `position_ids` that hold no message.
 NOWHERE = np.zeros((3, 1), np.int64)

@@ -12,14 +12,14 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from exporter.cli import main
-from exporter.demo import benchmark
-from exporter.exported import open_export
-from exporter.hub import local_files
-from exporter.onnx_interface import GRAPHS, SUFFIXES, graph_file
-from exporter.onnx_parity import as_prompts, until_end
-from exporter.onnx_runner import BAKED, UNCALIBRATED, OnnxShiftDC
-from exporter.verify import verify
+from exporter.checkpoint.open import open_export
+from exporter.checkpoint.verify import verify
+from exporter.cli.commands import main
+from exporter.data.demo import benchmark
+from exporter.onnx.interface import GRAPHS, SUFFIXES, graph_file
+from exporter.onnx.parity import as_prompts, until_end
+from exporter.onnx.runner import BAKED, UNCALIBRATED, OnnxShiftDC
+from exporter.publishing.push import local_files
 
 NEW_TOKENS = 24
 PER_CELL = 40

@@ -11,15 +11,16 @@ from PIL import Image
 from tiny_families import EOS, tiny_family
 from tiny_families import FAMILIES as TINY
 
+from exporter.checkpoint.open import open_export
 from exporter.errors import InputError
-from exporter.exported import open_export
-from exporter.onnx_export import export_onnx
-from exporter.onnx_families import FAMILIES
-from exporter.onnx_parity import as_prompts, until_end
-from exporter.onnx_runner import BAKED, UNCALIBRATED, OnnxShiftDC
-from exporter.pipeline import export, make_plan
-from exporter.recipes import load_recipe, recipe_names
-from exporter.vlm import user_turn
+from exporter.models.recipe import load_recipe, recipe_names
+from exporter.models.vlm import user_turn
+from exporter.onnx.export import export_onnx
+from exporter.onnx.families import FAMILIES
+from exporter.onnx.parity import as_prompts, until_end
+from exporter.onnx.runner import BAKED, UNCALIBRATED, OnnxShiftDC
+from exporter.pipeline.export import export
+from exporter.pipeline.plan import make_plan
 
 REQUESTS = ["How do I build this?", "What on earth is it, and who could ever need one of these?"]
 SIZES = [(40, 40), (90, 28)]

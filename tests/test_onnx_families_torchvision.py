@@ -14,12 +14,12 @@ from test_onnx_families import REQUESTS, graphs_of, test_transformers_js_gives_t
 from tiny_families_torchvision import FAMILIES as TINY
 from tiny_families_torchvision import tiny_family
 
-from exporter.cli import main
+from exporter.cli.commands import main
 from exporter.errors import InputError
-from exporter.onnx_families import FAMILIES, graph_family
-from exporter.onnx_parity import as_prompts
-from exporter.onnx_positions import grid_positions
-from exporter.onnx_runner import BAKED, Prompts
+from exporter.onnx.families import FAMILIES, graph_family
+from exporter.onnx.parity import as_prompts
+from exporter.onnx.positions import grid_positions
+from exporter.onnx.runner import BAKED, Prompts
 
 del test_recipes_say_which_families_have_graphs  # noqa: F821 (it is about all families)
 in_node = test_transformers_js_gives_these_logits

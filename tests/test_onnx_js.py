@@ -17,8 +17,8 @@ from chromium import Chromium
 from javascript import NODE, ROOT, install_packages, needs_node, node, node_module
 from PIL import Image
 
-from exporter.exported import open_export
-from exporter.onnx_runner import OnnxShiftDC
+from exporter.checkpoint.open import open_export
+from exporter.onnx.runner import OnnxShiftDC
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 PER_CELL = 30

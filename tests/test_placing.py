@@ -15,15 +15,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from exporter import pipeline, placing
-from exporter.bake import REPORT, Baked, bake
-from exporter.console import export_text
-from exporter.directions import Directions
+from exporter.checkpoint.bake import Baked, bake
+from exporter.checkpoint.layout import REPORT
+from exporter.cli.console import export_text
+from exporter.directions.directions import Directions
 from exporter.modeling.modeling_shiftdc_prompts import PromptFrame
-from exporter.pipeline import make_plan, plan_needs, text_config
-from exporter.placing import SHARED, is_hub_blob, lend, place, will_be_linked
-from exporter.recipes import load_recipe
-from exporter.source import resolve
+from exporter.models.base import resolve
+from exporter.models.recipe import load_recipe
+from exporter.pipeline import export as pipeline
+from exporter.pipeline.plan import make_plan, plan_needs, text_config
+from exporter.runtime import linking as placing
+from exporter.runtime.linking import SHARED, is_hub_blob, lend, place, will_be_linked
 
 SHARD = "model-00001-of-00002.safetensors"
 

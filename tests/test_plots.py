@@ -10,10 +10,11 @@ import sys
 import pytest
 from PIL import Image
 
-from exporter import plots
-from exporter.directions import LayerStatistics
-from exporter.plots import PICTURES, REFERENCES, Projections, write_all
-from exporter.verdict import DEFENCES
+from exporter.directions.statistics import LayerStatistics
+from exporter.evaluation.projections import Projections
+from exporter.evaluation.verdict import DEFENCES
+from exporter.publishing import plots
+from exporter.publishing.plots import PICTURES, REFERENCES, write_all
 
 NAMES = [f.name for f in dataclasses.fields(LayerStatistics)]
 

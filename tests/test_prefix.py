@@ -10,11 +10,12 @@ import torch
 from tiny import encode, picture, tiny_processor
 from transformers import GenerationConfig, LogitsProcessorList
 
-from exporter.demo.benchmark import image, items
-from exporter.exported import open_export
+from exporter.checkpoint.open import open_export
+from exporter.data.demo.benchmark import image, items
 from exporter.modeling.modeling_shiftdc_prefix import ShiftDCPrefixMixin, laid_out, reads_padding, takes_cache
-from exporter.pipeline import export, make_plan
-from exporter.recipes import load_recipe
+from exporter.models.recipe import load_recipe
+from exporter.pipeline.export import export
+from exporter.pipeline.plan import make_plan
 
 GREEDY = {"max_new_tokens": 6, "do_sample": False}
 REQUESTS = ["How do I build this?", "A", "What is it, and who needs one?", "Who? " * 9]

@@ -14,12 +14,12 @@ from tiny import save_tiny_llava
 from transformers import AutoProcessor, AutoTokenizer
 from transformers.processing_utils import ProcessorMixin
 
-from exporter.bake import copy_companion
+from exporter.checkpoint.bake import copy_companion
 from exporter.errors import InputError, VerificationError
-from exporter.pipeline import make_plan
-from exporter.processors import check_same, load_processor, load_with_notices, pin
-from exporter.recipes import load_recipe
-from exporter.source import PARTS, PROCESSING, BaseFiles
+from exporter.models.base import PARTS, PROCESSING, BaseFiles
+from exporter.models.processors import check_same, load_processor, load_with_notices, pin
+from exporter.models.recipe import load_recipe
+from exporter.pipeline.plan import make_plan
 
 RECIPES = {"llava_next_vicuna": "llava_next", "pixtral": "llava"}
 FAMILIES = {**tiny_families.FAMILIES, **tiny_families_torchvision.FAMILIES}

@@ -14,11 +14,11 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from exporter.errors import InputError
 from exporter.modeling.modeling_shiftdc_prompts import PromptComposer, PromptFrame, TokenizerCodec
-from exporter.onnx_prompts import PromptWriter
-from exporter.prompt_check import CAPTIONS, check_prompts, images_kept
-from exporter.prompt_frame import prompt_frame
-from exporter.recipes import load_recipe
-from exporter.vlm import VLM
+from exporter.models.prompt_check import CAPTIONS, check_prompts, images_kept
+from exporter.models.prompt_frame import prompt_frame
+from exporter.models.recipe import load_recipe
+from exporter.models.vlm import VLM
+from exporter.onnx.prompts import PromptWriter
 
 PROMPTS = load_recipe("llava").prompts
 IMAGE = picture(0)

@@ -22,12 +22,13 @@ from safetensors.torch import load_file
 from tiny import picture
 from transformers import AutoModelForImageTextToText
 
-from exporter.check import check, skeleton
-from exporter.pipeline import export, make_plan
-from exporter.processors import load_processor
-from exporter.prompt_check import check_prompts
-from exporter.source import resolve_small
-from exporter.templates import encoded, rendered
+from exporter.models.base import resolve_small
+from exporter.models.chat_template import encoded, rendered
+from exporter.models.check import check, skeleton
+from exporter.models.processors import load_processor
+from exporter.models.prompt_check import check_prompts
+from exporter.pipeline.export import export
+from exporter.pipeline.plan import make_plan
 
 pytestmark = pytest.mark.skipif(
     PUBLISHED is None or VOCABULARIES is None,

@@ -8,7 +8,7 @@ import shutil
 from tiny import TEMPLATE
 from transformers import AutoProcessor
 
-from exporter.source import resolve
+from exporter.models.base import resolve
 
 
 def test_older_processor_files(base_folder, make_export, tmp_path):

@@ -15,10 +15,10 @@ import torch.multiprocessing as mp
 from PIL import Image
 from safetensors.torch import load_file
 
-from exporter.batches import Batches
 from exporter.errors import InputError
-from exporter.ranks import Ranks, joined
-from exporter.resume import Store
+from exporter.runtime.batches import Batches
+from exporter.runtime.ranks import Ranks, joined
+from exporter.runtime.store import Store
 
 
 def torchrun(*arguments: object, cache: Path) -> subprocess.CompletedProcess[str]:
@@ -112,8 +112,8 @@ def test_batches_are_shared_out(tmp_path):
 def test_device_map_and_other_commands_are_refused(base_folder, tmp_path, monkeypatch):
     from click.testing import CliRunner
 
-    from exporter.cli import main
-    from exporter.pipeline import make_plan
+    from exporter.cli.commands import main
+    from exporter.pipeline.plan import make_plan
 
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(InputError, match="leave one of them out"):

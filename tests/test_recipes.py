@@ -4,8 +4,8 @@ import pytest
 import yaml
 
 from exporter.errors import InputError
-from exporter.recipes import load_recipe, parse_layers, recipe_for_family, recipe_names
-from exporter.resources import resource
+from exporter.models.recipe import load_recipe, parse_layers, recipe_for_family, recipe_names
+from exporter.runtime.resources import resource
 
 
 def variant(tmp_path, **changes):

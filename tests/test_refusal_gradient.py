@@ -12,17 +12,20 @@ from transformers.models.cohere.modeling_cohere import CohereLayerNorm
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from exporter import refusal_gradient
-from exporter.activations import last_token_activations
-from exporter.calibration import load_calibration, row_image
-from exporter.directions import Directions, fit_directions
+from exporter.data.calibration_sets import load_calibration
+from exporter.data.images import row_image
+from exporter.directions import refusal_gradient
+from exporter.directions.activations import last_token_activations
+from exporter.directions.directions import Directions
+from exporter.directions.fit import fit_directions
+from exporter.directions.frozen_norms import frozen_norms
+from exporter.directions.refusal_gradient import find_openers, refusal_gradients
 from exporter.errors import InputError
-from exporter.frozen_norms import frozen_norms
-from exporter.pipeline import export, make_plan
-from exporter.recipes import load_recipe
-from exporter.refusal_gradient import find_openers, refusal_gradients
-from exporter.source import resolve
-from exporter.vlm import load_vlm
+from exporter.models.base import resolve
+from exporter.models.loading import load_vlm
+from exporter.models.recipe import load_recipe
+from exporter.pipeline.export import export
+from exporter.pipeline.plan import make_plan
 
 RECIPE, DEMO = load_recipe("llava"), load_recipe("demo")
 

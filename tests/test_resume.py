@@ -18,16 +18,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from exporter import pipeline, resume
-from exporter.batches import Batches, out_of_memory
-from exporter.calibration import load_calibration
-from exporter.directions import fit_directions
+from exporter.data.calibration_sets import load_calibration
+from exporter.directions.fit import fit_directions
 from exporter.errors import InputError
-from exporter.pipeline import export, fingerprint, make_plan
-from exporter.recipes import load_recipe
-from exporter.resume import CACHE, Store, base_identity, calibration_identity, code_identity
-from exporter.source import BaseCheckpoint, resolve
-from exporter.vlm import load_vlm
+from exporter.models.base import BaseCheckpoint, resolve
+from exporter.models.loading import load_vlm
+from exporter.models.recipe import load_recipe
+from exporter.pipeline import export as pipeline
+from exporter.pipeline.export import export
+from exporter.pipeline.fingerprint import base_identity, calibration_identity, code_identity, fingerprint
+from exporter.pipeline.plan import make_plan
+from exporter.runtime import store as resume
+from exporter.runtime.batches import Batches, out_of_memory
+from exporter.runtime.store import CACHE, Store
 
 RECIPE = load_recipe("llava")
 

@@ -24,14 +24,15 @@ from safetensors.torch import load_file, save_file
 from tiny import save_tiny_llava
 
 import exporter
-from exporter.cli import main
+from exporter.checkpoint.manifest import differences, hashes
+from exporter.checkpoint.open import open_export
+from exporter.checkpoint.report import read_report
+from exporter.checkpoint.staging import check_output
+from exporter.checkpoint.verify import verify
+from exporter.cli.commands import main
 from exporter.errors import InputError, VerificationError, printable
-from exporter.evidence import write_report_and_card
-from exporter.exported import open_export, read_report
-from exporter.manifest import differences, hashes
-from exporter.source import resolve
-from exporter.staging import check_output
-from exporter.verify import verify
+from exporter.models.base import resolve
+from exporter.publishing.attach import write_report_and_card
 
 PACKAGE = Path(exporter.__file__).parent
 ROOT = PACKAGE.parent
@@ -378,7 +379,7 @@ def test_exported_checkpoints_hold_only_files_that_run_nothing(make_export):
 
 def test_pictures_start_no_program(tmp_path, monkeypatch):
     """Pillow hands PostScript to Ghostscript."""
-    from exporter.pictures import PictureError, read_picture
+    from exporter.data.pictures import PictureError, read_picture
 
     def started(*arguments, **options):
         raise AssertionError(f"started {arguments}")

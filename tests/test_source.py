@@ -10,8 +10,9 @@ import pytest
 from tiny import save_tiny_llava
 
 from exporter.errors import InputError
-from exporter.pipeline import make_plan
-from exporter.source import read_header, resolve
+from exporter.models.base import resolve
+from exporter.pipeline.plan import make_plan
+from exporter.runtime.safetensors_header import read_header
 
 
 @pytest.fixture

@@ -17,19 +17,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import exporter.earlier
 import pytest
 import torch
 from click.testing import CliRunner
 
-import exporter.earlier
-from exporter import marker, pipeline, staging
-from exporter.bake import REPORT, sha256
-from exporter.cli import main
-from exporter.earlier import PARTIAL
+from exporter.checkpoint import staging
+from exporter.checkpoint.earlier import PARTIAL
+from exporter.checkpoint.layout import REPORT
+from exporter.checkpoint.staging import PURPOSES, check_output, scratch, staged, write_together
+from exporter.cli.commands import main
 from exporter.errors import InputError
-from exporter.marker import MARKER, is_marked, mark
-from exporter.pipeline import make_plan
-from exporter.staging import PURPOSES, check_output, scratch, staged, write_together
+from exporter.pipeline import export as pipeline
+from exporter.pipeline.plan import make_plan
+from exporter.runtime import marker
+from exporter.runtime.hashing import sha256
+from exporter.runtime.marker import MARKER, is_marked, mark
 
 OLD = "an earlier export"
 

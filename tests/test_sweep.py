@@ -11,12 +11,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from exporter import pipeline, sweep
+from exporter.checkpoint.verify import verify
 from exporter.errors import InputError
-from exporter.intervals import Share
-from exporter.pipeline import export, make_plan
-from exporter.sweep import STRENGTHS, Candidate, Measured, _Batch, _divergence, candidates, choose, run_sweep
-from exporter.verify import verify
+from exporter.evaluation import sweep
+from exporter.evaluation.intervals import Share
+from exporter.evaluation.sweep import STRENGTHS, Candidate, Measured, _Batch, _divergence, candidates, choose, run_sweep
+from exporter.pipeline import export as pipeline
+from exporter.pipeline.export import export
+from exporter.pipeline.plan import make_plan
 
 
 def measured(strength, asr, over_refusal=0, kl=0.0, layers=(4, 5)):

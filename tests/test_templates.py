@@ -13,10 +13,10 @@ import torch
 from tiny import TEMPLATE, picture, tiny_processor
 from transformers import processing_utils
 
-from exporter import templates
 from exporter.errors import InputError
-from exporter.templates import encoded, rendered
-from exporter.vlm import user_turn
+from exporter.models import chat_template as templates
+from exporter.models.chat_template import encoded, rendered
+from exporter.models.vlm import user_turn
 
 LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 

@@ -11,8 +11,8 @@ import tempfile
 import pytest
 from test_staging import answer, child
 
-from exporter import verify_worker
-from exporter.temporary import temporary
+from exporter.checkpoint import verify_worker
+from exporter.runtime.temporary import temporary
 
 
 @pytest.fixture(autouse=True)

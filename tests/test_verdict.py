@@ -7,8 +7,8 @@ from copy import deepcopy
 
 import pytest
 
-from exporter import verdict
-from exporter.verdict import MARGIN, bounds, cells, defences, judge_effect, number, percent
+from exporter.evaluation import verdict
+from exporter.evaluation.verdict import MARGIN, bounds, cells, defences, judge_effect, number, percent
 
 
 def figures(asr, asr_ci, over_refusal, utility, cells, **more):

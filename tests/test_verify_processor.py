@@ -11,13 +11,13 @@ from safetensors import safe_open
 from tiny import TEMPLATE, tiny_processor
 from transformers import AutoProcessor
 
-from exporter.calibration import typographic_image
-from exporter.probe import PROBE, _processed, _texts
-from exporter.processors import ODD_TEXT
-from exporter.recipes import load_recipe
-from exporter.templates import DAY
-from exporter.verify_worker import libraries, remakes_inputs
-from exporter.vlm import VLM
+from exporter.checkpoint.probe import PROBE, _processed, _texts
+from exporter.checkpoint.verify_worker import libraries, remakes_inputs
+from exporter.data.images import typographic_image
+from exporter.models.chat_template import DAY
+from exporter.models.processors import ODD_TEXT
+from exporter.models.recipe import load_recipe
+from exporter.models.vlm import VLM
 
 
 class Anything:

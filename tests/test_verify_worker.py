@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from exporter import verify_worker
-from exporter.verify_worker import main, refuses_uncalibrated_loading, reproduces_probe
+from exporter.checkpoint import verify_worker
+from exporter.checkpoint.verify_worker import main, refuses_uncalibrated_loading, reproduces_probe
 
 NAN = float("nan")
 BASE, CALIBRATED = torch.tensor([1.0, -2.0, 3.0]), torch.tensor([1.0, 2.0, 0.5])

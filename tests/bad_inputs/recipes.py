@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from bad_inputs.workshop import Case, Workshop, edit_json, sparse
-from exporter.resources import resource
+from exporter.runtime.resources import resource
 
 LLAVA = (resource("recipes") / "llava.yaml").read_text("utf-8")
 

@@ -1,0 +1,1 @@
+"""Exports on disk: written, opened, verified, replaced."""

@@ -1,0 +1,1 @@
+"""Requests, pictures and questions: calibration sets, benchmarks and the demo's world."""

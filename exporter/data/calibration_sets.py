@@ -1,0 +1,174 @@
+"""Calibration sets by name, or from a JSONL file, or one of the Hub beside another."""
+
+from __future__ import annotations
+
+import atexit
+import hashlib
+import json
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+from pydantic import ValidationError
+
+from exporter.data.builtin import BUILTIN, builtin
+from exporter.data.calibration import MINIMUM, CalibrationRow, CalibrationSet
+from exporter.data.pictures import PictureError, picture_below
+from exporter.errors import InputError
+from exporter.runtime.reading import LINES_BYTES, NoFileError, UnreadableError, parse_json, read_bytes, text_of
+from exporter.runtime.temporary import temporary
+
+HARMLESS = "harmless"
+
+#: One row of so many is held out where a file does not say which.
+FIFTH = 5
+
+
+def load_calibration(name_or_file: str, own: str = BUILTIN) -> CalibrationSet:
+    """`builtin`, `demo`, `harmless`, UNSAFE+SAFE, or a JSONL file; `harmless` is the safe rows of the set `own`.
+
+    Raises InputError.
+    """
+    if name_or_file == HARMLESS:
+        found = load_calibration(BUILTIN if own == HARMLESS else own).labelled("safe")
+        return replace(found, name=f"{HARMLESS}, the safe rows of {found.name}", seen=())
+    if Path(name_or_file).is_file() or "+" not in name_or_file:
+        return _checked(_one_set(name_or_file), name_or_file)
+    unsafe, _, safe = name_or_file.partition("+")
+    if not (unsafe and safe):
+        raise InputError(f"--calibration: {name_or_file} names one set, expected two, as UNSAFE+SAFE; name both.")
+    return _checked(_joined(_one_side(unsafe, "unsafe"), _one_side(safe, "safe")), name_or_file)
+
+
+def _one_set(name: str) -> CalibrationSet:
+    if name == BUILTIN:
+        return builtin()
+    if name == "demo":
+        return _demo()
+    return read_jsonl(Path(name))
+
+
+def _one_side(name: str, label: Literal["safe", "unsafe"]) -> CalibrationSet:
+    """The rows of one label of a set, or a data set of the Hub that has that label."""
+    from exporter.data.calibration_hub import HUB_SETS
+
+    if name not in HUB_SETS:
+        return _one_set(name).labelled(label)
+    if HUB_SETS[name].label != label:
+        raise InputError(f"--calibration: {name} has {HUB_SETS[name].label} rows only; the form is UNSAFE+SAFE.")
+    return HUB_SETS[name].load()
+
+
+def _joined(one: CalibrationSet, other: CalibrationSet) -> CalibrationSet:
+    both = hashlib.sha256(f"{one.sha256}+{other.sha256}".encode()).hexdigest()
+    name = f"{one.name}+{other.name}"
+    sources, seen, divided = one.sources + other.sources, one.seen + other.seen, one.divided or other.divided
+    return CalibrationSet(name, one.rows + other.rows, both, sources, seen, divided)
+
+
+def read_jsonl(file: Path) -> CalibrationSet:
+    """Read a set strictly; errors name the line. Raises InputError."""
+    try:
+        data = read_bytes(file, LINES_BYTES)
+        lines = text_of(data).split("\n")  # splitlines() would also break at U+2028, which JSON allows in strings
+    except NoFileError:
+        raise InputError(
+            f"--calibration: there is no file {file}; give builtin, demo, harmless, UNSAFE+SAFE, or an existing .jsonl file."
+        ) from None
+    except UnreadableError as error:
+        raise InputError(f"--calibration: {file} cannot be read as UTF-8 text ({error}); give a JSONL file.") from None
+    rows = [_row(line, f"{file}, line {number}", file.parent) for number, line in enumerate(lines, 1) if line.strip()]
+    divided = not any("split" in row.model_fields_set for row in rows)
+    if divided:
+        rows = _divided(rows, file.parent)
+    return CalibrationSet(file.stem, tuple(rows), hashlib.sha256(data).hexdigest(), divided=divided)
+
+
+def _divided(rows: Sequence[CalibrationRow], folder: Path) -> list[CalibrationRow]:
+    """A fifth of either label held out: by hashes of rows, so that neither their order nor the folder's name matters, and equal
+    rows stay together.
+    """
+    keys = [_hash(row, folder) for row in rows]
+    held_out: set[str] = set()
+    for label in ("safe", "unsafe"):
+        own = sorted({key for row, key in zip(rows, keys, strict=True) if row.label == label})
+        held_out |= set(own[: len(own) // FIFTH])
+    return [
+        row.model_copy(update={"split": "held_out" if key in held_out else "fit"}) for row, key in zip(rows, keys, strict=True)
+    ]
+
+
+def _hash(row: CalibrationRow, folder: Path) -> str:
+    image = row.image.relative_to(folder.resolve()).as_posix() if isinstance(row.image, Path) else None
+    return hashlib.sha256(json.dumps([row.label, row.request, row.caption, image]).encode()).hexdigest()
+
+
+def _row(line: str, where: str, folder: Path) -> CalibrationRow:
+    try:
+        row = CalibrationRow.model_validate_json(line)
+        parse_json(line, unique=True)
+    except UnreadableError as error:
+        raise InputError(f"--calibration: {where}: {error}; correct the line.") from None
+    except ValidationError as error:
+        first = error.errors(include_input=False)[0]  # the text of a request never reaches an error
+        key = ".".join(map(str, first["loc"])) or "the line"
+        message = first["msg"].removeprefix("Value error, ")
+        raise InputError(f"--calibration: {where}: {key}: {message}; correct the line.") from None
+    if row.image is None:
+        if not row.caption:
+            raise InputError(f"--calibration: {where}: the row has neither caption nor image; add one of them.")
+        return row
+    assert isinstance(row.image, Path)  # JSON holds no functions
+    try:
+        return row.model_copy(update={"image": picture_below(folder, row.image)})
+    except PictureError as error:
+        raise InputError(f"--calibration: {where}: {error}.") from None
+
+
+def _checked(calibration: CalibrationSet, where: str) -> CalibrationSet:
+    """Safe rows must be enough; unsafe ones may be few or none (`warnings`), but not held out alone."""
+    for split, least in MINIMUM.items():
+        found = len(calibration.select(split, "safe"))
+        if found < least and calibration.divided:
+            safe, needed = len(_keys(calibration, "safe")), FIFTH * MINIMUM["held_out"]
+            raise InputError(
+                f"--calibration: {where} has {safe} safe rows that differ, expected at least {needed} where none has a split; "
+                "add some."
+            )
+        if found < least:
+            raise InputError(
+                f"--calibration: {where} has {found} safe rows with split {split!r}, expected at least {least}; add some."
+            )
+    if calibration.select("held_out", "unsafe") and not calibration.select("fit", "unsafe"):
+        raise InputError(f"--calibration: {where} has unsafe rows with split 'held_out' only; give some the split 'fit'.")
+    both = _keys(calibration, "safe") & _keys(calibration, "unsafe")
+    if both:
+        number = next(i for i, r in enumerate(calibration.rows, 1) if _key(r) in both)
+        raise InputError(
+            f"--calibration: {where} has {len(both)} rows that are labelled both safe and unsafe, row {number} the first; "
+            "correct the labels, the direction lies between the two."
+        )
+    return calibration
+
+
+def _key(row: CalibrationRow) -> tuple[str, str, object]:
+    return row.request, row.caption, row.image
+
+
+def _keys(calibration: CalibrationSet, label: str) -> set[tuple[str, str, object]]:
+    return {_key(r) for r in calibration.rows if r.label == label}
+
+
+def _demo() -> CalibrationSet:
+    """The demo's set with its drawings, written to a temporary folder that lasts as long as the process."""
+    from exporter.data.demo.benchmark import write_calibration
+
+    folder = _until_exit.enter_context(temporary("demo"))
+    calibration = read_jsonl(write_calibration(folder))
+    return CalibrationSet("demo", calibration.rows, calibration.sha256)
+
+
+_until_exit = ExitStack()
+atexit.register(_until_exit.close)

@@ -1,0 +1,44 @@
+"""Images that calibration needs: a row's own, typography in its place, and one that says nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+from exporter.data.calibration import CalibrationRow
+from exporter.data.pictures import PictureError, read_picture
+from exporter.errors import InputError
+
+
+def row_image(row: CalibrationRow) -> Image.Image:
+    """The row's image, or its caption as typography where it has none."""
+    if row.image is None:
+        return typographic_image(row.caption)
+    if not isinstance(row.image, Path):
+        return row.image()
+    try:
+        return read_picture(row.image)
+    except (PictureError, FileNotFoundError) as error:
+        reason = error if isinstance(error, PictureError) else "is gone"
+        raise InputError(f"--calibration: the image {row.image} cannot be read (it {reason}); replace it.") from None
+
+
+def typographic_image(text: str, size: int = 336, font_size: int = 30) -> Image.Image:
+    """Black text, wrapped, on white: [size, size] RGB."""
+    image = Image.new("RGB", (size, size), "white")
+    draw = ImageDraw.Draw(image)
+    font = ImageFont.load_default(size=font_size)
+    lines: list[str] = []
+    for word in text.split():
+        if lines and font.getlength(f"{lines[-1]} {word}") <= size - 20:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
+    draw.multiline_text((10, 10), "\n".join(lines), font=font, fill="black", spacing=6)
+    return image
+
+
+def blank_image(size: int = 336) -> Image.Image:
+    """Mid-grey, [size, size] RGB: an image that says nothing."""
+    return Image.new("RGB", (size, size), (127, 127, 127))

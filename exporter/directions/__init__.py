@@ -1,0 +1,1 @@
+"""Safety directions and shifts, measured on the base model."""

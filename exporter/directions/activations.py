@@ -1,0 +1,109 @@
+"""Last-token activations of decoder layers, streamed: no other token's hidden state is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from exporter.models.vlm import VLM, Inputs
+
+#: Padded tokens in one automatic batch: keeps a CPU's caches and a GPU busy without holding many activations.
+AUTO_TOKENS = {"cpu": 512, "cuda": 16384}
+
+T = TypeVar("T")
+
+
+class LastTokenStats:
+    """Running mean and variance of activations [layers, hidden], float64 (Chan et al. 1979, parallel form of Welford)."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.mean = torch.zeros(())
+        self._squares = torch.zeros(())
+
+    def update(self, activations: torch.Tensor) -> None:
+        """Add `activations` [batch, layers, hidden] of any dtype."""
+        batch = activations.double()
+        other = LastTokenStats()
+        other.count = len(batch)
+        other.mean = batch.mean(0)
+        other._squares = (batch - other.mean).square().sum(0)
+        self.merge(other)
+
+    def merge(self, other: LastTokenStats) -> None:
+        if not other.count:
+            return
+        if not self.count:
+            self.count, self.mean, self._squares = other.count, other.mean, other._squares
+            return
+        total = self.count + other.count
+        delta = other.mean - self.mean
+        self.mean = self.mean + delta * (other.count / total)
+        self._squares = self._squares + other._squares + delta.square() * (self.count * other.count / total)
+        self.count = total
+
+    @property
+    def variance(self) -> torch.Tensor:
+        """Unbiased, [layers, hidden]; needs two samples."""
+        return self._squares / (self.count - 1)
+
+
+class _LastLayerReachedError(Exception):
+    """Ends a forward pass after the last layer that is needed."""
+
+
+@contextmanager
+def recording(layers: Sequence[nn.Module], position: torch.Tensor, stop_early: bool = False) -> Iterator[list[torch.Tensor]]:
+    """Hooks that append each layer's output at `position` [batch], float32 on the CPU; gone afterwards, whatever happens."""
+    recorded: list[torch.Tensor] = []
+    rows = torch.arange(len(position))
+
+    def record(module: nn.Module, args: Any, output: Any) -> None:
+        hidden = output[0] if isinstance(output, tuple) else output
+        recorded.append(hidden[rows.to(hidden.device), position.to(hidden.device)].float().cpu())
+        if stop_early and module is layers[-1]:
+            raise _LastLayerReachedError
+
+    handles = [layer.register_forward_hook(record) for layer in layers]
+    try:
+        yield recorded
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def last_token_activations(vlm: VLM, layers: Sequence[nn.Module], inputs: Inputs) -> torch.Tensor:
+    """Activations after each of `layers` at the last prompt token: float32 [batch, layers, hidden], on the CPU.
+
+    Works for any padding side. Runs the backbone without its head, and nothing behind the last of `layers`
+    (arXiv:2502.13095, section 3: x_l(t)).
+    """
+    position = last_token(inputs["attention_mask"])
+    stop_early = not hasattr(vlm.model, "hf_device_map")  # accelerate's hooks must see the whole pass
+    with recording(layers, position, stop_early) as recorded, suppress(_LastLayerReachedError):
+        vlm.backbone(inputs)
+    return torch.stack(recorded, dim=1)
+
+
+def last_token(mask: torch.Tensor) -> torch.Tensor:
+    """int64 [batch]: the last nonzero position of `mask` [batch, time]."""
+    return (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).argmax(-1)
+
+
+def by_length(items: Iterable[T], lengths: Sequence[int], batch_size: int | None, device: torch.device) -> list[list[T]]:
+    """Batches of items of similar length: `batch_size` items each, or as many as fit the automatic token budget."""
+    ordered = sorted(zip(lengths, items, strict=True), key=lambda pair: pair[0])
+    budget = AUTO_TOKENS.get(device.type, AUTO_TOKENS["cpu"])
+    batches: list[list[T]] = []
+    for length, item in ordered:
+        # ascending lengths: the new item sets the padded width
+        full = not batches or len(batches[-1]) >= (batch_size or max(1, budget // length))
+        if full:
+            batches.append([])
+        batches[-1].append(item)
+    return batches

@@ -1,0 +1,1 @@
+"""What calibration does: replies under every defence, judged, with intervals."""

@@ -1,0 +1,1 @@
+"""The base model: its files, recipe, processor, prompts, and the loaded model itself."""

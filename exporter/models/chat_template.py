@@ -1,0 +1,55 @@
+"""Chat templates come from others: jinja's sandbox limits what they reach, this module how long they take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from typing import Any
+
+from transformers.utils import chat_template_utils
+
+from exporter.runtime.time_limit import limited
+
+#: Seconds of computing for the text of one batch of prompts, which takes milliseconds.
+LIMIT = 10.0
+#: The day that templates write, if they write one: nothing in a checkpoint depends on when it was made.
+DAY = "2025-01-01"
+#: A template that puts out what another one has made already.
+_AS_RENDERED = "{{ messages[0]['rendered'] }}"
+
+
+def rendered(processor: Any, conversation: Sequence[Any], what: str = "MODEL", **options: Any) -> Any:
+    """What the chat template of a processor or a tokenizer makes of one conversation, or of a list. Raises InputError.
+
+    what: whose template it is, for the message.
+    """
+    endless = f"{what}: its chat template does not end within {LIMIT:g} seconds of computing; restore it."
+    with limited(LIMIT, endless), on_the_day(DAY):
+        return processor.apply_chat_template(conversation, tokenize=False, **options)
+
+
+def encoded(processor: Any, conversations: Sequence[Sequence[dict[str, Any]]], **options: Any) -> Any:
+    """The inputs that a processor makes of conversations, with the generation prompt at their end. Raises InputError.
+
+    All but the template's own rendering, which alone is limited, is `apply_chat_template`'s.
+    """
+    texts = rendered(processor, list(conversations), add_generation_prompt=True)
+    marked = [[{**first, "rendered": text}, *others] for (first, *others), text in zip(conversations, texts, strict=True)]
+    return processor.apply_chat_template(marked, chat_template=_AS_RENDERED, tokenize=True, return_dict=True, **options)
+
+
+@contextmanager
+def on_the_day(day: str) -> Iterator[None]:
+    """Templates that write a date write this one."""
+
+    class Clock(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> Any:
+            return datetime.fromisoformat(day)
+
+    clock, chat_template_utils.datetime = chat_template_utils.datetime, Clock
+    try:
+        yield
+    finally:
+        chat_template_utils.datetime = clock

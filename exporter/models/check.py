@@ -1,0 +1,94 @@
+"""Whether a checkpoint can be calibrated, before anything large is loaded: its config, tokenizer, processor and template."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText
+
+from exporter.errors import InputError, refusing
+from exporter.modeling.modeling_shiftdc_prompts import PromptFrame
+from exporter.models.base import DEMO, BaseFiles
+from exporter.models.families import family
+from exporter.models.family_table import REFUSED
+from exporter.models.processors import load_processor
+from exporter.models.prompt_check import PromptCheck, check_prompts
+from exporter.models.prompt_frame import prompt_frame
+from exporter.models.recipe import Recipe, load_recipe, recipe_for_family
+from exporter.models.vlm import VLM
+
+
+@dataclass(frozen=True)
+class Check:
+    """The frame of a checkpoint's prompts, and how prompts composed with it compare with the chat template's own."""
+
+    frame: PromptFrame
+    prompts: PromptCheck
+    depth: int
+
+
+def check(base: BaseFiles, recipe: Recipe, *, allow_inexact: bool = False) -> Check:
+    """Raises InputError where the checkpoint cannot be calibrated; loads no weights.
+
+    allow_inexact: composed prompts may differ from the template's; what differs is in the result.
+    """
+    vlm = skeleton(base, recipe)
+    depth = len(vlm.decoder_layers(recipe.decoder_layers))
+    with refusing(f"MODEL: prompts of {base.name} cannot be composed", "restore its chat template and tokenizer"):
+        frame = prompt_frame(vlm, recipe.wording)
+        found = check_prompts(vlm.framed(frame), frame)
+    if not found.exact and not allow_inexact:
+        raise InputError(
+            f"MODEL: {found}; the method would compare prompts that the model was not trained on. Restore the tokenizer and the "
+            "chat template, or give --allow-inexact-prompts."
+        )
+    return Check(frame, found, depth)
+
+
+def recipe_of(base: BaseFiles, named: str | None = None) -> Recipe:
+    """The recipe that is named, or the one of the checkpoint's family. Raises InputError where it does not fit the checkpoint."""
+    recipe = load_recipe(named or recipe_name(base))
+    if recipe.family != base.model_type:
+        raise InputError(f"Recipe: it is for family {recipe.family!r}, and {base.name} is a {base.model_type!r}; choose another.")
+    check_supported(base, recipe)
+    return recipe
+
+
+def recipe_name(base: BaseFiles) -> str:
+    """The recipe that fits a checkpoint. Raises InputError."""
+    if base.name == DEMO:
+        return DEMO
+    if (reason := REFUSED.get(base.model_type)) is not None:
+        raise InputError(f"MODEL: {base.name} cannot be calibrated: {reason}.")
+    name = recipe_for_family(base.model_type)
+    if name is None:
+        raise InputError(
+            f"MODEL: {base.name} is of family {base.model_type!r}, for which there is no recipe; "
+            "'shiftdc-export recipes' lists the families supported."
+        )
+    return name
+
+
+def check_supported(base: BaseFiles, recipe: Recipe) -> None:
+    """Raise InputError where the family, or this checkpoint of it, cannot be calibrated."""
+    if not base.has_chat_template and recipe.chat_template is None:
+        raise InputError(
+            f"MODEL: {base.name} has no chat template (looked for chat_template.jinja, chat_template.json and "
+            "tokenizer_config.json); the method compares prompts as the model was trained to see them, so add one to the "
+            "checkpoint."
+        )
+    with refusing(f"MODEL: the config.json of {base.name} cannot be used", "restore it"):
+        reason = family(recipe.family).config.shiftdc_unsupported(base.config)
+    if reason is not None:
+        raise InputError(f"MODEL: {base.name} cannot be calibrated: {reason}.")
+
+
+def skeleton(base: BaseFiles, recipe: Recipe) -> VLM:
+    """The model without weights, for its class and its layers, and the processor. Raises InputError."""
+    with refusing(f"MODEL: {base.name} cannot be set up as {recipe.family}", "restore its config.json"):
+        config = AutoConfig.from_pretrained(base.folder, trust_remote_code=False)
+        with torch.device("meta"):
+            model: Any = AutoModelForImageTextToText.from_config(config)
+    return VLM(model, load_processor(base.folder, recipe), composed_text=recipe.chat_template is not None)

@@ -1,0 +1,238 @@
+"""What a chat template and a processor write around requests and images, found by varying what stands in their slots.
+
+`PromptComposer` in modeling_shiftdc_prompts.py says what it is for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2 import TemplateError
+from PIL import Image
+
+from exporter.errors import InputError
+from exporter.modeling.modeling_shiftdc_prompts import Parts, PromptComposer, PromptFrame, TokenizerCodec
+from exporter.models.chat_template import rendered
+from exporter.models.recipe import Prompts
+from exporter.models.vlm import VLM
+
+#: Texts that share no first and no last character.
+_TEXTS = ("How to", "zebras? 7", "Alpha one")
+#: Reply and second request: the first two differ in the reply, the last two in the request.
+_SECOND_TURNS = (("Image", _TEXTS[0]), ("Request", _TEXTS[0]), ("Request", _TEXTS[1]))
+#: Width and height of images that processors cut into as many tiles, columns and rows as they ever do.
+_SHAPES = ((64, 64), (8, 8), (1536, 1536), (1536, 96), (96, 1536), (1536, 512))
+#: A prompt as single characters, and ids of special tokens.
+Cells = list[str | int]
+
+
+def prompt_frame(vlm: VLM, prompts: Prompts) -> PromptFrame:
+    """The frame of a checkpoint's prompts. Raises InputError where the template gives no prompt from which it can be read off."""
+    _check_template(vlm)
+    writer = _Writer(vlm)
+    alone, shown = [writer(turn(t)) for t in _TEXTS], [writer(turn(t, 1)) for t in _TEXTS]
+    behind = [writer.tried(turn(t, 1, behind=True)) or shown[i] for i, t in enumerate(_TEXTS)]
+    images = [_difference(prompt, alone[0]) for prompt in (shown[0], behind[0])]
+    own = any(i is None for i in images)  # the template says more than that there is no image
+    first, later = [
+        i or _around_image(p, alone[0], vlm.image_token_id) for i, p in zip(images, (shown[0], behind[0]), strict=True)
+    ]
+    forms = [first.image, later.image, *_forms(writer, None if own else alone[0], vlm.image_token_id)]
+    split = [_split(form, vlm.image_token_id) for form in forms]
+    reply, later_turns = _second_turn(writer)
+    heads = [_common_start(alone), _common_start(behind), *later_turns]
+    heads = [head for head in heads if vlm.image_token_id not in head]
+    openings = [first.start, *_second_opening(writer, vlm.image_token_id, split[0][0])]
+    return PromptFrame(
+        head=_parts(_shared_end(heads)),
+        tail=_parts(_common_end([*alone, *shown])),
+        reply=_parts(reply),
+        opening=_parts(_shared_end(openings)),
+        gap=_parts(_common_start(shown)[len(first.start) + len(first.image) :]),
+        before=_distinct(s[0] for s in split),
+        between=_distinct(part for s in split for part in s[1:-1]),
+        after=_distinct(s[-1] for s in split),
+        instead=(first.instead, later.instead),
+        caption=prompts.caption,
+        text=prompts.text_counterpart,
+        bos_added=writer.bos_added,
+        own=own,
+        trims=writer(turn(f" {_TEXTS[0]}\n")) == alone[0],
+    )
+
+
+def turn(request: str, images: int = 0, *, behind: bool = False, size: tuple[int, int] = _SHAPES[0]) -> dict[str, Any]:
+    """A user's turn with grey images before or behind the request."""
+    pictures = [{"type": "image", "image": Image.new("RGB", size, (127, 127, 127))} for _ in range(images)]
+    text = [{"type": "text", "text": request}]
+    return {"role": "user", "content": [*text, *pictures] if behind else [*pictures, *text]}
+
+
+def said(role: str, text: str) -> dict[str, Any]:
+    """A turn of text alone."""
+    return {"role": role, "content": [{"type": "text", "text": text}]}
+
+
+def _check_template(vlm: VLM) -> None:
+    """Raise InputError where the template takes no prompt without an image, or says nothing of one."""
+    try:
+        alone = rendered(vlm.processor, [turn(_TEXTS[0])], add_generation_prompt=True)
+    except TemplateError as error:
+        raise InputError(
+            f"MODEL: its chat template does not render a prompt without an image ({error}), and the method compares with such "
+            "prompts; restore the template, or give another model."
+        ) from error
+    if not vlm.composed_text and rendered(vlm.processor, [turn(_TEXTS[0], 1)], add_generation_prompt=True) == alone:
+        raise InputError(
+            "MODEL: its chat template writes nothing where an image stands, so its prompts cannot be told apart; "
+            "restore the template, or give another model."
+        )
+
+
+class _Writer:
+    """Conversations as cells, by the chat template and the processor."""
+
+    def __init__(self, vlm: VLM):
+        self.vlm = vlm
+        self.codec = TokenizerCodec(vlm.tokenizer)
+        self.bos_added = self._bos_added()
+        nothing = PromptFrame((), (), (), (), (), ((),), ((),), ((),), ("", ""), "", "", self.bos_added)
+        self.composer = PromptComposer(nothing, self.codec, vlm.image_token_id)
+
+    def __call__(self, *turns: dict[str, Any]) -> Cells:
+        flat = self.composer.flat(self.vlm.encode_conversations([list(turns)])["input_ids"][0].tolist())
+        tokens = {mark: token for token, mark in flat.marks.items()}
+        return [tokens.get(character, character) for character in flat.text]
+
+    def tried(self, *turns: dict[str, Any]) -> Cells | None:
+        """None where the template refuses these turns, as some do with several, or the processor an image of that size."""
+        try:
+            return self(*turns)
+        except (TemplateError, ValueError):
+            return None
+
+    def _bos_added(self) -> bool:
+        if self.codec.bos is None:
+            return False
+        shown = turn(_TEXTS[0], 1)
+        text = rendered(self.vlm.processor, [shown], add_generation_prompt=True)
+        ids = self.vlm.encode_conversations([[shown]])["input_ids"][0].tolist()
+        return self.codec.bos in ids and self.codec.written(self.codec.bos) not in text
+
+
+@dataclass(frozen=True)
+class _ImagePart:
+    """What an image makes different in a prompt: the cells before it, its own, and the text that stands there without it."""
+
+    start: Cells
+    image: Cells
+    instead: str
+
+
+def _difference(shown: Cells, alone: Cells) -> _ImagePart | None:
+    """None where prompts with and without image differ by more than white space beside the image."""
+    start = _common(shown, alone)
+    end = _common(shown[start:][::-1], alone[start:][::-1])
+    instead = alone[start : len(alone) - end]
+    if any(isinstance(cell, int) or not cell.isspace() for cell in instead):
+        return None
+    return _ImagePart(shown[:start], shown[start : len(shown) - end], "".join(map(str, instead)))
+
+
+def _around_image(shown: Cells, alone: Cells, image: int) -> _ImagePart:
+    """The image tokens with the special tokens beside them that text prompts never have."""
+    known = {cell for cell in alone if isinstance(cell, int)}
+    start, end = shown.index(image), len(shown) - shown[::-1].index(image)
+    while start and isinstance(shown[start - 1], int) and shown[start - 1] not in known:
+        start -= 1
+    while end < len(shown) and isinstance(shown[end], int) and shown[end] not in known:
+        end += 1
+    return _ImagePart(shown[:start], shown[start:end], "")
+
+
+def _forms(writer: _Writer, alone: Cells | None, image: int) -> Iterable[Cells]:
+    """Images of other sizes, and two of them; `alone`: the prompt without, None where it differs by more."""
+    text = _TEXTS[0]
+    several = () if alone is None else (turn(text, 2), turn(text, 2, behind=True))  # what joins them is not the images'
+    for pictures in (*(turn(text, 1, size=size) for size in _SHAPES[1:]), *several):
+        shown = writer.tried(pictures)
+        if shown is None:  # some templates take one image
+            continue
+        part = _around_image(shown, writer(turn(text)), image) if alone is None else _difference(shown, alone)
+        if part is not None:
+            yield part.image
+
+
+def _split(form: Cells, image: int) -> list[Cells]:
+    """What stands before, between and behind runs of image tokens."""
+    pieces: list[Cells] = [[]]
+    for i, cell in enumerate(form):
+        if cell != image:
+            pieces[-1].append(cell)
+        elif not i or form[i - 1] != image:
+            pieces.append([])
+    return pieces
+
+
+def _second_turn(writer: _Writer) -> tuple[Cells, list[Cells]]:
+    """(what stands before an earlier reply, what stands before the request of a second turn), empty for templates of one turn."""
+    try:
+        prompts = [[writer(turn(a), said("assistant", r), turn(b)) for r, b in _SECOND_TURNS] for a in _TEXTS]
+    except TemplateError:
+        return [], []
+    replies = [_common_start(row[:2]) for row in prompts]
+    return _common_end(replies), [_common_start(prompts[0][1:])]
+
+
+def _second_opening(writer: _Writer, image: int, before: Cells) -> list[Cells]:
+    """What stands before an image with which a second turn opens; `before`: what stands before image tokens."""
+    shown = writer.tried(turn("Hello"), said("assistant", "Fine"), turn(_TEXTS[0], 1))
+    if shown is None or image not in shown:
+        return []
+    start = shown[: shown.index(image)]
+    return [start[: len(start) - len(before)]] if start[len(start) - len(before) :] == before else []
+
+
+def _shared_end(contexts: Sequence[Cells]) -> Cells:
+    """What all contexts end with; of a single one what follows its last special token, and that token."""
+    if len(contexts) > 1:
+        return _common_end(contexts)
+    only = contexts[0]
+    last = max((i for i, cell in enumerate(only) if isinstance(cell, int)), default=0)
+    return only[last:]
+
+
+def _common(one: Sequence[str | int], two: Sequence[str | int]) -> int:
+    length = 0
+    for a, b in zip(one, two, strict=False):
+        if a != b:
+            break
+        length += 1
+    return length
+
+
+def _common_start(prompts: Iterable[Cells]) -> Cells:
+    first, *others = prompts
+    return first[: min((_common(first, other) for other in others), default=len(first))]
+
+
+def _common_end(prompts: Sequence[Cells]) -> Cells:
+    return _common_start([p[::-1] for p in prompts])[::-1]
+
+
+def _parts(cells: Cells) -> Parts:
+    """Neighbouring characters as one string."""
+    parts: list[str | int] = []
+    for cell in cells:
+        last = parts[-1] if parts else None
+        if isinstance(cell, str) and isinstance(last, str):
+            parts[-1] = last + cell
+        else:
+            parts.append(cell)
+    return tuple(parts)
+
+
+def _distinct(pieces: Iterable[Cells]) -> tuple[Parts, ...]:
+    return tuple(dict.fromkeys(_parts(piece) for piece in pieces))

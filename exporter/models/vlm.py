@@ -1,0 +1,146 @@
+"""A loaded vision-language model with its processor: from requests and images to tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import nn
+
+from exporter.data.images import blank_image
+from exporter.errors import InputError
+from exporter.modeling.modeling_shiftdc_prompts import PromptComposer, PromptFrame, TokenizerCodec
+from exporter.models.chat_template import encoded, rendered
+from exporter.models.families import Family, family
+
+Inputs = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class VLM:
+    """Model and processor. Prompts always go through the chat template, with the generation prompt at the end.
+
+    `composed_text`: a prompt without image is one with an image, less its image tokens (the processor takes no other).
+    `composer`: makes prompts without image of those with one, where the template's own differ from them by more (`PromptFrame`).
+    `notices`: what transformers said while it loaded them.
+    """
+
+    model: Any
+    processor: Any
+    composed_text: bool = False
+    composer: PromptComposer | None = None
+    notices: tuple[str, ...] = ()
+
+    def framed(self, frame: PromptFrame) -> VLM:
+        """With prompts that share their frame on both sides of a difference."""
+        return replace(self, composer=self.composing(frame) if frame.own else None)
+
+    def composing(self, frame: PromptFrame) -> PromptComposer:
+        return PromptComposer(frame, TokenizerCodec(self.tokenizer), self.image_token_id)
+
+    @cached_property
+    def family(self) -> Family:
+        return family(self.model.config.model_type.removeprefix("shiftdc_"))
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.processor.tokenizer
+
+    @property
+    def image_token_id(self) -> int:
+        return self.model.config.image_token_id
+
+    @property
+    def image_layers(self) -> frozenset[int]:
+        """Decoder layers that prompts without an image skip."""
+        return self.family.model.shiftdc_image_layers(self.model.config.get_text_config())
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go: of an offloaded model, the device on which its embeddings run."""
+        embeddings = self.model.get_input_embeddings()
+        hook = getattr(embeddings, "_hf_hook", None)
+        place = getattr(hook, "execution_device", None)
+        found = embeddings.weight.device if place is None else torch.device(place)
+        return torch.device("cpu") if found.type == "meta" else found  # a model without weights is never run
+
+    def decoder_layers(self, path: str) -> nn.ModuleList:
+        """The decoder layers at `path`, checked against the config. Raises InputError."""
+        expected = self.model.config.get_text_config().num_hidden_layers
+        try:
+            layers = self.model.get_submodule(path)
+        except AttributeError:
+            raise InputError(
+                f"Recipe: decoder_layers is {path!r}, which {type(self.model).__name__} has not; correct the path."
+            ) from None
+        if not isinstance(layers, nn.ModuleList) or len(layers) != expected:
+            raise InputError(
+                f"Recipe: decoder_layers {path!r} is no list of the config's {expected} decoder layers; correct the path."
+            )
+        return layers
+
+    def encode(self, requests: Sequence[str], images: Sequence[Image.Image] | None = None) -> Inputs:
+        """Left-padded prompts: input_ids and attention_mask int64 [batch, time], and the images' tensors."""
+        pictures: Sequence[Image.Image | None] = images if images is not None else [None] * len(requests)
+        conversations = [[user_turn(r, p)] for r, p in zip(requests, pictures, strict=True)]
+        return self.encode_conversations(conversations)
+
+    def encode_conversations(self, conversations: Sequence[list[dict[str, Any]]]) -> Inputs:
+        if self.composed_text and not any(has_image(c) for c in conversations):
+            return self.pad([self._without_image(c) for c in conversations])
+        if self.composer is not None and not any(has_image(c) for c in conversations):
+            return self.pad([self._image_taken_out(c, self.composer) for c in conversations])
+        padding = {"padding": True, "padding_side": "left"}
+        inputs = encoded(self.processor, conversations, return_tensors="pt", processor_kwargs=padding)
+        return {k: v.to(self.device) for k, v in inputs.items() if isinstance(v, torch.Tensor) and k != "labels"}
+
+    def _without_image(self, conversation: list[dict[str, Any]]) -> list[int]:
+        ids = self.encode_conversations([with_blank_image(conversation)])["input_ids"][0].tolist()
+        return [i for i in ids if i != self.image_token_id]
+
+    def _image_taken_out(self, conversation: list[dict[str, Any]], composer: PromptComposer) -> list[int]:
+        text = rendered(self.processor, with_blank_image(conversation), add_generation_prompt=True)
+        ids = self.tokenizer(text, add_special_tokens=composer.frame.bos_added)["input_ids"]
+        return composer.text_prompt(ids)
+
+    def backbone(self, inputs: Inputs) -> None:
+        """One pass through the decoder layers, without cache."""
+        self.family.model.shiftdc_backbone(self.model, **inputs)
+
+    def token_ids(self, request: str, image: Image.Image | None = None) -> list[int]:
+        """One prompt as a list of token ids."""
+        return self.encode([request], None if image is None else [image])["input_ids"][0].tolist()
+
+    def pad(self, prompts: Sequence[list[int]]) -> Inputs:
+        """Left-padded prompts without images: input_ids and attention_mask, int64 [batch, time], and what the family adds."""
+        width = max(map(len, prompts))
+        pad = self.tokenizer.pad_token_id or 0
+        ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts])
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+        added = self.family.model.shiftdc_token_inputs(ids, self.image_token_id, {})
+        return {k: v.to(self.device) for k, v in {"input_ids": ids, "attention_mask": mask, **added}.items()}
+
+    def decode(self, ids: Sequence[int] | torch.Tensor) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+
+def user_turn(request: str, *images: Image.Image | None) -> dict[str, Any]:
+    """One user message in the form that chat templates take."""
+    pictures = [{"type": "image", "image": image} for image in images if image is not None]
+    return {"role": "user", "content": [*pictures, {"type": "text", "text": request}]}
+
+
+def has_image(conversation: list[dict[str, Any]]) -> bool:
+    return any(part["type"] == "image" for turn in conversation for part in turn["content"])
+
+
+def with_blank_image(conversation: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """With a neutral image before the first request."""
+    index = next(i for i, turn in enumerate(conversation) if turn["role"] == "user")
+    first = conversation[index]
+    shown = {**first, "content": [{"type": "image", "image": blank_image()}, *first["content"]]}
+    return [*conversation[:index], shown, *conversation[index + 1 :]]

@@ -1,0 +1,1 @@
+"""What others see: the card, its pictures, and the push to the Hub."""

@@ -1,0 +1,1 @@
+"""What every room needs below it: reading, hashing, locking, batches, ranks, progress."""
