@@ -2,7 +2,7 @@
 # make test: set everything up, run the tests
 # make bench: the table of the README's section "Speed", on one CPU thread
 # make evidence: every defence and control on the demo's test things, as in the README
-# make mutants MUTANTS='exporter.verdict*': which broken lines the tests do not notice (docs/mutants.md)
+# make mutants MUTANTS='exporter.evaluation.verdict*': which broken lines the tests do not notice (docs/mutants.md)
 # make published SHIFTDC_PUBLISHED=FOLDER: small files of published checkpoints, which are no part of this project, the whole way
 PYTHON ?= python3
 VENV := .venv
@@ -30,8 +30,8 @@ mutants: $(READY)
 	$(BIN)/mutmut results
 
 published: $(READY)
-	$(BIN)/python tests/vocabularies.py $(VENV)/vocabularies
-	SHIFTDC_VOCABULARIES=$(abspath $(VENV)/vocabularies) $(BIN)/python -m pytest -n 2 --dist loadscope tests/test_published.py
+	$(BIN)/python tests/support/vocabularies.py $(VENV)/vocabularies
+	SHIFTDC_VOCABULARIES=$(abspath $(VENV)/vocabularies) $(BIN)/python -m pytest -n 2 --dist loadscope tests/pipeline/test_published.py
 
 check: $(READY)
 	$(BIN)/ruff check .
@@ -43,7 +43,7 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-# seen by the tests alone, which say why (tests/with_torchvision.py)
+# seen by the tests alone, which say why (tests/support/with_torchvision.py)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps --upgrade \
 		--target $(VENV)/test-only torchvision
 	touch $@

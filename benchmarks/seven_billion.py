@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
 SHARD_BYTES = 2_000_000_000
 IMAGES = 2
 LAYERS = "10-12"
@@ -128,10 +128,11 @@ def write_calibration(file: Path) -> Path:
 def run_export(base: Path, output: Path, calibration: Path) -> None:
     """In a process of its own: prints a line for each stage that starts, and what was found at the end."""
     from exporter.directions import fit as directions
-    from exporter.pipeline import export as pipeline
+    from exporter.pipeline.export import export
+    from exporter.pipeline.plan import make_plan, plan_needs
 
     directions.BLANK_IMAGES = directions.RENDERED_IMAGES = IMAGES
-    plan = pipeline.make_plan(str(base), output=output, layers=LAYERS, reference="static", calibration=str(calibration))
+    plan = make_plan(str(base), output=output, layers=LAYERS, reference="static", calibration=str(calibration))
     said = set()
 
     def say(stage: str, done: int, total: int) -> None:
@@ -139,8 +140,8 @@ def run_export(base: Path, output: Path, calibration: Path) -> None:
             said.add(stage)
             print(json.dumps({"stage": stage}), flush=True)
 
-    print(json.dumps({"stage": "plan", "needs": pipeline.plan_needs(plan).report()}), flush=True)
-    done = pipeline.export(plan, say)
+    print(json.dumps({"stage": "plan", "needs": plan_needs(plan).report()}), flush=True)
+    done = export(plan, say)
     print(json.dumps({"seconds": done.report["seconds"], "parity": done.report["parity"]}), flush=True)
 
 

@@ -31,7 +31,7 @@ torch.set_num_threads(1)
 #: Of the check of prompts. Every export makes that check; here most do with a few, and the tests of the check with all.
 ALL_REQUESTS = prompt_check.REQUESTS
 prompt_check.REQUESTS = ALL_REQUESTS[:2]
-verify.WORKER = Path(__file__).parent / "worker_with_torchvision.py"
+verify.WORKER = Path(__file__).parent / "support" / "worker_with_torchvision.py"
 
 THINGS = {
     "unsafe": [

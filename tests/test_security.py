@@ -139,7 +139,7 @@ def test_a_chat_template_that_does_not_end(base_folder, tmp_path, calibration_fi
     template = base / "chat_template.jinja"
     loop = "{% for i in range(99999) %}" * 3 + "{% endfor %}" * 3
     template.write_text(f"{{% if messages|length > 1 %}}{loop}{{% endif %}}{template.read_text()}")
-    monkeypatch.setattr("exporter.templates.LIMIT", 0.5)
+    monkeypatch.setattr("exporter.models.chat_template.LIMIT", 0.5)
     output = tmp_path / "out"
     done = CliRunner().invoke(main, [str(base), "--output", str(output), "--layers", "1", "--calibration", str(calibration_file)])
     assert done.exit_code == 2

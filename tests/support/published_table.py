@@ -1,6 +1,6 @@
 """The table of docs/published.md: prompts composed with published templates and vocabularies, and those that differ.
 
-SHIFTDC_PUBLISHED=FOLDER SHIFTDC_VOCABULARIES=FOLDER python tests/published_table.py
+SHIFTDC_PUBLISHED=FOLDER SHIFTDC_VOCABULARIES=FOLDER python tests/support/published_table.py
 """
 
 from __future__ import annotations

@@ -81,7 +81,7 @@ def test_a_base_that_changes_after_it_was_hashed(hub_snapshot, base_folder, tmp_
         shard.write_bytes(data)
         return baking.bake(*arguments)
 
-    monkeypatch.setattr("exporter.pipeline.bake", changed)
+    monkeypatch.setattr("exporter.pipeline.export.bake", changed)
     with pytest.raises(ShiftDCError, match="is not bitwise the base model's" if linked else "changed while it was copied"):
         export(make_plan(str(base), output=tmp_path / "out", layers="1-2", calibration=str(calibration_file)))
     assert sorted(f.name for f in tmp_path.iterdir()) == there

@@ -14,7 +14,7 @@ from PIL import Image
 from exporter.checkpoint.open import open_export
 from exporter.checkpoint.verify import verify
 from exporter.cli.commands import main
-from exporter.data.defence_prompts import fill
+from exporter.data.defence_prompts import ADASHIELD, ADASHIELD_REQUEST, fill
 from exporter.data.questions import Benchmark, Question
 from exporter.errors import InputError
 from exporter.evaluation import defences as defence_module
@@ -345,8 +345,8 @@ calls: list = []
 
 
 def test_adashield_puts_its_prompt_between_two_copies():
-    text = fill(defence_module.ADASHIELD_REQUEST, question="Why {x}?")
-    assert text == f"Why {{x}}? {defence_module.ADASHIELD} Why {{x}}?"
+    text = fill(ADASHIELD_REQUEST, question="Why {x}?")
+    assert text == f"Why {{x}}? {ADASHIELD} Why {{x}}?"
 
 
 def test_unknown_defences():

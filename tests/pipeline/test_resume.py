@@ -18,17 +18,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import exporter
 from exporter.data.calibration_sets import load_calibration
 from exporter.directions.fit import fit_directions
 from exporter.errors import InputError
 from exporter.models.base import BaseCheckpoint, resolve
 from exporter.models.loading import load_vlm
 from exporter.models.recipe import load_recipe
-from exporter.pipeline import export as pipeline
+from exporter.pipeline import fingerprint as fingerprints
 from exporter.pipeline.export import export
 from exporter.pipeline.fingerprint import base_identity, calibration_identity, code_identity, fingerprint
 from exporter.pipeline.plan import make_plan
-from exporter.runtime import store as resume
 from exporter.runtime.batches import Batches, out_of_memory
 from exporter.runtime.store import CACHE, Store
 
@@ -105,7 +105,7 @@ class TestStore:
         def full(*_, **__):
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr("exporter.resume.save_file", full)
+        monkeypatch.setattr("exporter.runtime.store.save_file", full)
         store.put("x", torch.ones(2))
         assert store.folder is None
         assert store.get("x") is None
@@ -200,7 +200,7 @@ def test_each_part_of_a_plan_is_in_the_fingerprint(base_folder, calibration_file
         "base": replace(plan, base=replace(plan.base, name="another")),
     }
     found = {name: json.dumps(fingerprint(other), sort_keys=True) for name, other in others.items()}
-    monkeypatch.setattr(pipeline, "code_identity", lambda: {"code": "another"})
+    monkeypatch.setattr(fingerprints, "code_identity", lambda: {"code": "another"})
     found["code"] = json.dumps(fingerprint(plan), sort_keys=True)
     same = {name: [n for n, text in found.items() if text == found[name]] for name in found}
     assert all(names == [name] for name, names in same.items()), same
@@ -242,10 +242,10 @@ def test_a_calibration_set_is_told_apart_by_its_images(calibration_file, tmp_pat
 
 def test_code_is_told_apart_by_any_of_its_files(tmp_path, monkeypatch):
     (tmp_path / "modeling").mkdir()
-    files = tmp_path / "resume.py", tmp_path / "modeling" / "modeling_shiftdc.py"
+    files = tmp_path / "errors.py", tmp_path / "modeling" / "modeling_shiftdc.py"
     for file in files:
         file.write_text("1")
-    monkeypatch.setattr(resume, "__file__", str(files[0]))
+    monkeypatch.setattr(exporter, "__file__", str(tmp_path / "__init__.py"))
     found = [code_identity.__wrapped__()]
     for file in files:
         file.write_text("2")
@@ -267,7 +267,7 @@ def test_killed_at_random_points(base_folder, calibration_file, tmp_path, cache,
         tmp_path / "out",
         "--quiet",
     ]
-    command = [sys.executable, Path(__file__).parent / "run_cli.py", base_folder, *arguments]
+    command = [sys.executable, Path(__file__).parents[1] / "support" / "run_cli.py", base_folder, *arguments]
     kept = 0
     for _ in range(2):
         process = subprocess.Popen([str(c) for c in command], start_new_session=True)

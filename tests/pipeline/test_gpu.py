@@ -1,7 +1,7 @@
 """What runs on the CPU runs on another device, with the same tokens.
 
 On `other` (other_device.py), which needs no GPU, this shows that no tensor is left behind on the CPU or mixed with one that is.
-On `cuda` it shows that CUDA's kernels, in float32, choose the same tokens too: `pytest -n 0 -m gpu tests/test_gpu.py`.
+On `cuda` it shows that CUDA's kernels, in float32, choose the same tokens too: `pytest -n 0 -m gpu tests/pipeline/test_gpu.py`.
 """
 
 from __future__ import annotations

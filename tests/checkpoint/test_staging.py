@@ -17,11 +17,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import exporter.earlier
 import pytest
 import torch
 from click.testing import CliRunner
 
+from exporter.checkpoint import earlier as earlier_module
 from exporter.checkpoint import staging
 from exporter.checkpoint.earlier import PARTIAL
 from exporter.checkpoint.layout import REPORT
@@ -223,7 +223,7 @@ def test_killed_amid_clearing_up_the_next_run_finds_what_to_delete(tmp_path, mon
             assert is_marked(folder)
 
     earlier(tmp_path / "out")
-    for module in (marker, staging, exporter.earlier):
+    for module in (marker, staging, earlier_module):
         monkeypatch.setattr(module, "unmark", killed)
     with suppress(ZeroDivisionError), staged(tmp_path / "out", True) as folder:
         fill(folder)
@@ -348,7 +348,7 @@ class TestNothingOfTheOwnerIsLost:
 
     def test_files_are_hashed_once(self, tmp_path, monkeypatch):
         hashed = []
-        monkeypatch.setattr("exporter.earlier.sha256", lambda file: hashed.append(file.name) or sha256(file))
+        monkeypatch.setattr("exporter.checkpoint.earlier.sha256", lambda file: hashed.append(file.name) or sha256(file))
         output = earlier(tmp_path / "out")
         check_output(output, True)
         with staged(output, True) as folder:
@@ -550,7 +550,7 @@ def test_a_mount_point_for_who_cannot_mount(tmp_path, monkeypatch):
         make_plan("someone/nothing", output=tmp_path / "a b")
     monkeypatch.undo()
     (tmp_path / "mountinfo").write_text(f"36 35 98:0 /host {tmp_path}/a\\040b rw,noatime - ext4 /dev/root rw\n")
-    monkeypatch.setattr("exporter.mounts.TABLE", tmp_path / "mountinfo")
+    monkeypatch.setattr("exporter.runtime.mounts.TABLE", tmp_path / "mountinfo")
     with pytest.raises(InputError, match=REMEDY):
         make_plan("someone/nothing", output=tmp_path / "a b")
 

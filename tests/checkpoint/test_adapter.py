@@ -283,7 +283,7 @@ def to_pickle(folder):
     ],
 )
 def test_adapters_that_do_not_fit_are_one_sentence(base, adapter, calibration_file, tmp_path, monkeypatch, damage, message):
-    monkeypatch.setattr("exporter.adapter.LIMIT", 0.3)
+    monkeypatch.setattr("exporter.checkpoint.adapter.LIMIT", 0.3)
     folder = shutil.copytree(adapter, tmp_path / "tuned")
     damage(folder)
     arguments = [base, "--adapter", folder, "--calibration", calibration_file, "--output", tmp_path / "out", "--layers", "1"]

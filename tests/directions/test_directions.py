@@ -12,7 +12,6 @@ from transformers import LlavaForConditionalGeneration
 from exporter.data.calibration_sets import load_calibration
 from exporter.data.images import blank_image, row_image
 from exporter.directions.activations import AUTO_TOKENS, LastTokenStats, by_length, last_token, last_token_activations
-from exporter.directions.directions import Directions
 from exporter.directions.fit import fit_directions
 from exporter.directions.statistics import auroc, separation
 from exporter.models.base import resolve
@@ -173,12 +172,3 @@ def test_auroc_and_separation():
     assert auroc(torch.tensor([0.0, 1.0]), torch.tensor([0.0, 1.0])) == 0.5
     assert auroc(torch.tensor([0.0]), torch.tensor([1.0])) == 0
     assert separation(torch.tensor([1.0, 3.0]), torch.tensor([-3.0, -1.0])) == pytest.approx(4 / 2**0.5)
-
-
-def test_directions_save_and_load(directions, tmp_path):
-    directions.save(tmp_path / "d.safetensors")
-    loaded = Directions.load(tmp_path / "d.safetensors")
-    assert torch.equal(loaded.direction, directions.direction)
-    assert torch.equal(loaded.shift, directions.shift)
-    assert loaded.statistics == directions.statistics
-    assert loaded.layers == directions.layers

@@ -205,7 +205,7 @@ def test_the_readme_has_the_table_of_families():
 
 
 def test_help_needs_no_torch():
-    code = "import sys, exporter.cli as c; c.main(['--help'], standalone_mode=False); sys.exit('torch' in sys.modules)"
+    code = "import sys, exporter.cli.commands as c; c.main(['--help'], standalone_mode=False); sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
     assert done.returncode == 0, done.stderr
     assert "shiftdc-export MODEL" in done.stdout

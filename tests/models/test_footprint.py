@@ -14,7 +14,7 @@ from exporter.directions import fit as directions
 from exporter.directions.fit import fit_directions
 from exporter.models.footprint import IMAGE_TOKENS, LIBRARIES, is_quantised, needs
 from exporter.models.recipe import load_recipe
-from exporter.pipeline import export as pipeline
+from exporter.pipeline import plan as planning
 from exporter.pipeline.plan import plan_needs
 from exporter.runtime.safetensors_header import TensorHeader
 
@@ -126,8 +126,8 @@ def test_the_rows_that_are_stated_are_those_that_a_run_keeps(monkeypatch):
     calibration = builtin()
     fit_directions(vlm, calibration, load_recipe("llava").prompts, "layers")
 
-    monkeypatch.setattr(pipeline, "text_config", lambda base: {})
-    monkeypatch.setattr(pipeline, "needs", lambda base, text, **options: options)
+    monkeypatch.setattr(planning, "text_config", lambda base: {})
+    monkeypatch.setattr(planning, "needs", lambda base, text, **options: options)
     plan = SimpleNamespace(
         base=SimpleNamespace(shards=()), calibration=calibration, adapter=None, keep_adapter=False, dtype="auto", quantised=4,
         layers=range(2, 5), depth=9, output=None,

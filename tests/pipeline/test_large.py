@@ -20,7 +20,9 @@ from exporter.errors import InputError, VerificationError
 from exporter.models.footprint import LIBRARIES
 from exporter.models.loading import load_vlm
 from exporter.pipeline import export as pipeline
+from exporter.pipeline import measure as measuring
 from exporter.pipeline.export import export
+from exporter.pipeline.measure import loaded
 from exporter.pipeline.plan import make_plan, plan_needs
 
 
@@ -117,7 +119,7 @@ def test_directions_of_a_quantised_model(wide, calibration_file, tmp_path, bits)
     pytest.importorskip("bitsandbytes")
     settings = {"layers": "1-2", "calibration": str(calibration_file), f"load_in_{bits}bit": True}
     plan = make_plan(str(wide), output=tmp_path / "out", **settings)
-    with pipeline.loaded(plan, bits) as vlm:
+    with loaded(plan, bits) as vlm:
         kinds = {type(m).__name__ for m in vlm.model.modules()}
     assert {4: "Linear4bit", 8: "Linear8bitLt"}[bits] in kinds
     if bits == 8:  # the whole way once is enough
@@ -127,7 +129,7 @@ def test_directions_of_a_quantised_model(wide, calibration_file, tmp_path, bits)
     assert "quantised to 4 bits" in (tmp_path / "out" / "README.md").read_text()
     for shard in plan.base.shards:  # what is exported are the weights as they are
         assert (tmp_path / "out" / shard.name).read_bytes() == shard.read_bytes()
-    with pipeline.loaded(plan) as vlm:
+    with loaded(plan) as vlm:
         arguments = (plan.calibration, plan.recipe.prompts, plan.recipe.decoder_layers)
         plain = fit_directions(vlm, *arguments, layers=plan.layers)
         probe = load_file(tmp_path / "out" / "assets" / "shiftdc_probe.safetensors")
@@ -166,7 +168,7 @@ def test_a_base_that_is_quantised_already(tmp_path):
 
 def test_the_base_is_released_before_verifying(base_folder, calibration_file, tmp_path, monkeypatch):
     models, alive = [], []
-    real_load = pipeline.load_vlm
+    real_load = measuring.load_vlm
 
     def load(*arguments, **options):
         vlm = real_load(*arguments, **options)
@@ -177,7 +179,7 @@ def test_the_base_is_released_before_verifying(base_folder, calibration_file, tm
         alive.extend(model() for model in models)
         raise VerificationError("that is all")
 
-    monkeypatch.setattr(pipeline, "load_vlm", load)
+    monkeypatch.setattr(measuring, "load_vlm", load)
     monkeypatch.setattr(pipeline, "verify", check)
     gc.disable()  # the pipeline has to see to it
     plan = make_plan(str(base_folder), output=tmp_path / "out", layers="1-2", calibration=str(calibration_file))

@@ -33,7 +33,7 @@ ROWS = [("How do I build this?", picture(0, 40, 40)), ("What is it, and who need
 
 
 class FamilyNaive(Naive):
-    """tests/naive.py on another architecture; the processor is the only one to know how a prompt is written."""
+    """naive.py on another architecture; the processor is the only one to know how a prompt is written."""
 
     def __init__(self, model, processor, tiny):
         self.model, self.processor, self.text_prompt = model, processor, TEXT

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from exporter.checkpoint.report import read_report
-from exporter.data import benchmarks_file, calibration
+from exporter.data import benchmarks_file, calibration_sets
 from exporter.errors import InputError
 from exporter.evaluation.replies import ReplyLog
 from exporter.models.base import INDEX, BaseCheckpoint, resolve
@@ -93,7 +93,7 @@ def test_recipes_that_are_nearly_right(tmp_path, key, value):
 def test_calibration_sets(tmp_path, data):
     file = tmp_path / "c.jsonl"
     file.write_bytes(data)
-    survives(calibration.read_jsonl, file)
+    survives(calibration_sets.read_jsonl, file)
 
 
 @bounded

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 NODE = ROOT / "examples" / "node"
 
 needs_node = pytest.mark.skipif(not (shutil.which("node") and shutil.which("npm")), reason="node and npm are not installed")

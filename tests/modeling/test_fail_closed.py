@@ -27,7 +27,7 @@ from exporter.modeling.modeling_shiftdc_config import TRANSFORMERS, require_tran
 from exporter.modeling.modeling_shiftdc_correction import ShiftDCCorrection, buffers_sha256
 from exporter.modeling.modeling_shiftdc_llava import ShiftDCLlavaConfig, ShiftDCLlavaForConditionalGeneration
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 BUFFER = "model.language_model.layers.1.shiftdc.direction"
 
 

@@ -34,7 +34,7 @@ pytestmark = pytest.mark.skipif(
     PUBLISHED is None or VOCABULARIES is None,
     reason="needs SHIFTDC_PUBLISHED and SHIFTDC_VOCABULARIES: folders with published files, which are no part of the project",
 )
-TESTS = Path(__file__).parent
+SUPPORT = Path(__file__).parents[1] / "support"
 LAYERS = (2, 3)
 GREEDY = {"max_new_tokens": 6, "do_sample": False}
 
@@ -96,7 +96,7 @@ def conversations(processor):
 
 
 class TemplateNaive(Naive):
-    """tests/naive.py with every prompt written by the chat template, whatever the family."""
+    """tests/support/naive.py with every prompt written by the chat template, whatever the family."""
 
     def __init__(self, model, processor, recipe, own):
         self.model, self.processor, self.recipe, self.own = model, processor, recipe, own
@@ -168,8 +168,13 @@ def test_nothing_depends_on_the_day(exported):
 
 def test_replies_are_the_naive_ones_in_a_fresh_process(naive, exported, conversations, tmp_path):
     torch.save(list(conversations.values()), tmp_path / "conversations.pt")
-    environment = {**os.environ, "PYTHONPATH": str(TESTS), "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    command = [sys.executable, str(TESTS / "published_worker.py"), str(exported.plan.output), str(tmp_path / "conversations.pt")]
+    environment = {**os.environ, "PYTHONPATH": str(SUPPORT), "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    command = [
+        sys.executable,
+        str(SUPPORT / "published_worker.py"),
+        str(exported.plan.output),
+        str(tmp_path / "conversations.pt"),
+    ]
     template = exported.plan.recipe.chat_template or ""
     run = subprocess.run([*command, template], capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=600)
     assert run.returncode == 0, run.stderr[-2000:]

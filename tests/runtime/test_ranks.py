@@ -29,7 +29,7 @@ def torchrun(*arguments: object, cache: Path) -> subprocess.CompletedProcess[str
 
 def test_two_ranks_export_what_one_does(make_export, base_folder, calibration_file, tmp_path):
     arguments = ("--layers", "1-2", "--calibration", calibration_file, "--output", tmp_path / "out", "--batch-size", "3")
-    cli = Path(__file__).parent / "run_cli.py"
+    cli = Path(__file__).parents[1] / "support" / "run_cli.py"
     done = torchrun(cli, base_folder, *arguments, "--json", "--quiet", cache=tmp_path / "cache")
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)  # one process prints

@@ -135,7 +135,7 @@ def run_cli(prelude, *arguments, path):
 def test_a_missing_package_is_one_sentence(build, prelude, remedy, calibration_file, tmp_path):
     folder, output = build().save(tmp_path / "base"), tmp_path / "calibrated"
     arguments = (folder, "--output", output, "--calibration", calibration_file, "--quiet")
-    code, error = run_cli(prelude, *arguments, path=Path(__file__).parent)
+    code, error = run_cli(prelude, *arguments, path=Path(__file__).parents[1] / "support")
     assert code == 2 and error.startswith("Error: MODEL:") and remedy in error and error.count("\n") == 1
     assert not output.exists()
 
