@@ -20,7 +20,7 @@ import torch
 from models import SMALL, model
 from side_by_side import give_back, memory, one_thread, ratio, row, seconds, write
 
-from exporter.directions.activations import LastTokenStats, by_length, last_token_activations
+from exporter.directions.activations import RunningMean, by_length, last_token_activations
 from exporter.models.vlm import VLM, Inputs
 
 LENGTHS, FIXED_BATCH = (20, 200), 32
@@ -54,8 +54,8 @@ def batches(prompts: list[list[int]], device: torch.device = CPU) -> list[Inputs
 def ways(vlm: VLM, prompts: list[list[int]]) -> dict[str, Callable[[], object]]:
     layers = list(vlm.decoder_layers("model.language_model.layers"))
 
-    def ours() -> LastTokenStats:
-        stats = LastTokenStats()
+    def ours() -> RunningMean:
+        stats = RunningMean()
         for inputs in batches(prompts, vlm.device):
             stats.update(last_token_activations(vlm, layers, inputs))
         return stats

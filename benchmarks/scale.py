@@ -28,7 +28,7 @@ from models import Size, model
 from side_by_side import MMAP_THRESHOLD, RESULTS, give_back, memory, one_thread, seconds, write
 from spread import spread
 
-from exporter.directions.activations import AUTO_TOKENS, LastTokenStats, by_length, last_token_activations
+from exporter.directions.activations import AUTO_TOKENS, RunningMean, by_length, last_token_activations
 from exporter.models.vlm import VLM
 
 matplotlib.use("Agg")
@@ -107,7 +107,7 @@ def reading(work: Pass) -> Way:
     ids = torch.randint(5, work.size.vocabulary, (work.prompts, work.length), generator=generator)
 
     def read() -> None:
-        stats = LastTokenStats()
+        stats = RunningMean()
         for rows in by_length(range(work.prompts), [work.length] * work.prompts, None, torch.device("cpu")):
             mask = torch.ones(len(rows), work.length, dtype=torch.long)
             stats.update(last_token_activations(vlm, layers, {"input_ids": ids[rows], "attention_mask": mask}))

@@ -17,39 +17,27 @@ AUTO_TOKENS = {"cpu": 512, "cuda": 16384}
 T = TypeVar("T")
 
 
-class LastTokenStats:
-    """Running mean and variance of activations [layers, hidden], float64 (Chan et al. 1979, parallel form of Welford)."""
+class RunningMean:
+    """The mean of activations [layers, hidden] that come in batches, float64."""
 
     def __init__(self) -> None:
         self.count = 0
         self.mean = torch.zeros(())
-        self._squares = torch.zeros(())
 
     def update(self, activations: torch.Tensor) -> None:
         """Add `activations` [batch, layers, hidden] of any dtype."""
-        batch = activations.double()
-        other = LastTokenStats()
-        other.count = len(batch)
-        other.mean = batch.mean(0)
-        other._squares = (batch - other.mean).square().sum(0)
-        self.merge(other)
+        batch = RunningMean()
+        batch.count, batch.mean = len(activations), activations.double().mean(0)
+        self.merge(batch)
 
-    def merge(self, other: LastTokenStats) -> None:
+    def merge(self, other: RunningMean) -> None:
         if not other.count:
             return
         if not self.count:
-            self.count, self.mean, self._squares = other.count, other.mean, other._squares
+            self.count, self.mean = other.count, other.mean
             return
-        total = self.count + other.count
-        delta = other.mean - self.mean
-        self.mean = self.mean + delta * (other.count / total)
-        self._squares = self._squares + other._squares + delta.square() * (self.count * other.count / total)
-        self.count = total
-
-    @property
-    def variance(self) -> torch.Tensor:
-        """Unbiased, [layers, hidden]; needs two samples."""
-        return self._squares / (self.count - 1)
+        self.count += other.count
+        self.mean = self.mean + (other.mean - self.mean) * (other.count / self.count)
 
 
 class _LastLayerReachedError(Exception):

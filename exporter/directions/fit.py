@@ -15,7 +15,7 @@ from PIL import Image
 
 from exporter.data.calibration import CalibrationRow, CalibrationSet
 from exporter.data.images import blank_image, row_image
-from exporter.directions.activations import LastTokenStats, by_length, last_token_activations
+from exporter.directions.activations import RunningMean, by_length, last_token_activations
 from exporter.directions.directions import DIFFERENCE, GRADIENT, Directions
 from exporter.directions.refusal_gradient import find_openers, refusal_gradients
 from exporter.directions.statistics import LayerStatistics, cosines, separations
@@ -45,7 +45,7 @@ def fit_directions(
 ) -> Directions:
     """Measure directions at `layers` (default: all) from text alone, and how images shift along them.
 
-    Both sides go through the chat template. Means and variances are streamed in float64.
+    Both sides go through the chat template. Means are streamed in float64.
     """
     modules = vlm.decoder_layers(decoder_layers)
     chosen = tuple(i for i in (range(len(modules)) if layers is None else layers) if i not in vlm.image_layers)
@@ -104,7 +104,7 @@ class _Vectors:
 
 def _difference(reader: _Reader, calibration: CalibrationSet) -> _Vectors:
     """Eq. 4: difference of means."""
-    halves = {(label, half): LastTokenStats() for label in ("safe", "unsafe") for half in (0, 1)}
+    halves = {(label, half): RunningMean() for label in ("safe", "unsafe") for half in (0, 1)}
     labelled = [(label, i % 2, r) for label in ("safe", "unsafe") for i, r in enumerate(calibration.select("fit", label))]
     groups = [(label, half) for label, half, _ in labelled]
     for indices, activations in reader.text("text", [r for _, _, r in labelled]):
@@ -125,7 +125,7 @@ def _gradient(reader: _Reader, calibration: CalibrationSet) -> _Vectors:
     rows = calibration.select("fit")
     prompts = reader.prompts_of(rows)
     openers = find_openers(reader.vlm, [r.request for r in rows], prompts)
-    halves, activations = (LastTokenStats(), LastTokenStats()), LastTokenStats()
+    halves, activations = (RunningMean(), RunningMean()), RunningMean()
     tokens = [o.token for o in openers]
     batches = refusal_gradients(reader.vlm, reader.layers, prompts, tokens, reader.batch_size, reader.runner, reader.progress)
     for indices, gradients, read in batches:
@@ -159,8 +159,8 @@ def _check_norms(norm: torch.Tensor, size: torch.Tensor, layers: Sequence[int]) 
             )
 
 
-def _merged(*parts: LastTokenStats) -> LastTokenStats:
-    whole = LastTokenStats()
+def _merged(*parts: RunningMean) -> RunningMean:
+    whole = RunningMean()
     for part in parts:
         whole.merge(part)
     return whole
@@ -239,7 +239,7 @@ class _Reader:
     def image_means(self, rows: Sequence[CalibrationRow]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """Mean activations [layers, hidden] by label: with the image, and of the text-only counterpart."""
         labels = sorted({r.label for r in rows})
-        with_image, with_text = ({label: LastTokenStats() for label in labels} for _ in range(2))
+        with_image, with_text = ({label: RunningMean() for label in labels} for _ in range(2))
         pictures = [lambda r=r: row_image(r) for r in rows]
         for stats, parts in (
             (with_image, self.images("images", [r.request for r in rows], pictures)),
@@ -252,7 +252,7 @@ class _Reader:
 
     def blank_means(self, rows: Sequence[CalibrationRow]) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean activations [layers, hidden] of requests with a blank image, and without any image."""
-        blank, alone = LastTokenStats(), LastTokenStats()
+        blank, alone = RunningMean(), RunningMean()
         requests = [r.request for r in rows]
         for _, activations in self.images("blank images", requests, [blank_image] * len(rows)):
             blank.update(activations)

