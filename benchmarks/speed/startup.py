@@ -15,7 +15,7 @@ from pathlib import Path
 
 from benchmarks.support.side_by_side import row, write
 
-COMMAND = "import sys; from exporter.cli import main; sys.argv[0] = 'shiftdc-export'; main()"
+COMMAND = "import sys; from exporter.cli.commands import main; sys.argv[0] = 'shiftdc-export'; main()"
 
 
 def timed(*arguments: str, importtime: bool = False) -> tuple[float, str]:
