@@ -2,7 +2,7 @@
 
     python -m benchmarks.effect.onnx_variants CHECKPOINT [--limit N] [--precision fp32,...] [--threads 1] [--output FILE.json]
 
-The demo benchmark's test things, judge `prefix`, the checkpoint's own gate, rule and strength.
+The demo benchmark's test split, judge `prefix`, the checkpoint's own gate, rule and strength.
 """
 
 from __future__ import annotations
