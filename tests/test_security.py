@@ -454,7 +454,7 @@ LIES = {
 ASK = """
 import sys
 from click.testing import CliRunner
-from exporter.cli import main
+from exporter.cli.commands import main
 for model in sys.argv[1:]:
     done = CliRunner().invoke(main, [model, "--dry-run"])
     print(done.exit_code, repr(done.exception), done.stderr.strip() or "nothing")

@@ -356,7 +356,7 @@ def script(folder):
 PROGRAM = """
 import json, sys
 from dataclasses import asdict, replace
-from exporter import benchmarks, benchmarks_hub
+from exporter.data import benchmarks, benchmarks_hub
 from exporter.errors import InputError
 
 def picture(question):

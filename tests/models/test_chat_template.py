@@ -63,15 +63,15 @@ def test_a_busy_machine_does_not_count():
     """The process is stopped in the midst of a template, as on a machine that gives its time to others."""
     code = (
         "import time\n"
-        "from exporter import templates\n"
-        "templates.LIMIT = 0.3\n"
+        "from exporter.models import chat_template\n"
+        "chat_template.LIMIT = 0.3\n"
         "class Slow:\n"
         "    def apply_chat_template(self, conversation, tokenize):\n"
         "        print('rendering', flush=True)\n"
         "        end = time.thread_time() + 0.1\n"
         "        while time.thread_time() < end: pass\n"
         "        return 'done'\n"
-        "print(templates.rendered(Slow(), []))"
+        "print(chat_template.rendered(Slow(), []))"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None

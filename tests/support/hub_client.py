@@ -28,20 +28,20 @@ HF_XET = {"HF_XET_XORB_COMPRESSION_POLICY": "none", "HF_XET_CLIENT_RETRY_BASE_DE
 CLIENT = """
 import dataclasses, json, os, sys, traceback
 from pathlib import Path
-from exporter import hub, hub_errors
+from exporter.publishing import hub_errors, push
 from exporter.errors import ShiftDCError
-hub.WAITS = (0.1, 0.1)
+push.WAITS = (0.1, 0.1)
 hub_errors.SILENCE = 2.0
-verify = hub.verify
+verify = push.verify
 for line in sys.stdin:
     what, folder, options, token, thorough = json.loads(line)
     os.environ["HF_TOKEN"] = token or ""
-    hub.verify = verify if thorough else lambda folder: None
+    push.verify = verify if thorough else lambda folder: None
     try:
         if what == "preflight":
-            answer = hub.preflight(**options)
+            answer = push.preflight(**options)
         else:
-            answer = dataclasses.asdict(getattr(hub, what)(Path(folder), **options))
+            answer = dataclasses.asdict(getattr(push, what)(Path(folder), **options))
     except ShiftDCError as error:
         traceback.print_exception(error)
         assert error.__context__ is None or "Validation" in str(type(error.__context__))
