@@ -16,6 +16,7 @@ import with_torchvision  # noqa: F401, I001 (before transformers, which looks fo
 import pytest
 import torch
 from filelock import FileLock
+from interpreters import open_nurseries
 from tiny import save_tiny_llava
 from transformers import AutoModelForImageTextToText
 
@@ -31,7 +32,10 @@ torch.set_num_threads(1)
 #: Of the check of prompts. Every export makes that check; here most do with a few, and the tests of the check with all.
 ALL_REQUESTS = prompt_check.REQUESTS
 prompt_check.REQUESTS = ALL_REQUESTS[:2]
-verify.WORKER = Path(__file__).parent / "support" / "worker_with_torchvision.py"
+SUPPORT = Path(__file__).parent / "support"
+verify.WORKER = SUPPORT / "worker_forked.py"
+if not torch.cuda.is_available():  # no process may be forked from one that has used CUDA
+    open_nurseries()
 
 THINGS = {
     "unsafe": [
@@ -82,6 +86,12 @@ def calibration_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_llava(tmp_path_factory.mktemp("base") / "tiny-llava")
+
+
+@pytest.fixture
+def in_a_fresh_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exports are verified by an interpreter that is started for it, as users' are; else here by one that is forked."""
+    monkeypatch.setattr(verify, "WORKER", SUPPORT / "worker_with_torchvision.py")
 
 
 @pytest.fixture(scope="session")

@@ -8,13 +8,13 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from hub_write import EXPIRED, FINE, READ, WRITE, Hub
 from hub_xet import XET
+from interpreters import COMMAND_LINE, python
 
 REPO = "alice/tiny-shiftdc"
 EFFECTIVE = {
@@ -72,10 +72,10 @@ def environment(url: str, home: Path, xet: bool = False) -> dict[str, str]:
 class Client:
     """A process that pushes."""
 
-    def __init__(self, url: str, folder: Path, xet: bool = False) -> None:
-        self.home, self.stderr = folder / "home", folder / "stderr"
+    def __init__(self, url: str, folder: Path, xet: bool = False, home: Path | None = None) -> None:
+        self.home, self.stderr = home or folder / "home", folder / "stderr"
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.stderr.open("w")}
-        command = [sys.executable, "-c", CLIENT]
+        command = [*python(COMMAND_LINE), "-c", CLIENT]
         self.process = subprocess.Popen(command, env=environment(url, self.home, xet), text=True, **pipes)
 
     def ask(self, *question: object) -> tuple[Any, str]:
