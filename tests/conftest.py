@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -139,15 +140,30 @@ def hub_snapshot(base_folder: Path, tmp_path: Path) -> Path:
     return snapshot
 
 
-@pytest.fixture(scope="session")
-def demo_onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The calibrated demo model with ONNX graphs at every precision in `onnx/`, made once for all test processes."""
-    base = tmp_path_factory.getbasetemp()
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """A folder for tests that only read it, made by the first of all test processes that asks."""
+    base = factory.getbasetemp()
     shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-    checkpoint, done = shared / "demo-onnx", shared / "demo-onnx.done"
-    with FileLock(shared / "demo-onnx.lock"):
+    folder, done = shared / name, shared / f"{name}.done"
+    with FileLock(shared / f"{name}.lock"):
         if not done.exists():
-            export(make_plan("demo", output=checkpoint, force=True))
-            export_onnx(checkpoint, tuple(SUFFIXES))
+            make(folder)
             done.touch()
-    return checkpoint
+    return folder
+
+
+@pytest.fixture(scope="session")
+def demo_export(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The calibrated demo model."""
+    return made_once(tmp_path_factory, "demo", lambda output: export(make_plan("demo", output=output, force=True)))
+
+
+@pytest.fixture(scope="session")
+def demo_onnx(demo_export: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with ONNX graphs at every precision in `onnx/`."""
+
+    def make(output: Path) -> None:
+        shutil.copytree(demo_export, output, dirs_exist_ok=True)
+        export_onnx(output, tuple(SUFFIXES))
+
+    return made_once(tmp_path_factory, "demo-onnx", make)
