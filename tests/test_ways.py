@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import multiprocessing
 import os
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -33,6 +35,7 @@ from transformers import (
 from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.serving.utils import GenerateManager, GenerationState, Modality, _StreamError
 from transformers.distributed import DistributedConfig
+from with_torchvision import FOLDER
 
 CAPTION = "Based on the given Request, describe the image. Request: {q}"
 TEXT = "{q} Image Caption: {caption}"
@@ -280,6 +283,14 @@ def test_a_server_does_not_load_an_export_without_its_code(folder):
 # several processes
 
 
+def apart(work, arguments, processes):
+    """Run `work(rank, *arguments)` in new processes, which find the tests' torchvision only where they ask for it."""
+    multiprocessing.set_forkserver_preload(["transformers.trainer", "transformers.models.llava.modeling_llava"])  # read once
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", [p for p in sys.path if p != str(FOLDER)])
+        torch.multiprocessing.start_processes(work, arguments, processes, start_method="forkserver")
+
+
 def of_inference(model, inputs):
     with torch.no_grad():
         logits = model(**inputs).logits  # FSDP2 needs a pass of the model before generate(), as in the base class
@@ -332,7 +343,7 @@ def two_processes(folder, model, processor, tmp_path_factory):
     results = tmp_path_factory.mktemp("processes")
     rows = [answered(processor, seed)[0] for seed in (0, 1)]
     inputs = encode(processor, [REQUEST], [picture(0)])
-    torch.multiprocessing.spawn(one_of_two, (folder, rows, dict(inputs), results), nprocs=2)
+    apart(one_of_two, (folder, rows, dict(inputs), results), 2)
     return [torch.load(results / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 
