@@ -22,6 +22,10 @@ import torch.multiprocessing
 from naive import Naive
 from tiny import encode, picture, tiny_processor
 from torch import distributed
+from torch._dynamo.utils import counters
+from torch._inductor import config as inductor
+from torch._inductor.cpp_builder import get_cpp_compiler
+from torch._inductor.exc import InvalidCxxCompiler
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import (
@@ -177,9 +181,6 @@ def test_trainer_trains_the_calibrated_model(folder, stock, processor, inputs, t
 @pytest.fixture
 def needs_compiler():
     """torch.compile's own backend writes C++ for a CPU."""
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
-
     try:
         get_cpp_compiler()
     except InvalidCxxCompiler:
@@ -188,24 +189,25 @@ def needs_compiler():
     torch.compiler.reset()
 
 
-def test_inductor_compiles_forward_calibrated(folder, stock, model, inputs, needs_compiler):
-    length = inputs["input_ids"].shape[1]
+def test_a_correction_that_inductor_compiled(folder, stock, model, inputs, needs_compiler):
+    """By itself: compiling all of forward(), which tests/test_modeling.py only captures, takes more than a minute."""
+    expected = naive_logits(stock, model, inputs, inputs["input_ids"].shape[1])
     compiled = load(folder)
-    compiled.forward = torch.compile(compiled.forward, backend="inductor", dynamic=True)
-    expected = naive_logits(stock, model, inputs, length)
-    with torch.no_grad():
-        assert not torch.allclose(compiled(**inputs, shiftdc=False).logits[0, -1], expected[0, -1], atol=1e-2)
+    counters.clear()
+    compiled.shiftdc_corrections[0].compile(backend="inductor", fullgraph=True)
+    with torch.no_grad(), inductor.patch(compile_threads=1, **{"cpp.simdlen": 1}):  # no helpers, no trials of the processor
         assert torch.allclose(compiled(**inputs).logits, expected, atol=1e-4)
+        assert not torch.allclose(model(**inputs, shiftdc=False).logits[0, -1], expected[0, -1], atol=1e-2)
+    assert counters["stats"]["unique_graphs"] > 0
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention"])
-def test_attention(folder, stock, processor, inputs, attention, request):
-    if attention == "flex_attention":
-        request.getfixturevalue("needs_compiler")
+def test_attention(folder, stock, processor, inputs, attention):
     model = load(folder, attn_implementation=attention)
     assert model.config.get_text_config()._attn_implementation == attention
     expected = naive_reply(stock, model, processor)
-    assert new_tokens(model.generate(**inputs, **GREEDY), inputs) == expected != uncalibrated(model, inputs)
+    with torch.compiler.set_stance("force_eager"):  # flex attention would compile itself, for minutes
+        assert new_tokens(model.generate(**inputs, **GREEDY), inputs) == expected != uncalibrated(model, inputs)
 
 
 def quantised(name):
@@ -453,3 +455,11 @@ def serve_long(_, folder, inputs, replies, result):
         if number + 1 in (100, replies):
             sizes.append(resident())
     torch.save(sizes, result)
+
+
+def test_two_thousand_replies_leave_the_process_as_large_as_a_hundred(folder, processor, tmp_path):
+    """In a process of its own, which does nothing else."""
+    inputs, result = encode(processor, ["A"], [picture(0)]), tmp_path / "sizes.pt"
+    apart(serve_long, (folder, dict(inputs), 2000, result), 1)
+    after_a_hundred, after_all = torch.load(result, weights_only=True)
+    assert after_all <= 1.05 * after_a_hundred
