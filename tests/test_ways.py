@@ -36,9 +36,11 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
+from transformers.cli.serving import model_manager
 from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.serving.utils import GenerateManager, GenerationState, Modality, _StreamError
 from transformers.distributed import DistributedConfig
+from transformers.models.auto import modeling_auto
 from with_torchvision import FOLDER
 
 CAPTION = "Based on the given Request, describe the image. Request: {q}"
@@ -277,9 +279,29 @@ def test_a_server_passes_the_refusal_on(model, processor, inputs, streaming):
         served(model, processor, bare, streaming)
 
 
-def test_a_server_does_not_load_an_export_without_its_code(folder):
+def test_a_server_that_knows_nothing_of_the_class_loads_nothing(folder):
     with pytest.raises(ValueError, match="trust_remote_code"):
         ModelManager(device="cpu").load_model_and_processor(f"{folder}@main")
+    with pytest.raises(AttributeError, match="no attribute ShiftDCLlavaForConditionalGeneration"):
+        ModelManager(device="cpu", trust_remote_code=True).load_model_and_processor(f"{folder}@main")
+
+
+def test_a_server_that_is_told_of_the_class_loads_it(folder, model, inputs, monkeypatch):
+    """By the lines of docs/calling.md."""
+    name = type(model).__name__
+    monkeypatch.setattr(model_manager.transformers, name, None, raising=False)  # undone behind the test, as the next
+    monkeypatch.setitem(modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, model.config.model_type, "")
+    page = (Path(__file__).parents[1] / "docs/calling.md").read_text()
+    code = page.split("```python\n")[1].split("Serve(export")[0]
+    exec(code.replace('"demo-shiftdc"', repr(str(folder))), {})
+    manager = ModelManager(device="cpu", trust_remote_code=True)
+    loaded, processor = manager.load_model_and_processor(f"{folder}@main")
+    try:
+        assert manager.get_model_modality(loaded, processor) is Modality.VLM
+        reply = new_tokens(loaded.generate(**inputs, **GREEDY), inputs)
+        assert reply == new_tokens(model.generate(**inputs, **GREEDY), inputs) != uncalibrated(model, inputs)
+    finally:
+        manager.shutdown()
 
 
 # several processes
