@@ -25,7 +25,7 @@ from transformers import LlavaForConditionalGeneration
 
 from exporter.bake import bake, sha256
 from exporter.directions import Directions
-from exporter.modeling.modeling_shiftdc_prompts import PromptFrame
+from exporter.modeling.prompts_shiftdc import PromptFrame
 from exporter.pipeline import export, make_plan
 from exporter.recipes import load_recipe
 from exporter.source import resolve

@@ -21,9 +21,9 @@ from safetensors.torch import save_file
 from exporter.directions import Directions
 from exporter.errors import InputError
 from exporter.families import Family, family
-from exporter.modeling.modeling_shiftdc_config import FORMAT_VERSION
-from exporter.modeling.modeling_shiftdc_correction import buffers_sha256
-from exporter.modeling.modeling_shiftdc_prompts import PromptFrame
+from exporter.modeling.configuration_shiftdc import FORMAT_VERSION
+from exporter.modeling.modeling_shiftdc import buffers_sha256
+from exporter.modeling.prompts_shiftdc import PromptFrame
 from exporter.placing import lend, place
 from exporter.reading import read_json
 from exporter.recipes import Recipe

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from exporter.errors import InputError, refusing
 from exporter.families import family
 from exporter.family_table import REFUSED
-from exporter.modeling.modeling_shiftdc_prompts import PromptFrame
+from exporter.modeling.prompts_shiftdc import PromptFrame
 from exporter.processors import load_processor
 from exporter.prompt_check import PromptCheck, check_prompts
 from exporter.prompt_frame import prompt_frame

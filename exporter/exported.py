@@ -12,7 +12,7 @@ from exporter.bake import REPORT
 from exporter.directions import LayerStatistics
 from exporter.errors import InputError, refusing
 from exporter.families import family
-from exporter.modeling.modeling_shiftdc_prompts import PromptFrame
+from exporter.modeling.prompts_shiftdc import PromptFrame
 from exporter.processors import load_processor
 from exporter.reading import UnreadableError, read_json
 from exporter.recipes import Recipe, recorded_recipe

@@ -28,7 +28,7 @@ from exporter.exported import load_calibrated
 from exporter.families import family
 from exporter.layer_choice import LayerChoice, choose_layers
 from exporter.manifest import CARD, hashes
-from exporter.modeling.modeling_shiftdc_prompts import PromptFrame
+from exporter.modeling.prompts_shiftdc import PromptFrame
 from exporter.needs import Needs, needs
 from exporter.placing import will_be_linked
 from exporter.probe import PROBE, Probe, record_probe

@@ -21,7 +21,7 @@ from torch import nn
 from exporter.activations import last_token, last_token_activations
 from exporter.calibration import typographic_image
 from exporter.directions import Directions
-from exporter.modeling.modeling_shiftdc_prompts import PromptFrame
+from exporter.modeling.prompts_shiftdc import PromptFrame
 from exporter.processors import ODD_TEXT, tokenizers
 from exporter.recipes import Recipe
 from exporter.templates import DAY, rendered

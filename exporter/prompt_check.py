@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import TemplateError
 from PIL import Image
 
-from exporter.modeling.modeling_shiftdc_prompts import PromptComposer, PromptFrame, filled
+from exporter.modeling.prompts_shiftdc import PromptComposer, PromptFrame, filled
 from exporter.templates import rendered
 from exporter.vlm import VLM
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForImageTextToText
 from exporter.calibration import blank_image
 from exporter.errors import InputError, refusing
 from exporter.families import Family, family
-from exporter.modeling.modeling_shiftdc_prompts import PromptComposer, PromptFrame, TokenizerCodec
+from exporter.modeling.prompts_shiftdc import PromptComposer, PromptFrame, TokenizerCodec
 from exporter.needs import BLOCK, is_quantised
 from exporter.notices import noticed
 from exporter.processors import load_with_notices

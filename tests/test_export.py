@@ -21,7 +21,7 @@ from exporter import bake as baking
 from exporter import pipeline
 from exporter.errors import InputError, ShiftDCError, VerificationError
 from exporter.manifest import hashes
-from exporter.modeling.modeling_shiftdc_correction import buffers_sha256
+from exporter.modeling.modeling_shiftdc import buffers_sha256
 from exporter.pipeline import export, make_plan
 from exporter.verify import verify
 

@@ -21,10 +21,9 @@ from transformers import (
     pipeline,
 )
 
-from exporter.modeling import modeling_shiftdc_config
-from exporter.modeling.modeling_shiftdc import ShiftDCMixin
-from exporter.modeling.modeling_shiftdc_config import TRANSFORMERS, require_transformers
-from exporter.modeling.modeling_shiftdc_correction import ShiftDCCorrection, buffers_sha256
+from exporter.modeling import configuration_shiftdc
+from exporter.modeling.configuration_shiftdc import TRANSFORMERS, require_transformers
+from exporter.modeling.modeling_shiftdc import ShiftDCCorrection, ShiftDCMixin, buffers_sha256
 from exporter.modeling.modeling_shiftdc_llava import ShiftDCLlavaConfig, ShiftDCLlavaForConditionalGeneration
 
 ROOT = Path(__file__).parents[1]
@@ -141,7 +140,7 @@ def test_no_shiftdc_block(export):
 def test_another_format_version(export):
     config = json.loads((export / "config.json").read_text())
     edit_config(export, shiftdc={**config["shiftdc"], "version": 99})
-    with pytest.raises(ValueError, match="version is 99, expected 2"):
+    with pytest.raises(ValueError, match="version is 99, expected 3"):
         load(export)
 
 
@@ -232,9 +231,9 @@ def test_the_version_that_is_needed(export):
     assert f'"transformers>={TRANSFORMERS},<6"' in (ROOT / "pyproject.toml").read_text()
     assert f"transformers {TRANSFORMERS} or newer is needed" in (export / "README.md").read_text()
     # versions before 5.0 fetch no more than the files that the first one names
-    assert not re.findall(r"^ *from \.", Path(modeling_shiftdc_config.__file__).read_text(), re.MULTILINE)
+    assert not re.findall(r"^ *from \.", Path(configuration_shiftdc.__file__).read_text(), re.MULTILINE)
     config = json.loads((export / "config.json").read_text())
-    assert config["auto_map"]["AutoConfig"] == "modeling_shiftdc_config.ShiftDCLlavaConfig"
+    assert config["auto_map"]["AutoConfig"] == "configuration_shiftdc.ShiftDCLlavaConfig"
 
 
 def test_continuous_batching_is_refused(export):

@@ -8,7 +8,7 @@ import pytest
 from transformers import Qwen3VLConfig
 
 from exporter.families import family
-from exporter.modeling.modeling_shiftdc_config import STOCK_CLASS_GUARD
+from exporter.modeling.configuration_shiftdc import STOCK_CLASS_GUARD
 
 
 def test_a_tower_with_the_models_own_type_is_guarded_too(tmp_path):

@@ -19,7 +19,7 @@ from exporter import pipeline, placing
 from exporter.bake import REPORT, Baked, bake
 from exporter.console import export_text
 from exporter.directions import Directions
-from exporter.modeling.modeling_shiftdc_prompts import PromptFrame
+from exporter.modeling.prompts_shiftdc import PromptFrame
 from exporter.pipeline import make_plan, plan_needs, text_config
 from exporter.placing import SHARED, is_hub_blob, lend, place, will_be_linked
 from exporter.recipes import load_recipe
