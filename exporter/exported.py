@@ -12,6 +12,7 @@ from exporter.bake import REPORT
 from exporter.directions import LayerStatistics
 from exporter.errors import InputError, refusing
 from exporter.families import family
+from exporter.modeling.configuration_shiftdc import FORMAT_VERSION
 from exporter.modeling.prompts_shiftdc import PromptFrame
 from exporter.processors import load_processor
 from exporter.reading import UnreadableError, read_json
@@ -66,6 +67,7 @@ def open_export(folder: Path, *, dtype: str = "auto", device_map: str | None = N
 
 def load_calibrated(folder: Path, recipe: Recipe, *, dtype: str = "auto", device_map: str | None = None) -> VLM:
     """Load what `bake` wrote. Raises InputError."""
+    require_format(folder)
     model_class: Any = family(recipe.family).model
     options = {} if device_map is None else {"device_map": device_map}
     with refusing(f"CHECKPOINT: {folder} cannot be loaded", "run 'shiftdc-export verify' on it, or export again"):
@@ -75,6 +77,21 @@ def load_calibrated(folder: Path, recipe: Recipe, *, dtype: str = "auto", device
     processor = load_processor(folder, recipe, "CHECKPOINT")
     vlm = VLM(model.eval(), processor, composed_text=recipe.chat_template is not None)
     return vlm.framed(PromptFrame.from_json(model.config.shiftdc["prompt"]))
+
+
+def require_format(folder: Path) -> None:
+    """Raise InputError for an export of another format than this package's, whose code is not the one that lies in it."""
+    try:
+        config = read_json(folder / "config.json")
+    except UnreadableError:
+        return  # whoever reads more of it says so
+    settings = config.get("shiftdc") if isinstance(config, dict) else None
+    found = settings.get("version") if isinstance(settings, dict) else None
+    if isinstance(found, int) and found != FORMAT_VERSION:
+        raise InputError(
+            f"CHECKPOINT: {folder} is of format version {found}, expected {FORMAT_VERSION}: export the checkpoint again; with "
+            "transformers alone it goes on with the code that it carries."
+        )
 
 
 def read_report(folder: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from exporter import verify_worker
 from exporter.bake import REPORT, SHARD, identity, without_code
 from exporter.errors import InputError, VerificationError
-from exporter.exported import read_report
+from exporter.exported import read_report, require_format
 from exporter.families import family
 from exporter.manifest import differences
 from exporter.reading import UnreadableError, read_json
@@ -48,6 +48,7 @@ def verify(folder: Path, device_map: str | None = None, place: Path | None = Non
     default `folder`.
     """
     report = read_report(folder)
+    require_format(folder)
     changed, edited = differences(folder, report)
     problems = [*changed, *_code(folder, report), *_weights(folder, report), *_buffers(folder)]
     if problems:  # never run code that is not ours, nor load half a model

@@ -8,11 +8,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tiny import encode, picture, tiny_processor
-from transformers import DynamicCache, GenerationConfig, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessorList
 
 from exporter.demo.benchmark import image, items
 from exporter.exported import open_export
-from exporter.modeling.image_prefix_shiftdc import copied, reads_padding, takes_cache
+from exporter.modeling.image_prefix_shiftdc import reads_padding, takes_cache
 from exporter.modeling.inputs_shiftdc import align_prefixes
 from exporter.modeling.modeling_shiftdc import ShiftDCMixin
 from exporter.pipeline import export, make_plan
@@ -250,22 +250,6 @@ def test_a_prefix_stands_in_the_same_columns_whatever_follows():
     ids, mask = align_prefixes(prefixes, [[5], [6, 7]], 0, device)
     assert ids.tolist() == [[1, 2, 3, 0, 5], [0, 0, 4, 6, 7]]
     assert mask.tolist() == [[1, 1, 1, 0, 1], [0, 0, 1, 1, 1]]
-
-
-def test_a_copied_cache_writes_elsewhere():
-    def states(tokens):
-        return torch.randn(2, 3, tokens, 4), torch.randn(2, 3, tokens, 4)
-
-    whole = DynamicCache()
-    whole.update(*states(5), 0)
-    whole.update(*states(5), 1)
-    whole.crop(-1)
-    kept = whole.layers[0].keys.clone()
-    one, two = copied(whole), copied(whole)
-    for cache, new in ((one, states(1)), (two, states(1))):
-        assert torch.equal(cache.update(*new, 0)[0], torch.cat([kept, new[0]], dim=2))
-    assert torch.equal(whole.layers[0].keys, kept) and whole.get_seq_length() == 4
-    assert copied(DynamicCache()).get_seq_length() == 0
 
 
 def test_a_wording_without_a_slot_takes_the_requests_place(load, processor):

@@ -97,6 +97,8 @@ def empty(cache: Cache) -> None:
     """Raises ValueError where a cache cannot be filled anew."""
     if is_cuttable(cache):
         cut(cache, 0)
+        for layer in cache.layers:
+            layer.is_initialized = False  # masks of PaliGemma are those of a first pass only in a cache that was never filled
     else:
         cache.reset()
     if length_of(cache):
