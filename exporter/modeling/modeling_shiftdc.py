@@ -3,10 +3,10 @@
 # Method: Zou et al., "Understanding and Rectifying Safety Perception Distortion in VLMs", arXiv:2502.13095
 """ShiftDC inside a vision-language model: what every family shares.
 
-An image moves the activations of a harmful request toward "safe". With a unit direction `d` of a decoder layer that points
-from unsafe to safe, Eq. 7 of the paper replaces the coordinate `x.d` of the image prompt by the coordinate `r` of its text-only
-counterpart: `x' = x - strength * (x.d - r) d`, at the last prompt token of rows that hold an image, once, while the prompt is
-read. `gate: one-sided` corrects `max(0, x.d - r)` only, so that no input is ever moved toward "safe".
+An image moves the activations of a harmful request toward "safe". With a unit direction `d` of a decoder layer, from unsafe
+to safe, Eq. 7 of the paper replaces the coordinate `x.d` of the image prompt by the coordinate `r` of its text-only counterpart:
+`x' = x - strength * (x.d - r) d`, at the last prompt token of rows that hold an image, once, while the prompt is read.
+`gate: one-sided` corrects `max(0, x.d - r)` only, so that no input is ever moved toward "safe".
 
 `ShiftDCCorrection.forward` is the equation, `ShiftDCMixin.generate` what happens in which order, and the block at the top of
 `ShiftDCMixin` what a family may change (modeling_shiftdc_<family>.py). The other files, in the order in which generate() needs
