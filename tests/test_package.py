@@ -8,6 +8,8 @@ import sysconfig
 import zipfile
 from pathlib import Path
 
+from exporter import __version__
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -31,7 +33,15 @@ def test_a_wheel_runs_on_its_own(tmp_path):
 
 
 def test_shipped_modeling_code_imports_torch_and_transformers_only():
-    for file in (ROOT / "exporter" / "modeling").glob("modeling_*.py"):
+    for file in (ROOT / "exporter" / "modeling").glob("*.py"):
         imports = [line.split()[1] for line in file.read_text().splitlines() if line.startswith(("import ", "from "))]
         allowed = set(sys.stdlib_module_names) | {"torch", "transformers", ""}
         assert {name.split(".")[0] for name in imports} <= allowed, file
+
+
+def test_shipped_modeling_code_says_where_it_is_from():
+    for file in (ROOT / "exporter" / "modeling").glob("*shiftdc*.py"):
+        header = file.read_text().splitlines()[:3]
+        assert header[0] == "# SPDX-License-Identifier: Apache-2.0"
+        assert header[1] == f"# From shiftdc-export {__version__}, https://github.com/shiftdc/shiftdc-export"
+        assert header[2].endswith("arXiv:2502.13095")

@@ -25,7 +25,7 @@ from benchmarks.support.models import GIGABYTE, save
 from benchmarks.support.side_by_side import one_thread, ratio, row, write
 from exporter.checkpoint.bake import bake
 from exporter.directions.directions import Directions
-from exporter.modeling.modeling_shiftdc_prompts import PromptFrame
+from exporter.modeling.prompts_shiftdc import PromptFrame
 from exporter.models.base import resolve
 from exporter.models.recipe import load_recipe
 from exporter.pipeline.export import export

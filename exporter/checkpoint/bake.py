@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 from exporter.checkpoint.layout import ADAPTER, ADAPTER_FILES, SHARD
 from exporter.directions.directions import Directions
 from exporter.errors import InputError
-from exporter.modeling.modeling_shiftdc_config import FORMAT_VERSION
-from exporter.modeling.modeling_shiftdc_correction import buffers_sha256
-from exporter.modeling.modeling_shiftdc_prompts import PromptFrame
+from exporter.modeling.configuration_shiftdc import FORMAT_VERSION
+from exporter.modeling.modeling_shiftdc import buffers_sha256
+from exporter.modeling.prompts_shiftdc import PromptFrame
 from exporter.models.base import INDEX, SINGLE, BaseCheckpoint
 from exporter.models.families import Family, family
 from exporter.models.recipe import Recipe

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from exporter.checkpoint.report import read_report
+from exporter.checkpoint.report import read_report, require_format
 from exporter.errors import refusing
-from exporter.modeling.modeling_shiftdc_prompts import PromptFrame
+from exporter.modeling.prompts_shiftdc import PromptFrame
 from exporter.models.families import family
 from exporter.models.loading import DTYPES
 from exporter.models.processors import load_processor
@@ -24,6 +24,7 @@ def open_export(folder: Path, *, dtype: str = "auto", device_map: str | None = N
 
 def load_calibrated(folder: Path, recipe: Recipe, *, dtype: str = "auto", device_map: str | None = None) -> VLM:
     """Load what `bake` wrote. Raises InputError."""
+    require_format(folder)
     model_class: Any = family(recipe.family).model
     options = {} if device_map is None else {"device_map": device_map}
     with refusing(f"CHECKPOINT: {folder} cannot be loaded", "run 'shiftdc-export verify' on it, or export again"):

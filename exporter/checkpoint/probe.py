@@ -22,7 +22,7 @@ from exporter.checkpoint.verify_worker import libraries
 from exporter.data.images import typographic_image
 from exporter.directions.activations import last_token, last_token_activations
 from exporter.directions.directions import Directions
-from exporter.modeling.modeling_shiftdc_prompts import PromptFrame
+from exporter.modeling.prompts_shiftdc import PromptFrame
 from exporter.models.chat_template import DAY, rendered
 from exporter.models.processors import ODD_TEXT, tokenizers
 from exporter.models.recipe import Recipe

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from exporter.checkpoint.layout import REPORT
 from exporter.directions.statistics import LayerStatistics
 from exporter.errors import InputError
+from exporter.modeling.configuration_shiftdc import FORMAT_VERSION
 from exporter.models.recipe import Recipe
 from exporter.runtime.reading import UnreadableError, read_json
 
@@ -52,6 +53,21 @@ class _Report(_Part):
     versions: dict[str, str]
     files: dict[str, Sha256]
     evaluation: dict[str, Any] | None = None
+
+
+def require_format(folder: Path) -> None:
+    """Raise InputError for an export of another format than this package's, whose code is not the one that lies in it."""
+    try:
+        config = read_json(folder / "config.json")
+    except UnreadableError:
+        return  # whoever reads more of it says so
+    settings = config.get("shiftdc") if isinstance(config, dict) else None
+    found = settings.get("version") if isinstance(settings, dict) else None
+    if isinstance(found, int) and found != FORMAT_VERSION:
+        raise InputError(
+            f"CHECKPOINT: {folder} is of format version {found}, expected {FORMAT_VERSION}: export the checkpoint again; with "
+            "transformers alone it goes on with the code that it carries."
+        )
 
 
 def read_report(folder: Path) -> dict[str, Any]:

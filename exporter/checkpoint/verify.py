@@ -17,7 +17,7 @@ from exporter.checkpoint import verify_worker
 from exporter.checkpoint.bake import identity, without_code
 from exporter.checkpoint.layout import REPORT, SHARD
 from exporter.checkpoint.manifest import differences
-from exporter.checkpoint.report import read_report
+from exporter.checkpoint.report import read_report, require_format
 from exporter.checkpoint.staging import scratch
 from exporter.errors import InputError, VerificationError
 from exporter.models.base import INDEX, SINGLE
@@ -50,6 +50,7 @@ def verify(folder: Path, device_map: str | None = None, place: Path | None = Non
     default `folder`.
     """
     report = read_report(folder)
+    require_format(folder)
     changed, edited = differences(folder, report)
     problems = [*changed, *_code(folder, report), *_weights(folder, report), *_buffers(folder)]
     if problems:  # never run code that is not ours, nor load half a model

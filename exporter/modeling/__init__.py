@@ -1,1 +1,1 @@
-"""Modeling code that travels inside exported checkpoints; imports torch and transformers only."""
+"""Code that travels inside exported checkpoints, word for word; it imports torch, transformers and the standard library."""

@@ -1,4 +1,7 @@
-"""What BLIP-2 and InstructBLIP share with ShiftDC: a language model that generates by itself; travels inside checkpoints."""
+# SPDX-License-Identifier: Apache-2.0
+# From shiftdc-export 0.1.0, https://github.com/shiftdc/shiftdc-export
+# Method: Zou et al., "Understanding and Rectifying Safety Perception Distortion in VLMs", arXiv:2502.13095
+"""What BLIP-2 and InstructBLIP share with ShiftDC: a language model that generates by itself."""
 
 from __future__ import annotations
 
@@ -6,12 +9,13 @@ import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import GenerationConfig, PretrainedConfig
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
+from transformers.utils import ModelOutput
 
+from .inputs_shiftdc import Arguments, by_name, position_to_correct, refuse_embeddings, require_pixels
 from .modeling_shiftdc import ShiftDCMixin
-from .modeling_shiftdc_conversation import length_of
-from .modeling_shiftdc_inputs import by_name, position_to_correct
 
 if TYPE_CHECKING:  # what the mixin is mixed into
     from transformers.generation import GenerationMixin as _LanguageModel
@@ -24,13 +28,13 @@ class ShiftDCLanguageModelMixin(_LanguageModel):
 
     shiftdc_stock: type
 
-    def __reduce_ex__(self, protocol: Any) -> tuple:
+    def __reduce_ex__(self, protocol: object) -> tuple:
         return _new_language_model, (self.shiftdc_stock,), self.__dict__
 
     def prepare_inputs_for_generation(
         self,
         input_ids: torch.Tensor,
-        past_key_values: Any = None,
+        past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         shiftdc: bool | None = None,
         shiftdc_rows: torch.Tensor | None = None,
@@ -38,7 +42,7 @@ class ShiftDCLanguageModelMixin(_LanguageModel):
         shiftdc_reference: torch.Tensor | None = None,
         shiftdc_correction: torch.Tensor | None = None,
         **kwargs: Any,
-    ) -> dict[str, Any]:
+    ) -> Arguments:
         model_inputs = super().prepare_inputs_for_generation(
             input_ids, past_key_values=past_key_values, inputs_embeds=inputs_embeds, **kwargs
         )
@@ -54,14 +58,13 @@ class ShiftDCLanguageModelMixin(_LanguageModel):
 
 
 @functools.cache
-def _language_model_class(stock: Any) -> Any:
+def _language_model_class(stock: type) -> type:
     return type(stock.__name__, (ShiftDCLanguageModelMixin, stock), {"shiftdc_stock": stock})
 
 
-def _new_language_model(stock: type) -> Any:
+def _new_language_model(stock: type) -> PreTrainedModel:
     """An empty one, for pickle, which does not find a class that was made here."""
-    made = _language_model_class(stock)
-    return made.__new__(made)
+    return object.__new__(_language_model_class(stock))
 
 
 class ShiftDCBlipMixin(ShiftDCMixin):
@@ -69,15 +72,16 @@ class ShiftDCBlipMixin(ShiftDCMixin):
 
     #: Only the language model has a cache, and it never sees the image's tokens.
     shiftdc_shares_prefix = False
-    language_model: Any
+    shiftdc_continues_caches = False
+    language_model: PreTrainedModel
 
-    def __init__(self, config: PretrainedConfig, *args: Any, **kwargs: Any):
+    def __init__(self, config: PreTrainedConfig, *args: object, **kwargs: object):
         super().__init__(config, *args, **kwargs)
-        stock: Any = type(self.language_model)
+        stock: type = type(self.language_model)
         self.language_model.__class__ = _language_model_class(stock)
 
     @staticmethod
-    def shiftdc_backbone(model: Any, **inputs: Any) -> None:
+    def shiftdc_backbone(model: PreTrainedModel, **inputs: object) -> None:
         """Without an image the language model reads the prompt alone: the outer forward() demands one."""
         if inputs.get("pixel_values") is not None:
             stock: Any = next(c for c in type(model).__mro__ if c.__module__.startswith("transformers."))
@@ -86,10 +90,16 @@ class ShiftDCBlipMixin(ShiftDCMixin):
             text = {k: v for k, v in inputs.items() if k != "pixel_values" and not k.startswith("qformer_")}
             model.language_model(**text, use_cache=False, logits_to_keep=1)
 
-    def generate(self, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+    def generate(self, inputs: torch.Tensor | None = None, *args: object, **kwargs: Any) -> torch.Tensor | ModelOutput:
         """As the base class's, where `inputs` are pixel values; prompts without an image go to the language model.
 
         A generation config is taken where other models take it, too: as the second argument.
+
+        Args:
+            inputs (`torch.FloatTensor` of shape `(batch, channels, height, width)`, *optional*):
+                The images, also as `pixel_values=`.
+            args, kwargs:
+                As of `ShiftDCMixin.generate`.
         """
         if args and isinstance(args[0], GenerationConfig):
             kwargs, args = by_name(GenerationMixin.generate, (None, *args), kwargs), ()
@@ -97,24 +107,10 @@ class ShiftDCBlipMixin(ShiftDCMixin):
         if kwargs.get("pixel_values") is not None:
             return super().generate(**kwargs)
         text = {k: v for k, v in kwargs.items() if not k.startswith(("qformer_", "shiftdc")) and k != "pixel_values"}
-        if kwargs.get("shiftdc") is not False and text.get("inputs_embeds") is not None:
-            self._shiftdc_refuse([text["inputs_embeds"]], text)
+        if kwargs.get("shiftdc") is not False:
+            refuse_embeddings(text)
         if text.get("input_ids") is not None and (text["input_ids"] == self.config.image_token_id).any():
-            self._shiftdc_require_pixels({})
-        self._shiftdc_refuse_cache(kwargs)
+            require_pixels({})
+        if kwargs.get("shiftdc") is not False:
+            self._shiftdc_refuse_cache(kwargs.get("past_key_values"))
         return self.language_model.generate(**text, shiftdc=False)
-
-    def _shiftdc_turn(self, ids: torch.Tensor, kwargs: dict[str, Any], as_cached: bool = False) -> Any:
-        self._shiftdc_refuse_cache(kwargs)
-        return super()._shiftdc_turn(ids, kwargs, as_cached)
-
-    def _shiftdc_recorded(self, inputs: dict[str, Any], shiftdc: bool | None, *args: Any) -> Any:
-        self._shiftdc_refuse_cache({**inputs, "shiftdc": shiftdc})
-        return super()._shiftdc_recorded(inputs, shiftdc, *args)
-
-    def _shiftdc_refuse_cache(self, kwargs: dict[str, Any]) -> None:
-        if kwargs.get("shiftdc") is not False and length_of(kwargs.get("past_key_values")):
-            raise ValueError(
-                f"{type(self).__name__} does not go on from past_key_values with calibration: give the whole prompt and a new "
-                "cache, or pass shiftdc=False (no calibration)."
-            )

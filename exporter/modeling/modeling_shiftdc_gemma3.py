@@ -1,10 +1,13 @@
-"""Gemma 3 with images with ShiftDC; travels inside exported checkpoints."""
+# SPDX-License-Identifier: Apache-2.0
+# From shiftdc-export 0.1.0, https://github.com/shiftdc/shiftdc-export
+# Method: Zou et al., "Understanding and Rectifying Safety Perception Distortion in VLMs", arXiv:2502.13095
+"""Gemma 3 with images with ShiftDC."""
 
 from transformers import Gemma3ForConditionalGeneration
 from transformers.generation import GenerationMixin
 
+from .configuration_shiftdc import ShiftDCGemma3Config
 from .modeling_shiftdc import ShiftDCMixin, register_key_conversion
-from .modeling_shiftdc_config import ShiftDCGemma3Config
 
 
 class ShiftDCGemma3ForConditionalGeneration(ShiftDCMixin, Gemma3ForConditionalGeneration, GenerationMixin):

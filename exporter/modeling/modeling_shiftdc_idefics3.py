@@ -1,10 +1,13 @@
-"""Idefics3 with ShiftDC; travels inside exported checkpoints."""
+# SPDX-License-Identifier: Apache-2.0
+# From shiftdc-export 0.1.0, https://github.com/shiftdc/shiftdc-export
+# Method: Zou et al., "Understanding and Rectifying Safety Perception Distortion in VLMs", arXiv:2502.13095
+"""Idefics3 with ShiftDC."""
 
 from transformers import Idefics3ForConditionalGeneration
 from transformers.generation import GenerationMixin
 
+from .configuration_shiftdc import ShiftDCIdefics3Config
 from .modeling_shiftdc import ShiftDCMixin
-from .modeling_shiftdc_config import ShiftDCIdefics3Config
 
 
 class ShiftDCIdefics3ForConditionalGeneration(ShiftDCMixin, Idefics3ForConditionalGeneration, GenerationMixin):

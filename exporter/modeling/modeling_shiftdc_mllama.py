@@ -1,15 +1,17 @@
-"""Llama 3.2 Vision (Mllama) with ShiftDC; travels inside exported checkpoints."""
+# SPDX-License-Identifier: Apache-2.0
+# From shiftdc-export 0.1.0, https://github.com/shiftdc/shiftdc-export
+# Method: Zou et al., "Understanding and Rectifying Safety Perception Distortion in VLMs", arXiv:2502.13095
+"""Llama 3.2 Vision (Mllama) with ShiftDC."""
 
 from itertools import pairwise
-from typing import Any
 
 import torch
-from transformers import MllamaForConditionalGeneration
+from transformers import MllamaForConditionalGeneration, PreTrainedConfig
 from transformers.generation import GenerationMixin
 
+from .configuration_shiftdc import ShiftDCMllamaConfig
+from .inputs_shiftdc import Images
 from .modeling_shiftdc import ShiftDCMixin, register_key_conversion
-from .modeling_shiftdc_config import ShiftDCMllamaConfig
-from .modeling_shiftdc_inputs import UNMARKED_IMAGE
 
 
 class ShiftDCMllamaForConditionalGeneration(ShiftDCMixin, MllamaForConditionalGeneration, GenerationMixin):
@@ -19,7 +21,7 @@ class ShiftDCMllamaForConditionalGeneration(ShiftDCMixin, MllamaForConditionalGe
     shiftdc_row_inputs = frozenset({"pixel_values", "aspect_ratio_ids", "aspect_ratio_mask", "cross_attention_mask"})
 
     @staticmethod
-    def shiftdc_token_inputs(ids: torch.Tensor, image_token_id: int, given: dict[str, Any]) -> dict[str, torch.Tensor]:
+    def shiftdc_token_inputs(ids: torch.Tensor, image_token_id: int, given: Images) -> Images:
         """Which image tiles each token sees: [batch, time, images, tiles], as the processor has it."""
         if (original := given.get("cross_attention_mask")) is None:
             return {}
@@ -30,18 +32,17 @@ class ShiftDCMllamaForConditionalGeneration(ShiftDCMixin, MllamaForConditionalGe
                 mask[row, start:end, image] = tiles[image]
         return {"cross_attention_mask": mask}
 
-    def _shiftdc_require_tokens(self, rows: torch.Tensor, images: dict[str, Any]) -> None:
+    @staticmethod
+    def shiftdc_unmarked_image(rows: torch.Tensor, images: Images) -> bool:
         """Rows see the image that is given for them, whatever their tokens are, unless the mask says that they do not."""
-        super()._shiftdc_require_tokens(rows, images)
-        seen = images.get("cross_attention_mask")
         if images.get("pixel_values") is None:
-            return
+            return ShiftDCMixin.shiftdc_unmarked_image(rows, images)
+        seen = images.get("cross_attention_mask")
         shown = torch.ones_like(rows) if seen is None else seen.flatten(1).ne(0).any(1).to(rows.device)
-        if (shown & ~rows).any():
-            raise ValueError(UNMARKED_IMAGE)
+        return ShiftDCMixin.shiftdc_unmarked_image(rows, images) or bool((shown & ~rows).any())
 
     @staticmethod
-    def shiftdc_image_layers(text_config: Any) -> frozenset[int]:
+    def shiftdc_image_layers(text_config: PreTrainedConfig) -> frozenset[int]:
         """The cross-attention layers."""
         return frozenset(text_config.cross_attention_layers)
 

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from exporter.errors import InputError, refusing
-from exporter.modeling.modeling_shiftdc_prompts import PromptFrame
+from exporter.modeling.prompts_shiftdc import PromptFrame
 from exporter.models.base import DEMO, BaseFiles
 from exporter.models.families import family
 from exporter.models.family_table import REFUSED

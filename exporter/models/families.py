@@ -10,8 +10,8 @@ from typing import Any
 
 from exporter import modeling
 from exporter.errors import InputError
+from exporter.modeling.configuration_shiftdc import ShiftDCConfigMixin
 from exporter.modeling.modeling_shiftdc import ShiftDCMixin
-from exporter.modeling.modeling_shiftdc_config import ShiftDCConfigMixin
 
 
 @dataclass(frozen=True)

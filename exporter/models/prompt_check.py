@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import TemplateError
 from PIL import Image
 
-from exporter.modeling.modeling_shiftdc_prompts import PromptComposer, PromptFrame, filled
+from exporter.modeling.prompts_shiftdc import PromptComposer, PromptFrame, filled
 from exporter.models.chat_template import rendered
 from exporter.models.vlm import VLM
 

@@ -1,6 +1,6 @@
 """What a chat template and a processor write around requests and images, found by varying what stands in their slots.
 
-`PromptComposer` in modeling_shiftdc_prompts.py says what it is for.
+`PromptComposer` in prompts_shiftdc.py says what it is for.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from jinja2 import TemplateError
 from PIL import Image
 
 from exporter.errors import InputError
-from exporter.modeling.modeling_shiftdc_prompts import Parts, PromptComposer, PromptFrame, TokenizerCodec
+from exporter.modeling.prompts_shiftdc import Parts, PromptComposer, PromptFrame, TokenizerCodec
 from exporter.models.chat_template import rendered
 from exporter.models.recipe import Prompts
 from exporter.models.vlm import VLM

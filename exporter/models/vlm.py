@@ -13,7 +13,7 @@ from torch import nn
 
 from exporter.data.images import blank_image
 from exporter.errors import InputError
-from exporter.modeling.modeling_shiftdc_prompts import PromptComposer, PromptFrame, TokenizerCodec
+from exporter.modeling.prompts_shiftdc import PromptComposer, PromptFrame, TokenizerCodec
 from exporter.models.chat_template import encoded, rendered
 from exporter.models.families import Family, family
 

@@ -16,7 +16,7 @@ from exporter.errors import InputError
 
 
 class PromptWriter:
-    """Chat template and tokenizer; a `Codec` of modeling_shiftdc_prompts.py too.
+    """Chat template and tokenizer; a `Codec` of prompts_shiftdc.py too.
 
     image: what the template writes for an image, and what a model reads in its place; None where that depends on the picture.
     """

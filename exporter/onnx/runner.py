@@ -21,7 +21,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from exporter.errors import InputError
-from exporter.modeling.modeling_shiftdc_prompts import PromptComposer, PromptFrame
+from exporter.modeling.prompts_shiftdc import PromptComposer, PromptFrame
 from exporter.onnx.images import ImageProcessor
 from exporter.onnx.interface import (
     AMOUNTS,

@@ -14,7 +14,7 @@ from exporter.directions.directions import Directions
 from exporter.directions.fit import fit_directions
 from exporter.directions.layer_choice import LayerChoice, choose_layers
 from exporter.evaluation.sweep import Sweep
-from exporter.modeling.modeling_shiftdc_prompts import PromptFrame
+from exporter.modeling.prompts_shiftdc import PromptFrame
 from exporter.models.loading import load_vlm
 from exporter.models.recipe import Recipe
 from exporter.models.vlm import VLM

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from exporter.evaluation.defences import DEFENCES, Answers, Run, applied, ecso, shiftdc, text_only
-from exporter.modeling.modeling_shiftdc_correction import ShiftDCCorrection
+from exporter.modeling.modeling_shiftdc import ShiftDCCorrection
 
 LAYERS = (3, 5)
 BLANK = {3: -0.25, 4: 9.0, 5: 0.75}

@@ -8,7 +8,7 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from exporter.modeling.modeling_shiftdc_cache import ROOM, RoomyLayer, copied
+from exporter.modeling.image_prefix_shiftdc import SPARE, PreallocatedLayer, copied
 
 
 def states(tokens, batch=2):
@@ -17,7 +17,7 @@ def states(tokens, batch=2):
 
 def both(run):
     """What `run` does to a layer of either kind; they must hold the same afterwards."""
-    layers = RoomyLayer(), DynamicLayer()
+    layers = PreallocatedLayer(), DynamicLayer()
     for layer in layers:
         torch.manual_seed(0)
         run(layer)
@@ -29,7 +29,7 @@ def both(run):
 
 def test_tokens_added_and_cut_off():
     def run(layer):
-        for tokens, cut in ((5, 0), (1, 0), (1, -2), (3, -8), (4, 0), (ROOM, -7), (ROOM + 1, 0), (1, 0)):
+        for tokens, cut in ((5, 0), (1, 0), (1, -2), (3, -8), (4, 0), (SPARE, -7), (SPARE + 1, 0), (1, 0)):
             layer.update(*states(tokens))
             layer.crop(cut)
 
@@ -74,10 +74,10 @@ def test_what_was_written_in_inference_mode_goes_on_outside_of_it():
 
 
 def test_a_token_is_written_behind_the_others():
-    layer = RoomyLayer()
+    layer = PreallocatedLayer()
     layer.update(*states(4))
     place = layer.keys.data_ptr()
-    for _ in range(ROOM):
+    for _ in range(SPARE):
         layer.update(*states(1))
     assert layer.keys.data_ptr() == place
     layer.update(*states(1))
@@ -86,7 +86,7 @@ def test_a_token_is_written_behind_the_others():
 
 def test_a_copy_writes_elsewhere():
     whole = DynamicCache()
-    whole.layers = [RoomyLayer(), RoomyLayer()]
+    whole.layers = [PreallocatedLayer(), PreallocatedLayer()]
     for layer in whole.layers[:1]:
         layer.update(*states(5))
         layer.crop(-1)  # room behind the tokens

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -21,13 +22,16 @@ from transformers import (
     pipeline,
 )
 
-from exporter.modeling import modeling_shiftdc_config
-from exporter.modeling.modeling_shiftdc import ShiftDCMixin
-from exporter.modeling.modeling_shiftdc_config import TRANSFORMERS, require_transformers
-from exporter.modeling.modeling_shiftdc_correction import ShiftDCCorrection, buffers_sha256
+from exporter.checkpoint.open import open_export
+from exporter.checkpoint.verify import verify
+from exporter.errors import InputError
+from exporter.modeling import configuration_shiftdc
+from exporter.modeling.configuration_shiftdc import TRANSFORMERS, require_transformers
+from exporter.modeling.modeling_shiftdc import ShiftDCCorrection, ShiftDCMixin, buffers_sha256
 from exporter.modeling.modeling_shiftdc_llava import ShiftDCLlavaConfig, ShiftDCLlavaForConditionalGeneration
 
 ROOT = Path(__file__).parents[2]
+CAPTIONS = {"gate": "two-sided", "caption_max_new_tokens": 8, "strength": 3.0}
 BUFFER = "model.language_model.layers.1.shiftdc.direction"
 
 
@@ -141,8 +145,43 @@ def test_no_shiftdc_block(export):
 def test_another_format_version(export):
     config = json.loads((export / "config.json").read_text())
     edit_config(export, shiftdc={**config["shiftdc"], "version": 99})
-    with pytest.raises(ValueError, match="version is 99, expected 2"):
+    with pytest.raises(ValueError, match="version is 99, expected 3"):
         load(export)
+
+
+@pytest.fixture
+def export_of_format_2(make_export, tmp_path):
+    """An export as version 0.1.0 wrote it before the code was put into files by role; its tokens are those of today's."""
+    folder = shutil.copytree(make_export(**CAPTIONS).plan.output, tmp_path / "of_format_2")
+    for file in folder.glob("*.py"):
+        file.unlink()
+    with zipfile.ZipFile(Path(__file__).parent / "format_2_llava.zip") as code:
+        code.extractall(folder)
+    settings = json.loads((folder / "config.json").read_text())
+    classes = {
+        "AutoConfig": "modeling_shiftdc_config.ShiftDCLlavaConfig",
+        "AutoModelForImageTextToText": "modeling_shiftdc_llava.ShiftDCLlavaForConditionalGeneration",
+    }
+    edit_config(folder, shiftdc={**settings["shiftdc"], "version": 2}, auto_map=classes)
+    return folder
+
+
+def test_an_export_of_format_2_goes_on_with_its_own_code(export_of_format_2, make_export):
+    old, new = load(export_of_format_2), load(make_export(**CAPTIONS).plan.output)
+    assert (old.config.shiftdc["version"], new.config.shiftdc["version"]) == (2, 3)
+    assert any(c.__module__.endswith(".modeling_shiftdc_forward") for c in type(old).__mro__)  # a file of that format
+    ids = torch.tensor([[1, 4, 4, 4, 4, 9, 10, 11]])
+    pixels = torch.randn(1, 3, 28, 28, generator=torch.Generator().manual_seed(0))
+    given = {"pixel_values": pixels, "max_new_tokens": 6, "do_sample": False}
+    assert torch.equal(old.shiftdc_reference(ids, pixel_values=pixels), new.shiftdc_reference(ids, pixel_values=pixels))
+    assert torch.equal(old.generate(ids, **given), new.generate(ids, **given))
+    assert torch.equal(old.generate(ids, **given, shiftdc=False), new.generate(ids, **given, shiftdc=False))
+
+
+def test_an_export_of_format_2_is_to_be_exported_again(export_of_format_2):
+    for command in (verify, open_export):
+        with pytest.raises(InputError, match="is of format version 2, expected 3: export the checkpoint again"):
+            command(export_of_format_2)
 
 
 def test_a_model_from_the_config_alone_does_not_run(export):
@@ -232,9 +271,9 @@ def test_the_version_that_is_needed(export):
     assert f'"transformers>={TRANSFORMERS},<6"' in (ROOT / "pyproject.toml").read_text()
     assert f"transformers {TRANSFORMERS} or newer is needed" in (export / "README.md").read_text()
     # versions before 5.0 fetch no more than the files that the first one names
-    assert not re.findall(r"^ *from \.", Path(modeling_shiftdc_config.__file__).read_text(), re.MULTILINE)
+    assert not re.findall(r"^ *from \.", Path(configuration_shiftdc.__file__).read_text(), re.MULTILINE)
     config = json.loads((export / "config.json").read_text())
-    assert config["auto_map"]["AutoConfig"] == "modeling_shiftdc_config.ShiftDCLlavaConfig"
+    assert config["auto_map"]["AutoConfig"] == "configuration_shiftdc.ShiftDCLlavaConfig"
 
 
 def test_continuous_batching_is_refused(export):

@@ -7,7 +7,7 @@ import json
 import pytest
 from transformers import Qwen3VLConfig
 
-from exporter.modeling.modeling_shiftdc_config import STOCK_CLASS_GUARD
+from exporter.modeling.configuration_shiftdc import STOCK_CLASS_GUARD
 from exporter.models.families import family
 
 

@@ -12,7 +12,9 @@ from transformers import GenerationConfig, LogitsProcessorList
 
 from exporter.checkpoint.open import open_export
 from exporter.data.demo.benchmark import image, items
-from exporter.modeling.modeling_shiftdc_prefix import ShiftDCPrefixMixin, laid_out, reads_padding, takes_cache
+from exporter.modeling.image_prefix_shiftdc import reads_padding, takes_cache
+from exporter.modeling.inputs_shiftdc import align_prefixes
+from exporter.modeling.modeling_shiftdc import ShiftDCMixin
 from exporter.models.recipe import load_recipe
 from exporter.pipeline.export import export
 from exporter.pipeline.plan import make_plan
@@ -241,12 +243,12 @@ def test_which_calls_see_padding(options, given, reads):
 def test_where_a_cache_is_kept_at_all(shares, implementation, keeps):
     config = SimpleNamespace(cache_implementation=implementation)
     model = SimpleNamespace(shiftdc_shares_prefix=shares, generation_config=config)
-    assert ShiftDCPrefixMixin._shiftdc_keeps_cache(model) is keeps
+    assert ShiftDCMixin._shiftdc_keeps_cache(model) is keeps
 
 
 def test_a_prefix_stands_in_the_same_columns_whatever_follows():
     prefixes, device = [[1, 2, 3], [4]], torch.device("cpu")
-    ids, mask = laid_out(prefixes, [[5], [6, 7]], 0, device)
+    ids, mask = align_prefixes(prefixes, [[5], [6, 7]], 0, device)
     assert ids.tolist() == [[1, 2, 3, 0, 5], [0, 0, 4, 6, 7]]
     assert mask.tolist() == [[1, 1, 1, 0, 1], [0, 0, 1, 1, 1]]
 

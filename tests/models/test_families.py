@@ -442,6 +442,23 @@ def test_a_conversation_in_a_cache_is_the_one_without(model, processor, tiny):
     assert found[:, new.shape[1] :].tolist() == expected[:, whole.shape[1] :].tolist()
 
 
+def test_two_conversations_in_a_cache_are_those_without(model, processor):
+    if hasattr(model, "qformer"):
+        pytest.skip("no conversation goes on in a cache")
+    inputs = encode(processor, ROWS)
+    cache = DynamicCache(config=model.config.get_text_config())
+    named = {**GREEDY, "min_new_tokens": GREEDY["max_new_tokens"], "suppress_tokens": [model.config.image_token_id]}
+    first = model.generate(**inputs, **named, past_key_values=cache)
+    new = second_turn(processor, first[:1])[0].expand(2, -1)
+    whole = torch.cat([first, new], dim=1)
+    mask = torch.nn.functional.pad(inputs["attention_mask"], (0, whole.shape[1] - inputs["input_ids"].shape[1]), value=1)
+    given = {k: v for k, v in inputs.items() if k not in ("input_ids", "attention_mask")}
+    given |= model.shiftdc_token_inputs(whole, model.config.image_token_id, given)
+    expected = model.generate(input_ids=whole, attention_mask=mask, **given, **named)
+    found = model.generate(input_ids=new, attention_mask=mask, past_key_values=cache, **named)
+    assert found[:, new.shape[1] :].tolist() == expected[:, whole.shape[1] :].tolist()
+
+
 def test_padding_on_the_right_is_as_padding_on_the_left(model, processor):
     left = encode(processor, [ROWS[0], ("Hello", None), ROWS[1]])
     order = torch.sort(left["attention_mask"], dim=1, descending=True, stable=True).indices

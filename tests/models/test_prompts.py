@@ -13,7 +13,7 @@ from tiny_families import tiny_family
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from exporter.errors import InputError
-from exporter.modeling.modeling_shiftdc_prompts import PromptComposer, PromptFrame, TokenizerCodec
+from exporter.modeling.prompts_shiftdc import PromptComposer, PromptFrame, TokenizerCodec
 from exporter.models.prompt_check import CAPTIONS, check_prompts, images_kept
 from exporter.models.prompt_frame import prompt_frame
 from exporter.models.recipe import load_recipe

@@ -21,7 +21,7 @@ from exporter.checkpoint import bake as baking
 from exporter.checkpoint.manifest import hashes
 from exporter.checkpoint.verify import verify
 from exporter.errors import InputError, ShiftDCError, VerificationError
-from exporter.modeling.modeling_shiftdc_correction import buffers_sha256
+from exporter.modeling.modeling_shiftdc import buffers_sha256
 from exporter.pipeline import export as pipeline
 from exporter.pipeline.export import export
 from exporter.pipeline.plan import make_plan

@@ -19,7 +19,7 @@ from exporter.checkpoint.bake import Baked, bake
 from exporter.checkpoint.layout import REPORT
 from exporter.cli.console import export_text
 from exporter.directions.directions import Directions
-from exporter.modeling.modeling_shiftdc_prompts import PromptFrame
+from exporter.modeling.prompts_shiftdc import PromptFrame
 from exporter.models.base import resolve
 from exporter.models.recipe import load_recipe
 from exporter.pipeline import export as pipeline

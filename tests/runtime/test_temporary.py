@@ -9,7 +9,7 @@ import sys
 import tempfile
 
 import pytest
-from test_staging import answer, child
+from children import answer, child
 
 from exporter.checkpoint import verify_worker
 from exporter.runtime.temporary import temporary

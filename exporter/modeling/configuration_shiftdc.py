@@ -1,4 +1,7 @@
-"""The configs of calibrated checkpoints, which stock classes refuse; travels inside exported checkpoints.
+# SPDX-License-Identifier: Apache-2.0
+# From shiftdc-export 0.1.0, https://github.com/shiftdc/shiftdc-export
+# Method: Zou et al., "Understanding and Rectifying Safety Perception Distortion in VLMs", arXiv:2502.13095
+"""The configs of calibrated checkpoints: the `shiftdc` block of config.json, and the guard against stock classes.
 
 It imports none of the other files: it is read first, also by versions of transformers that are too old for the others.
 """
@@ -9,17 +12,33 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from dataclasses import MISSING, dataclass, fields
+from typing import TYPE_CHECKING, Any, Literal
 
 import transformers
 
-#: The oldest version of transformers that the code in this checkpoint is for.
-TRANSFORMERS = "5.20"
-
 if TYPE_CHECKING:  # what the mixin is mixed into
-    from transformers import PretrainedConfig as _Config
+    from typing import Self
+
+    from transformers import PreTrainedConfig as _Config
 else:
     _Config = object
+
+#: The oldest version of transformers that the code in this checkpoint is for.
+TRANSFORMERS = "5.20"
+#: Of the `shiftdc` block and the code beside it, which is all that a checkpoint needs to be loaded.
+#: 1: directions without a record of them.
+#: 2: the config records the SHA-256 of every layer's buffers (`buffers_sha256`).
+#: 3: the settings of 2; the code lies in other files, one for each role, and `auto_map` names these.
+FORMAT_VERSION = 3
+#: In an exported config.json this sentence stands in one field that the stock config class validates (its value is kept in the
+#: `shiftdc` block). A stock class, which would run uncalibrated, then ends in an error that prints the sentence.
+STOCK_CLASS_GUARD = (
+    "This checkpoint is calibrated by ShiftDC and would be uncalibrated in a stock class: "
+    "load it with AutoModelForImageTextToText.from_pretrained(..., trust_remote_code=True)."
+)
+#: config.json, parsed.
+ConfigDict = dict[str, Any]
 
 
 def require_transformers(found: str) -> None:
@@ -34,13 +53,69 @@ def require_transformers(found: str) -> None:
 
 require_transformers(transformers.__version__)
 
-FORMAT_VERSION = 2
-#: In an exported config.json this sentence stands in one field that the stock config class validates (its value is kept in the
-#: `shiftdc` block). A stock class, which would run uncalibrated, then ends in an error that prints the sentence.
-STOCK_CLASS_GUARD = (
-    "This checkpoint is calibrated by ShiftDC and would be uncalibrated in a stock class: "
-    "load it with AutoModelForImageTextToText.from_pretrained(..., trust_remote_code=True)."
-)
+
+@dataclass(frozen=True)
+class ShiftDCSettings:
+    """The `shiftdc` block of config.json.
+
+    Args:
+        reference (`str`):
+            What the coordinate of an image prompt is corrected to: that of a text-only prompt with the image's caption
+            (`"caption"`, the paper's), of the request alone (`"text"`), or of the same prompt with a neutral image (`"blank"`).
+            `"static"`: by the mean shift that was measured at export.
+        rule (`str`):
+            `"sequential"`: a layer's coordinate is read behind the corrections of the layers before it. `"precomputed"`: in an
+            uncorrected pass.
+        gate (`str`):
+            `"two-sided"`: the paper's. `"one-sided"`: no input is ever moved toward "safe".
+        strength (`float`):
+            Factor of every correction; 1 is the paper's.
+        layers (`tuple[int, ...]`):
+            The calibrated decoder layers.
+        buffers_sha256 (`tuple[str, ...]`):
+            SHA-256 of each layer's direction and shift.
+        decoder_layers (`str`):
+            Path of the decoder layers in the model.
+        caption_max_new_tokens (`int`):
+            Length of a caption.
+        prompt (`dict`):
+            `PromptFrame.as_json()`: what the chat template writes around requests and images.
+        adapter (`str`, *optional*):
+            Folder of a PEFT adapter that is part of the checkpoint.
+    """
+
+    reference: Literal["caption", "text", "blank", "static"]
+    rule: Literal["sequential", "precomputed"]
+    gate: Literal["one-sided", "two-sided"]
+    strength: float
+    layers: tuple[int, ...]
+    buffers_sha256: tuple[str, ...]
+    decoder_layers: str
+    caption_max_new_tokens: int
+    prompt: dict[str, object]
+    adapter: str | None = None
+
+    @classmethod
+    def of(cls, config: _Config) -> ShiftDCSettings:
+        """The settings of a model's config. Raises ValueError where it has none, or of another format."""
+        block = getattr(config, "shiftdc", None)
+        if not isinstance(block, dict):
+            raise ValueError("config.json has no 'shiftdc' block: this checkpoint was not written by shiftdc-export.")
+        if block.get("version") != FORMAT_VERSION:
+            raise ValueError(
+                f"config.shiftdc.version is {block.get('version')!r}, expected {FORMAT_VERSION}: "
+                "this modeling file belongs to another export; export the checkpoint again."
+            )
+        hashes = block.get("buffers_sha256")
+        if not isinstance(hashes, (list, tuple)) or len(hashes) != len(block["layers"]):
+            raise ValueError(
+                "config.shiftdc.buffers_sha256 must have the SHA-256 of the buffers of each calibrated layer; fetch the "
+                "checkpoint again, or export it again."
+            )
+        if missing := [f.name for f in fields(cls) if f.default is MISSING and f.name not in block]:
+            raise ValueError(f"config.shiftdc.{missing[0]} is missing; fetch the checkpoint again, or export it again.")
+        known: ConfigDict = {f.name: block[f.name] for f in fields(cls) if f.name in block}
+        return cls(**{**known, "layers": tuple(block["layers"]), "buffers_sha256": tuple(hashes)})
 
 
 class ShiftDCConfigMixin(_Config):
@@ -55,7 +130,7 @@ class ShiftDCConfigMixin(_Config):
         return None
 
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+    def from_dict(cls, config_dict: ConfigDict, **kwargs: object) -> Self:
         return super().from_dict(cls.shiftdc_unguarded(config_dict), **kwargs)
 
     def to_json_file(self, json_file_path: str | os.PathLike, use_diff: bool = True) -> None:
@@ -64,7 +139,7 @@ class ShiftDCConfigMixin(_Config):
             file.write(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
     @classmethod
-    def shiftdc_guarded(cls, config: dict[str, Any]) -> dict[str, Any]:
+    def shiftdc_guarded(cls, config: ConfigDict) -> ConfigDict:
         """`config` as it is written to config.json."""
         field = cls.shiftdc_guard_field
         if "shiftdc" not in config or config.get(field) == STOCK_CLASS_GUARD:
@@ -74,12 +149,12 @@ class ShiftDCConfigMixin(_Config):
         return {**config, **parts, field: STOCK_CLASS_GUARD, "shiftdc": {**config["shiftdc"], "guarded": guarded}}
 
     @classmethod
-    def _shiftdc_taken_for_whole(cls, part: Any) -> bool:
+    def _shiftdc_taken_for_whole(cls, part: object) -> bool:
         """Whether a stock config class would read this part alone: it looks for its own model_type, which Qwen's towers have."""
         return isinstance(part, dict) and part.get("model_type") == cls.model_type.removeprefix("shiftdc_")
 
     @classmethod
-    def shiftdc_unguarded(cls, config: dict[str, Any]) -> dict[str, Any]:
+    def shiftdc_unguarded(cls, config: ConfigDict) -> ConfigDict:
         """What `shiftdc_guarded` was made from."""
         field = cls.shiftdc_guard_field
         if config.get(field) != STOCK_CLASS_GUARD:

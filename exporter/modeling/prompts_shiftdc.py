@@ -1,6 +1,9 @@
+# SPDX-License-Identifier: Apache-2.0
+# From shiftdc-export 0.1.0, https://github.com/shiftdc/shiftdc-export
+# Method: Zou et al., "Understanding and Rectifying Safety Perception Distortion in VLMs", arXiv:2502.13095
 """Caption requests and text-only counterparts of prompts, token for token as the chat template would give them.
 
-Travels inside exported checkpoints; imports nothing, so that runtimes without PyTorch can use it too.
+It imports neither torch nor transformers, so that runtimes without them can use it too.
 
 `generate()` is given token ids. What it derives from them differs from the prompt by text (a caption request around the
 user's request, a caption in place of the image), and tokens join across such seams. So a prompt is turned back into text,
@@ -13,7 +16,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 #: Text around special tokens, as JSON: strings, and the ids of special tokens between them.
 Parts = tuple[str | int, ...]
@@ -72,12 +78,12 @@ class PromptFrame:
     own: bool = False
     trims: bool = False
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, object]:
         """Plain lists, strings and numbers."""
         return {k: _listed(v) for k, v in asdict(self).items()}
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> PromptFrame:
+    def from_json(cls, values: Mapping[str, object]) -> PromptFrame:
         """What `as_json` was made from."""
         return cls(**{k: _tupled(v) for k, v in values.items()})
 
@@ -271,7 +277,7 @@ class PromptComposer:
 class TokenizerCodec:
     """A tokenizer of transformers as a `Codec`."""
 
-    def __init__(self, tokenizer: Any):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
         added = tokenizer.added_tokens_decoder
         named = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
@@ -315,9 +321,9 @@ def _either(texts: Iterable[str]) -> str:
     return f"(?:{'|'.join(re.sub('[0-9]+', '[0-9]+', re.escape(t)) for t in longest)})"
 
 
-def _listed(value: Any) -> Any:
+def _listed(value: object) -> object:
     return [_listed(v) for v in value] if isinstance(value, (tuple, list)) else value
 
 
-def _tupled(value: Any) -> Any:
+def _tupled(value: object) -> Any:
     return tuple(_tupled(v) for v in value) if isinstance(value, list) else value
