@@ -19,6 +19,7 @@ from safetensors import safe_open
 from torch import nn
 
 from exporter.checkpoint.layout import ADAPTER_FILES
+from exporter.checkpoint.report import AdapterRecord
 from exporter.errors import InputError, ShiftDCError
 from exporter.models.base import INDEX, BaseCheckpoint
 from exporter.models.hub_snapshot import download
@@ -44,8 +45,8 @@ class Adapter:
     folder: Path
     sha256: str
 
-    def report(self, kept: bool) -> dict[str, Any]:
-        return {"id": self.name, "revision": self.revision, "sha256": self.sha256, "merged": not kept}
+    def record(self, kept: bool) -> AdapterRecord:
+        return AdapterRecord(id=self.name, revision=self.revision, sha256=self.sha256, merged=not kept)
 
 
 class _Target(NamedTuple):

@@ -13,13 +13,13 @@ from exporter.modeling.modeling_shiftdc_prompts import PromptFrame
 from exporter.models.families import family
 from exporter.models.loading import DTYPES
 from exporter.models.processors import load_processor
-from exporter.models.recipe import Recipe, recorded_recipe
+from exporter.models.recipe import Recipe
 from exporter.models.vlm import VLM
 
 
 def open_export(folder: Path, *, dtype: str = "auto", device_map: str | None = None) -> VLM:
     """Load a calibrated checkpoint. Raises InputError."""
-    return load_calibrated(folder, recorded_recipe(read_report(folder)), dtype=dtype, device_map=device_map)
+    return load_calibrated(folder, read_report(folder).recipe, dtype=dtype, device_map=device_map)
 
 
 def load_calibrated(folder: Path, recipe: Recipe, *, dtype: str = "auto", device_map: str | None = None) -> VLM:

@@ -18,14 +18,12 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
+from exporter.checkpoint.calibrated import Calibrated
 from exporter.checkpoint.verify_worker import libraries
 from exporter.data.images import typographic_image
 from exporter.directions.activations import last_token, last_token_activations
-from exporter.directions.directions import Directions
-from exporter.modeling.modeling_shiftdc_prompts import PromptFrame
 from exporter.models.chat_template import DAY, rendered
 from exporter.models.processors import ODD_TEXT, tokenizers
-from exporter.models.recipe import Recipe
 from exporter.models.vlm import VLM, user_turn
 
 PROBE = Path("assets") / "shiftdc_probe.safetensors"
@@ -52,35 +50,35 @@ class Probe:
         file.chmod(0o644)  # safetensors writes 0600
 
 
-def record_probe(vlm: VLM, directions: Directions, layers: tuple[int, ...], recipe: Recipe, frame: PromptFrame) -> Probe:
+def record_probe(vlm: VLM, calibrated: Calibrated) -> Probe:
     """Run the probe on the uncalibrated model.
 
     The reference lies one step along the direction below the prompt's own coordinates, so that every gate corrects.
     """
+    recipe, layers = calibrated.recipe, calibrated.layers
     modules = vlm.decoder_layers(recipe.decoder_layers)
     chosen = [modules[i] for i in layers]
-    direction = torch.stack([directions.of(i)[0] for i in layers])
-    step = torch.tensor([s.step for s in directions.statistics if s.layer in layers])
+    direction = torch.stack([vector for _, vector, _ in calibrated.vectors])
+    step = torch.tensor([s.step for s in calibrated.directions.statistics if s.layer in layers])
     picture = typographic_image(PICTURE)
     inputs = vlm.encode([REQUEST], [picture])
     caption = vlm.tokenizer(CAPTION, add_special_tokens=False)["input_ids"]
-    counterpart = vlm.composing(frame).text_prompt(inputs["input_ids"][0].tolist(), caption)
+    counterpart = vlm.composing(calibrated.frame).text_prompt(inputs["input_ids"][0].tolist(), caption)
     coordinates = (last_token_activations(vlm, chosen, inputs) * direction).sum(-1)
     text_coordinates = (last_token_activations(vlm, chosen, vlm.pad([counterpart])) * direction).sum(-1)
     reference = coordinates - step.clamp_min(1e-3)
     position = last_token(inputs["attention_mask"])
     one_sided = recipe.gate == "one-sided"
     fixed = coordinates - reference if recipe.rule == "precomputed" else None
-    strength = 1.0 if recipe.strength == "auto" else recipe.strength
-    with corrected(chosen, direction, position, reference, strength=strength, one_sided=one_sided, fixed=fixed):
-        calibrated = _next_logits(vlm, inputs)
+    with corrected(chosen, direction, position, reference, strength=calibrated.strength, one_sided=one_sided, fixed=fixed):
+        calibrated_logits = _next_logits(vlm, inputs)
     results = {
         "caption_ids": torch.tensor(caption),
         "coordinates": coordinates,
         "text_coordinates": text_coordinates,
         "reference": reference,
         "logits": _next_logits(vlm, inputs),
-        "calibrated_logits": calibrated,
+        "calibrated_logits": calibrated_logits,
     }
     tensors = {**{f"input.{k}": v for k, v in inputs.items()}, **results, **_processed(vlm, picture)}
     dtype = str(vlm.model.dtype).removeprefix("torch.")

@@ -215,18 +215,19 @@ def export_command(
             done = export(plan, progress, ranks)
     if done is None:  # the first process does the rest
         return
+    added: dict[str, Any] = {}
     with libraries_quiet():
         if not as_json:
             _print_export(done)
         if evaluated:
-            done.report["evaluation"] = _evaluate(plan, quiet=quiet, silent=as_json)
+            added["evaluation"] = _evaluate(plan, quiet=quiet, silent=as_json)
         if with_onnx:
-            done.report["onnx"] = _export_onnx(plan.output, ",".join(PRECISIONS), quiet=quiet, silent=as_json)
+            added["onnx"] = _export_onnx(plan.output, ",".join(PRECISIONS), quiet=quiet, silent=as_json)
         if pushed:
             options = {"private": private, "create_pr": create_pr, "allow_ineffective": allow_ineffective}
             _push(plan.output, str(repo_id), quiet=quiet, as_json=False, silent=as_json, **options)
     if as_json:
-        click.echo(json.dumps({"output": str(plan.output), **done.report}, indent=2))
+        click.echo(json.dumps({"output": str(plan.output), **done.report.document(), **added}, indent=2))
 
 
 def _announce(line: str, *, quiet: bool) -> None:
@@ -498,7 +499,7 @@ def recipes(name: str | None, markdown: bool, as_json: bool) -> None:
 
 def _print_export(done: Any) -> None:
     click.echo(f"{printable(done.plan.base.name)} is calibrated: {printable(str(done.plan.output))}")
-    for warning in done.report["calibration"].get("warnings", ()):
+    for warning in done.report.calibration.warnings:
         click.echo(f"Warning: {printable(warning)}", err=True)
     click.echo(console.export_text(done))
 

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from exporter import __version__
-from exporter.data.benchmarks_file import read_jsonl
+from exporter.data.benchmarks_file import read_benchmark
 from exporter.data.benchmarks_hub import HUB, read_hub
 from exporter.data.questions import Benchmark, Question
 from exporter.errors import InputError
@@ -23,7 +23,7 @@ def load_benchmark(name_or_file: str, *, split: str = "test", revision: str | No
     if name_or_file in HUB:
         return read_hub(name_or_file, revision)
     if Path(name_or_file).suffix == ".jsonl":
-        return read_jsonl(Path(name_or_file))
+        return read_benchmark(Path(name_or_file))
     raise InputError(f"--benchmark: there is no benchmark {name_or_file!r}; give demo, {', '.join(HUB)}, or a FILE.jsonl.")
 
 

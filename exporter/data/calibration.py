@@ -19,6 +19,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from exporter.data.pictures import path_as_text
 from exporter.runtime.reading import TEXT_CHARACTERS
+from exporter.runtime.record import KEEPS_UNKNOWN
 
 MINIMUM = {"fit": 8, "held_out": 2}  # safe rows
 
@@ -44,6 +45,8 @@ class CalibrationRow(BaseModel):
 @dataclass(frozen=True)
 class Source:
     """A data set of others that rows were taken from, at one commit of the Hub."""
+
+    __pydantic_config__ = KEEPS_UNKNOWN
 
     dataset: str
     revision: str
@@ -115,7 +118,3 @@ class CalibrationSet:
         }
         given = {k: v for k, v in optional.items() if v}
         return {"name": self.name, "sha256": self.sha256, "images": self.has_images, **found, **given}
-
-    def record(self) -> dict[str, Any]:
-        """What a report keeps: the summary, and the questions that an evaluation must leave out."""
-        return self.summary() | ({"seen_questions": list(self.seen)} if self.seen else {})

@@ -12,13 +12,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from PIL import Image
 
 from exporter.data.benchmarks import load_benchmark
 from exporter.data.benchmarks_hub import MM_SAFETYBENCH_8, hub_errors, need_datasets
 from exporter.data.calibration import CalibrationRow, CalibrationSet, Source
+from exporter.data.calibration_record import CalibrationRecord
 from exporter.data.questions import Benchmark, Question
 from exporter.errors import InputError
 
@@ -79,16 +80,16 @@ def question_hash(benchmark: str, question: Question) -> str:
     return hashlib.sha256(name.encode()).hexdigest()[:16]
 
 
-def calibrated_revision(calibration: Mapping[str, Any], benchmark: str) -> str | None:
+def calibrated_revision(calibration: CalibrationRecord, benchmark: str) -> str | None:
     """The commit of a benchmark on which an export was calibrated, from its report; None where it was not."""
-    if benchmark != MM_SAFETYBENCH or not calibration.get("seen_questions"):
+    if benchmark != MM_SAFETYBENCH or not calibration.seen_questions:
         return None
-    return str(next(s["revision"] for s in calibration["sources"] if "MM-SafetyBench" in s["dataset"]))
+    return next((source.revision for source in calibration.sources if "MM-SafetyBench" in source.dataset), None)
 
 
-def unseen(benchmark: Benchmark, calibration: Mapping[str, Any]) -> Benchmark:
+def unseen(benchmark: Benchmark, calibration: CalibrationRecord) -> Benchmark:
     """The questions that calibration did not see, in any picture; the source says how many were left out."""
-    seen = set(calibration.get("seen_questions", ()))
+    seen = set(calibration.seen_questions)
     kept = tuple(q for q in benchmark.questions if question_hash(benchmark.name, q) not in seen)
     if len(kept) == len(benchmark.questions):
         return benchmark

@@ -11,13 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from pydantic import ValidationError
-
 from exporter.data.builtin import BUILTIN, builtin
 from exporter.data.calibration import MINIMUM, CalibrationRow, CalibrationSet
+from exporter.data.jsonl import LineError, read_jsonl
 from exporter.data.pictures import PictureError, picture_below
 from exporter.errors import InputError
-from exporter.runtime.reading import LINES_BYTES, NoFileError, UnreadableError, parse_json, read_bytes, text_of
+from exporter.runtime.reading import NoFileError, UnreadableError
 from exporter.runtime.temporary import temporary
 
 HARMLESS = "harmless"
@@ -47,7 +46,7 @@ def _one_set(name: str) -> CalibrationSet:
         return builtin()
     if name == "demo":
         return _demo()
-    return read_jsonl(Path(name))
+    return read_calibration(Path(name))
 
 
 def _one_side(name: str, label: Literal["safe", "unsafe"]) -> CalibrationSet:
@@ -68,22 +67,23 @@ def _joined(one: CalibrationSet, other: CalibrationSet) -> CalibrationSet:
     return CalibrationSet(name, one.rows + other.rows, both, sources, seen, divided)
 
 
-def read_jsonl(file: Path) -> CalibrationSet:
+def read_calibration(file: Path) -> CalibrationSet:
     """Read a set strictly; errors name the line. Raises InputError."""
     try:
-        data = read_bytes(file, LINES_BYTES)
-        lines = text_of(data).split("\n")  # splitlines() would also break at U+2028, which JSON allows in strings
-    except NoFileError:
+        lines = read_jsonl(file, CalibrationRow)
+    except NoFileError as error:
         raise InputError(
             f"--calibration: there is no file {file}; give builtin, demo, harmless, UNSAFE+SAFE, or an existing .jsonl file."
-        ) from None
+        ) from error
     except UnreadableError as error:
-        raise InputError(f"--calibration: {file} cannot be read as UTF-8 text ({error}); give a JSONL file.") from None
-    rows = [_row(line, f"{file}, line {number}", file.parent) for number, line in enumerate(lines, 1) if line.strip()]
+        raise InputError(f"--calibration: {file} cannot be read as UTF-8 text ({error}); give a JSONL file.") from error
+    except LineError as error:
+        raise InputError(f"--calibration: {error}; correct the line.") from error
+    rows = [_found_image(row, f"{file}, line {number}", file.parent) for number, row in lines.rows]
     divided = not any("split" in row.model_fields_set for row in rows)
     if divided:
         rows = _divided(rows, file.parent)
-    return CalibrationSet(file.stem, tuple(rows), hashlib.sha256(data).hexdigest(), divided=divided)
+    return CalibrationSet(file.stem, tuple(rows), lines.sha256, divided=divided)
 
 
 def _divided(rows: Sequence[CalibrationRow], folder: Path) -> list[CalibrationRow]:
@@ -105,17 +105,8 @@ def _hash(row: CalibrationRow, folder: Path) -> str:
     return hashlib.sha256(json.dumps([row.label, row.request, row.caption, image]).encode()).hexdigest()
 
 
-def _row(line: str, where: str, folder: Path) -> CalibrationRow:
-    try:
-        row = CalibrationRow.model_validate_json(line)
-        parse_json(line, unique=True)
-    except UnreadableError as error:
-        raise InputError(f"--calibration: {where}: {error}; correct the line.") from None
-    except ValidationError as error:
-        first = error.errors(include_input=False)[0]  # the text of a request never reaches an error
-        key = ".".join(map(str, first["loc"])) or "the line"
-        message = first["msg"].removeprefix("Value error, ")
-        raise InputError(f"--calibration: {where}: {key}: {message}; correct the line.") from None
+def _found_image(row: CalibrationRow, where: str, folder: Path) -> CalibrationRow:
+    """The row with the path of its image, checked."""
     if row.image is None:
         if not row.caption:
             raise InputError(f"--calibration: {where}: the row has neither caption nor image; add one of them.")
@@ -124,7 +115,7 @@ def _row(line: str, where: str, folder: Path) -> CalibrationRow:
     try:
         return row.model_copy(update={"image": picture_below(folder, row.image)})
     except PictureError as error:
-        raise InputError(f"--calibration: {where}: {error}.") from None
+        raise InputError(f"--calibration: {where}: {error}.") from error
 
 
 def _checked(calibration: CalibrationSet, where: str) -> CalibrationSet:
@@ -166,7 +157,7 @@ def _demo() -> CalibrationSet:
     from exporter.data.demo.benchmark import write_calibration
 
     folder = _until_exit.enter_context(temporary("demo"))
-    calibration = read_jsonl(write_calibration(folder))
+    calibration = read_calibration(write_calibration(folder))
     return CalibrationSet("demo", calibration.rows, calibration.sha256)
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 import reprlib
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from exporter.errors import InputError
+from exporter.runtime.complaints import first_complaint
 from exporter.runtime.reading import RECIPE_BYTES, NoFileError, UnreadableError, parse_yaml, read_bytes, text_of
 from exporter.runtime.resources import resource
 
@@ -123,13 +123,9 @@ def _validated(values: object, where: str) -> Recipe:
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        # a union adds the names of its members to the path
-        named = [str(part) for i, part in enumerate(first["loc"]) if i == 0 or part in Prompts.model_fields]
-        key = ".".join(named) or "the file"
-        message = first["msg"].removeprefix("Value error, ")
-        found = reprlib.repr(first["input"])  # it may be as long as the file
-        raise InputError(f"Recipe: {key} in {where} is wrong: {message}, found {found}; correct it.") from None
+        key, message = first_complaint(error, below=Prompts.model_fields)
+        found = reprlib.repr(error.errors()[0]["input"])  # it may be as long as the file
+        raise InputError(f"Recipe: {key} in {where} is wrong: {message}, found {found}; correct it.") from error
 
 
 def load_recipe(name_or_file: str) -> Recipe:
@@ -148,11 +144,6 @@ def load_recipe(name_or_file: str) -> Recipe:
     except UnreadableError as error:
         raise InputError(f"Recipe: {file} cannot be read as YAML ({error}); correct the file.") from None
     return _validated(values, str(file))
-
-
-def recorded_recipe(report: Mapping[str, Any]) -> Recipe:
-    """The recipe that an export was made with, from its report. Raises InputError."""
-    return _validated(report.get("recipe"), "shiftdc_report.json")
 
 
 def recipe_names() -> list[str]:

@@ -18,10 +18,9 @@ from exporter.checkpoint.earlier import NOTHING, Contents, contents, few
 from exporter.checkpoint.layout import REPORT
 from exporter.checkpoint.manifest import recorded, shipped
 from exporter.checkpoint.open import open_export
-from exporter.checkpoint.report import read_report
+from exporter.checkpoint.report import OnnxRecord, Report, read_report
 from exporter.checkpoint.staging import replaced
 from exporter.errors import InputError, VerificationError
-from exporter.models.recipe import recorded_recipe
 from exporter.onnx.families import GraphFamily, graph_family
 from exporter.onnx.interface import EMBED, GRAPHS, SUFFIXES, graph_file
 from exporter.onnx.trace import export_graphs
@@ -60,10 +59,10 @@ def export_onnx(checkpoint: Path, precisions: Sequence[str], progress: Progress 
     if not (checkpoint / REPORT).is_file():
         raise InputError(f"CHECKPOINT: {checkpoint} has no {REPORT}; give a folder that shiftdc-export wrote.")
     report = read_report(checkpoint)
-    family = check_family(report["recipe"]["family"], json.loads((checkpoint / "config.json").read_text("utf-8")))
+    family = check_family(report.recipe.family, json.loads((checkpoint / "config.json").read_text("utf-8")))
     target = checkpoint / FOLDER
     with replaced(target, lambda: _check_ours(target, report)) as folder:
-        wording = recorded_recipe(report).wording.model_dump(include={"caption", "text_counterpart"})
+        wording = report.recipe.wording.model_dump(include={"caption", "text_counterpart"})
         entry = _write(checkpoint, family, tuple(precisions), folder, wording, progress)
         if broken := [sentence for found in entry["variants"].values() for sentence in found.pop("failures")]:
             raise VerificationError(f"The ONNX graphs are not kept, because they differ from PyTorch: {'; '.join(broken)}.")
@@ -133,11 +132,11 @@ def _save(graphs: dict[str, Any], folder: Path, precision: str) -> None:
         save_graph(exported, folder / graph_file(graph, precision))
 
 
-def _check_ours(folder: Path, report: dict[str, Any]) -> Contents:
+def _check_ours(folder: Path, report: Report) -> Contents:
     """What is in an earlier `onnx` folder. Raises InputError where there is anything in it that the export does not list."""
     if not folder.exists():
         return NOTHING
-    found = contents(folder, {p.removeprefix(f"{FOLDER}/"): h for p, h in report["files"].items() if p.startswith(f"{FOLDER}/")})
+    found = contents(folder, {p.removeprefix(f"{FOLDER}/"): h for p, h in report.files.items() if p.startswith(f"{FOLDER}/")})
     if found.others:
         raise InputError(f"CHECKPOINT: {folder} holds what is not of the export ({few(found.others)}); move it away.")
     return found
@@ -147,8 +146,9 @@ def _attach(checkpoint: Path, entry: dict[str, Any]) -> None:
     """Put the entry and the files' hashes into the report, and what the graphs are into the card."""
     from exporter.publishing.attach import write_report_and_card
 
-    report = {**read_report(checkpoint), "onnx": entry}
-    report["files"] = {p: hashed for p, hashed in report["files"].items() if not p.startswith(f"{FOLDER}/")}
+    report = read_report(checkpoint)
+    others = {p: hashed for p, hashed in report.files.items() if not p.startswith(f"{FOLDER}/")}
+    report = report.model_copy(update={"onnx": OnnxRecord.model_validate(entry), "files": others})
     written = [p for p in shipped(checkpoint) if p.startswith(f"{FOLDER}/")]
     write_report_and_card(checkpoint, recorded(report, checkpoint, written))
 

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from exporter.checkpoint.adapter import merge
 from exporter.checkpoint.bake import Baked, bake
@@ -14,15 +13,16 @@ from exporter.checkpoint.layout import CARD
 from exporter.checkpoint.manifest import hashes
 from exporter.checkpoint.open import load_calibrated
 from exporter.checkpoint.probe import PROBE
+from exporter.checkpoint.report import Report, write_report
 from exporter.checkpoint.staging import scratch, staged
 from exporter.checkpoint.verify import Verification, verify
 from exporter.directions.layer_choice import LayerChoice
 from exporter.evaluation.sweep import run_sweep
 from exporter.models.processors import check_same, load_processor, pin
 from exporter.pipeline.fingerprint import fingerprint
-from exporter.pipeline.measure import Measurement, measure, probe_unquantised, probed
+from exporter.pipeline.measure import Measurement, calibrated, measure, probe_unquantised
 from exporter.pipeline.plan import Plan
-from exporter.pipeline.report import make_report, write_report
+from exporter.pipeline.report import make_report
 from exporter.publishing.card import render_card
 from exporter.runtime.batches import Batches, release
 from exporter.runtime.clock import Clock
@@ -37,7 +37,7 @@ class Export:
     """What came of a plan."""
 
     plan: Plan
-    report: dict[str, Any]
+    report: Report
     verification: Verification
 
 
@@ -63,13 +63,13 @@ def export(plan: Plan, progress: Progress = silent, ranks: Ranks | None = None) 
             release()
         baked = clock.stage("bake", lambda: bake_measured(plan, measured, folder, hash_of))
         probe.save(folder / PROBE)
-        report = make_report(plan, measured, baked) | {"resumed_batches": store.found}
+        report = make_report(plan, measured, baked, store.found)
         card = render_card(plan.base, plan.recipe, report, measured.directions.statistics, repo=plan.output.name)
         (folder / CARD).write_text(card, "utf-8")
-        report["files"] = hashes(folder, known=baked.hashes)
+        report = report.model_copy(update={"files": hashes(folder, known=baked.hashes)})
         write_report(folder, report)  # verify reads it; the parity that it finds is added
         verification = clock.stage("verify", lambda: verify(folder, plan.device_map, plan.output))
-        report |= {"parity": verification.parity, "seconds": clock.seconds}
+        report = report.model_copy(update={"parity": verification.parity, "seconds": clock.seconds})
         write_report(folder, report)
     store.clear()
     return Export(replace(plan, base=base), report, verification)
@@ -90,7 +90,7 @@ def swept(plan: Plan, measured: Measurement, clock: Clock, hash_of: HashOf | Non
     """The plan with the strength, and the measurement with the layers, that a sweep on held-out rows chose."""
     held_out = plan.calibration.select("held_out")
     with scratch(plan.output, "sweep") as folder:
-        bake_measured(plan, measured, folder, hash_of, for_a_while=True)
+        bake_measured(plan, measured, folder, hash_of, temporary=True)
         vlm = load_calibrated(folder, plan.recipe, dtype=plan.dtype, device_map=plan.device_map)
         found = clock.stage("sweep", lambda: run_sweep(vlm, held_out, plan.layers is None, clock.progress))
     chosen = found.chosen.candidate
@@ -102,10 +102,9 @@ def swept(plan: Plan, measured: Measurement, clock: Clock, hash_of: HashOf | Non
     return replace(plan, recipe=recipe), replace(measured, choice=choice, sweep=found)
 
 
-def bake_measured(plan: Plan, measured: Measurement, folder: Path, hash_of: HashOf | None, for_a_while: bool = False) -> Baked:
+def bake_measured(plan: Plan, measured: Measurement, folder: Path, hash_of: HashOf | None, temporary: bool = False) -> Baked:
     adapter = plan.adapter.folder if plan.adapter is not None and plan.keep_adapter else None
-    directions, layers, recipe, frame = probed(plan, measured)
-    written = bake(plan.base, recipe, directions, layers, frame, folder, adapter, hash_of, for_a_while)
+    written = bake(plan.base, calibrated(plan, measured), folder, adapter=adapter, hash_of=hash_of, temporary=temporary)
     processor = load_processor(plan.base.folder, plan.recipe)
     pin(processor, folder)
     check_same(processor, folder, plan.recipe)

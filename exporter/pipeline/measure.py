@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from exporter.checkpoint.calibrated import Calibrated
 from exporter.checkpoint.probe import Probe, record_probe
 from exporter.checkpoint.staging import scratch
 from exporter.directions.captions import captioned
@@ -14,9 +15,7 @@ from exporter.directions.directions import Directions
 from exporter.directions.fit import fit_directions
 from exporter.directions.layer_choice import LayerChoice, choose_layers
 from exporter.evaluation.sweep import Sweep
-from exporter.modeling.modeling_shiftdc_prompts import PromptFrame
 from exporter.models.loading import load_vlm
-from exporter.models.recipe import Recipe
 from exporter.models.vlm import VLM
 from exporter.pipeline.plan import Plan
 from exporter.runtime.batches import Batches
@@ -64,7 +63,7 @@ def measure(plan: Plan, clock: Clock, runner: Batches) -> tuple[Measurement, Pro
         measured = Measurement(directions, choose(plan, directions), vlm.notices)
         if plan.quantised is not None or recipe.strength == "auto" or not runner.ranks.leads:
             return measured, None
-        return measured, clock.stage("probe", lambda: record_probe(vlm, *probed(plan, measured)))
+        return measured, clock.stage("probe", lambda: record_probe(vlm, calibrated(plan, measured)))
 
 
 def probe_unquantised(plan: Plan, measured: Measurement, clock: Clock) -> Probe:
@@ -72,14 +71,14 @@ def probe_unquantised(plan: Plan, measured: Measurement, clock: Clock) -> Probe:
 
     def record() -> Probe:
         with loaded(plan) as vlm:
-            return record_probe(vlm.framed(plan.checked.frame), *probed(plan, measured))
+            return record_probe(vlm.framed(plan.checked.frame), calibrated(plan, measured))
 
     return clock.stage("probe", record)
 
 
-def probed(plan: Plan, measured: Measurement) -> tuple[Directions, tuple[int, ...], Recipe, PromptFrame]:
-    """What is baked, and what `record_probe` takes beside the model."""
-    return measured.directions, measured.choice.layers, plan.recipe, plan.checked.frame
+def calibrated(plan: Plan, measured: Measurement) -> Calibrated:
+    """What is baked and probed."""
+    return Calibrated(plan.recipe, measured.directions, measured.choice.layers, plan.checked.frame)
 
 
 def choose(plan: Plan, directions: Directions) -> LayerChoice:

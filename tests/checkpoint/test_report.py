@@ -6,7 +6,9 @@ import json
 import re
 
 import pytest
+from pydantic import ValidationError
 
+from exporter.checkpoint.report import AdapterRecord, OnnxRecord, Report, read_report, write_report
 from exporter.models.recipe import load_recipe
 
 LAYER = {
@@ -84,3 +86,40 @@ def test_every_key_and_their_order(exported):
     found["prompts"]["compared"] = "count"
     found["versions"], found["seconds"] = list(found["versions"]), list(found["seconds"])
     assert json.dumps(found, indent=2) == json.dumps(expected(exported.plan), indent=2)
+
+
+def test_reading_and_writing_changes_nothing(exported, tmp_path):
+    """Also what another version has added, at any depth, and the order in which ONNX graphs and figures were added."""
+    document = json.loads((exported.plan.output / "shiftdc_report.json").read_text())
+    document = {"newer": {"list": [1, 2.0, None]}, **document, "onnx": {"versions": {}, "variants": {}}, "evaluation": {"n": 1}}
+    document["calibration"]["sources"] = [{"dataset": "a/b", "revision": "c", "licence": "MIT", "newer": 1}]
+    for part in (document["base_model"], document["layers"], document["calibration"], *document["statistics"]):
+        part["newer"] = {"deep": [True]}
+    text = json.dumps(document, indent=2) + "\n"
+    (tmp_path / "shiftdc_report.json").write_text(text)
+    report = read_report(tmp_path)
+    write_report(tmp_path, report)
+    assert (tmp_path / "shiftdc_report.json").read_text() == text
+    changed = report.model_copy(update={"evaluation": {"n": 2}}).document()
+    assert list(changed) == list(document) and changed["evaluation"] == {"n": 2}
+
+
+def test_what_is_added_stands_at_the_end(exported):
+    report = read_report(exported.plan.output)
+    graphs = report.model_copy(update={"onnx": OnnxRecord(versions={}, variants={})})
+    assert list(graphs.document()) == [*report.document(), "onnx"]
+    both = Report.parse(graphs.document()).model_copy(update={"evaluation": {}})
+    assert list(both.document())[-2:] == ["onnx", "evaluation"]
+
+
+def test_an_adapter_and_a_sweep_have_their_places(exported):
+    adapter = AdapterRecord(id="x", revision=None, sha256="ab" * 32, merged=True)
+    made = exported.report.model_copy(update={"adapter": adapter, "sweep": {"chosen": {}}})
+    keys = list(made.document())
+    assert keys[:2] == ["base_model", "adapter"]
+    assert keys[keys.index("statistics") + 1] == "sweep"
+
+
+def test_it_is_frozen(exported):
+    with pytest.raises(ValidationError, match="frozen"):
+        exported.report.dtype = "float16"

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from exporter.data.builtin import builtin
-from exporter.data.calibration_sets import load_calibration, read_jsonl
+from exporter.data.calibration_sets import load_calibration, read_calibration
 from exporter.data.images import row_image, typographic_image
 from exporter.errors import InputError
 
@@ -67,7 +67,7 @@ def test_which_side_of_the_built_in_set_is_harmful(category, unsafe, safe):
 def test_reading(tmp_path):
     (tmp_path / "images").mkdir()
     Image.new("RGB", (8, 8), "red").save(tmp_path / "images" / "a.png")
-    calibration = read_jsonl(write(tmp_path, enough(image="images/a.png")))
+    calibration = read_calibration(write(tmp_path, enough(image="images/a.png")))
     assert calibration.has_images
     assert row_image(calibration.rows[0]).getpixel((0, 0)) == (255, 0, 0)
     assert len(calibration.select("held_out", "unsafe")) == 2
@@ -95,7 +95,7 @@ def test_rows_without_images_are_rendered():
 )
 def test_a_bad_line_is_named_and_its_text_is_not_shown(tmp_path, line, message):
     with pytest.raises(InputError, match=message) as error:
-        read_jsonl(write(tmp_path, [ROW, line]))
+        read_calibration(write(tmp_path, [ROW, line]))
     assert "Secret" not in str(error.value)
 
 
@@ -164,14 +164,14 @@ def test_a_wrong_name_is_one_sentence(name, message):
 def test_a_row_needs_a_caption_or_an_image(tmp_path):
     Image.new("RGB", (8, 8), "red").save(tmp_path / "a.png")
     bare = {"label": "safe", "request": "Secret words?"}
-    assert read_jsonl(write(tmp_path, [{**bare, "image": "a.png"}])).uncaptioned
+    assert read_calibration(write(tmp_path, [{**bare, "image": "a.png"}])).uncaptioned
     with pytest.raises(InputError, match="line 1: the row has neither caption nor image"):
-        read_jsonl(write(tmp_path, [bare]))
+        read_calibration(write(tmp_path, [bare]))
 
 
 def test_an_unreadable_image(tmp_path):
     (tmp_path / "a.png").write_text("no picture")
-    calibration = read_jsonl(write(tmp_path, enough(image="a.png")))
+    calibration = read_calibration(write(tmp_path, enough(image="a.png")))
     with pytest.raises(InputError, match=r"a\.png cannot be read"):
         row_image(calibration.rows[0])
 
