@@ -84,7 +84,7 @@ def _config(folder: Path, name: str) -> dict[str, Any]:
     except UnreadableError as error:
         raise InputError(
             f"--adapter: {name} has no readable {CONFIG} ({error}); give the folder or Hub id of a PEFT adapter."
-        ) from None
+        ) from error
     kind = config.get("peft_type") if isinstance(config, dict) else None
     if not isinstance(kind, str):
         raise InputError(f"--adapter: the {CONFIG} of {name} names no peft_type; give the folder or Hub id of a PEFT adapter.")
@@ -223,11 +223,11 @@ def _with_factors(adapter: Adapter, base: BaseCheckpoint, model: Any) -> list[tu
             left_over: list[str] = getattr(result, "unexpected_keys")  # noqa: B009 (torch's type has no names)
     except ShiftDCError:
         raise
-    except Exception as error:  # noqa: BLE001 (PEFT checks few of its settings, and raises what comes of them)
+    except Exception as error:  # PEFT checks few of its settings, and raises what comes of them
         reason = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip().rstrip(".")
         raise InputError(
             f"--adapter: {adapter.name} does not fit {base.name}: {reason:.500}; give the adapter's own base model."
-        ) from None
+        ) from error
     if left_over or any(p.isnan().any() for p in factors):
         what = f"it holds {left_over[0]}" if left_over else "it lacks some of the factors that its configuration names"
         raise InputError(f"--adapter: {adapter.name} does not fit {base.name}: {what}; give the adapter's own base model.")

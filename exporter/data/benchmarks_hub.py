@@ -160,8 +160,8 @@ def need_datasets(name: str) -> None:
     """Raises InputError where the extra `data` is not installed."""
     try:
         import datasets  # noqa: F401
-    except ImportError:
-        raise InputError(f"--benchmark: {name} needs the package datasets; install shiftdc-export[data].") from None
+    except ImportError as error:
+        raise InputError(f"--benchmark: {name} needs the package datasets; install shiftdc-export[data].") from error
 
 
 def _tables(dataset: str, config: str | None, commit: str) -> Mapping[str, Any]:
@@ -219,7 +219,7 @@ def _fields(hub: _Hub, config: str | None, split: str, row: Columns, where: str)
     try:
         fields = hub.read(config, split, row)
     except KeyError as error:
-        raise InputError(f"--benchmark: {where}: there is no meaning for the label {error}; give another revision.") from None
+        raise InputError(f"--benchmark: {where}: there is no meaning for the label {error}; give another revision.") from error
     if not isinstance(fields["request"], str) or not fields["request"].strip():
         raise InputError(f"--benchmark: {where}: the row has no request; give another revision.")
     return fields

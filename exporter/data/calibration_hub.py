@@ -117,13 +117,13 @@ def _conversations(file: Path) -> Iterator[CalibrationRow]:
     """Those that begin with a question about a picture and its reply. Raises InputError."""
     try:
         records = list(json.loads(file.read_bytes()))
-    except (ValueError, TypeError, RecursionError):
-        raise _malformed("the file") from None
+    except (ValueError, TypeError, RecursionError) as error:
+        raise _malformed("the file") from error
     for number, record in enumerate(records):
         try:
             (asked, request), (answered, reply) = ((turn["from"], turn["value"].strip()) for turn in record["conversations"][:2])
-        except (ValueError, TypeError, KeyError, AttributeError):
-            raise _malformed(f"record {number}") from None
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise _malformed(f"record {number}") from error
         request = request.replace("<image>", "").strip()
         if (asked, answered) == ("human", "gpt") and "image" in record and request and reply:
             yield CalibrationRow(label="safe", request=request, caption=" ".join(reply.split()[:CAPTION_WORDS]))
@@ -156,7 +156,7 @@ def _calibration_errors() -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        raise InputError(str(error).replace("--benchmark:", "--calibration:", 1)) from None
+        raise InputError(str(error).replace("--benchmark:", "--calibration:", 1)) from error
 
 
 HUB_SETS: Mapping[str, HubSet] = {

@@ -21,7 +21,7 @@ def row_image(row: CalibrationRow) -> Image.Image:
         return read_picture(row.image)
     except (PictureError, FileNotFoundError) as error:
         reason = error if isinstance(error, PictureError) else "is gone"
-        raise InputError(f"--calibration: the image {row.image} cannot be read (it {reason}); replace it.") from None
+        raise InputError(f"--calibration: the image {row.image} cannot be read (it {reason}); replace it.") from error
 
 
 def typographic_image(text: str, size: int = 336, font_size: int = 30) -> Image.Image:

@@ -32,12 +32,12 @@ def read_picture(source: Path | BytesIO) -> Image.Image:
                 if 0 in image.size:
                     raise PictureError("has no pixels")
                 return _rgb(ImageOps.exif_transpose(image))
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise PictureError(f"has more than {Image.MAX_IMAGE_PIXELS} pixels") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise PictureError(f"has more than {Image.MAX_IMAGE_PIXELS} pixels") from error
     except (PictureError, FileNotFoundError):
         raise
     except _DAMAGED as error:
-        raise PictureError(f"cannot be decoded ({type(error).__name__})") from None
+        raise PictureError(f"cannot be decoded ({type(error).__name__})") from error
 
 
 def _rgb(image: Image.Image) -> Image.Image:
@@ -65,8 +65,8 @@ def picture_below(folder: Path, path: Path) -> Path:
     try:
         image = (folder / path).resolve()
         inside, exists = image.is_relative_to(folder.resolve()), image.is_file()
-    except (OSError, ValueError, RuntimeError):  # too long, a null byte, a loop of links
-        raise PictureError("the image is no usable path; correct the path") from None
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a null byte, a loop of links
+        raise PictureError("the image is no usable path; correct the path") from error
     if not inside:
         raise PictureError(f"the image lies outside {folder}; use paths below the file's folder")
     if not exists:

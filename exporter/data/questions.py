@@ -84,4 +84,4 @@ def picture_of(source: Path | BytesIO, where: str) -> Image.Image:
         return read_picture(source)
     except (PictureError, FileNotFoundError) as error:
         reason = error if isinstance(error, PictureError) else "is gone"
-        raise InputError(f"--benchmark: {where}: the image {reason}; replace it.") from None
+        raise InputError(f"--benchmark: {where}: the image {reason}; replace it.") from error

@@ -156,8 +156,8 @@ def check_path(path: Path, option: str) -> None:
     """Raise InputError for a path that tokenizers and safetensors cannot open."""
     try:
         str(path).encode()
-    except UnicodeEncodeError:
-        raise InputError(f"{option}: the path {path} is not UTF-8, so that its tokenizer cannot be opened; rename it.") from None
+    except UnicodeEncodeError as error:
+        raise InputError(f"{option}: the path {path} is not UTF-8, so that its tokenizer cannot be opened; rename it.") from error
 
 
 def _is_folder(path: str) -> bool:
@@ -253,8 +253,8 @@ def _check_inside(folder: Path, file: Path) -> None:
     """Links may lead to files of the same folder, or of the same repository in a Hub cache. Raises InputError."""
     try:
         real, root = file.resolve(strict=True), folder.resolve()
-    except (OSError, RuntimeError):
-        raise InputError(f"MODEL: {file} is a link that leads nowhere; fetch the checkpoint again.") from None
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"MODEL: {file} is a link that leads nowhere; fetch the checkpoint again.") from error
     cached = root.parent.name == "snapshots"  # files of one repository, and those that the client keeps once for several
     blobs = [root.parent.parent / "blobs", root.parent.parent.parent / "blobs"] if cached else []
     if not any(real.is_relative_to(folder) for folder in (root, *blobs)):
@@ -290,7 +290,7 @@ def _read_json(file: Path, *, unique: bool = False) -> dict[str, Any]:
     try:
         value = read_json(file, unique=unique)
     except UnreadableError as error:
-        raise InputError(f"MODEL: {file} cannot be read as JSON ({error}); fetch the checkpoint again.") from None
+        raise InputError(f"MODEL: {file} cannot be read as JSON ({error}); fetch the checkpoint again.") from error
     if not isinstance(value, dict):
         raise InputError(f"MODEL: {file} holds no JSON object; fetch the checkpoint again.")
     return value

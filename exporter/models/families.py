@@ -43,8 +43,8 @@ def family(name: str) -> Family:
     module = f"modeling_shiftdc_{name.replace('-', '_')}"
     try:
         code = importlib.import_module(f"exporter.modeling.{module}")
-    except ModuleNotFoundError:
-        raise InputError(f"Recipe: there is no modeling code for family {name!r}; see 'shiftdc-export recipes'.") from None
+    except ModuleNotFoundError as error:
+        raise InputError(f"Recipe: there is no modeling code for family {name!r}; see 'shiftdc-export recipes'.") from error
     own = [c for c in vars(code).values() if isinstance(c, type) and c.__module__ == code.__name__]
     model = next((c for c in own if issubclass(c, ShiftDCMixin)), None)
     config: Any = getattr(model, "config_class", None)

@@ -45,7 +45,7 @@ def load_with_notices(folder: Path, recipe: Recipe, what: str = "MODEL") -> tupl
             except ImportError as error:
                 if (remedy := _remedy(error)) is None:
                     raise
-                raise InputError(f"{what}: the processor in {folder} cannot be loaded: {remedy}") from None
+                raise InputError(f"{what}: the processor in {folder} cannot be loaded: {remedy}") from error
         if not (hasattr(processor, "tokenizer") and hasattr(processor, "image_processor")):
             raise InputError(f"{what}: {folder} has no processor of images and text (processor_config.json); restore its files.")
     if recipe.chat_template is not None:

@@ -139,10 +139,10 @@ def load_recipe(name_or_file: str) -> Recipe:
         file = resource("recipes") / f"{name_or_file}.yaml"
     try:
         values = parse_yaml(text_of(read_bytes(file, RECIPE_BYTES)))
-    except NoFileError:
-        raise InputError(f"Recipe: there is no file {file}; give a name or an existing .yaml file.") from None
+    except NoFileError as error:
+        raise InputError(f"Recipe: there is no file {file}; give a name or an existing .yaml file.") from error
     except UnreadableError as error:
-        raise InputError(f"Recipe: {file} cannot be read as YAML ({error}); correct the file.") from None
+        raise InputError(f"Recipe: {file} cannot be read as YAML ({error}); correct the file.") from error
     return _validated(values, str(file))
 
 

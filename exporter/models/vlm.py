@@ -73,10 +73,10 @@ class VLM:
         expected = self.model.config.get_text_config().num_hidden_layers
         try:
             layers = self.model.get_submodule(path)
-        except AttributeError:
+        except AttributeError as error:
             raise InputError(
                 f"Recipe: decoder_layers is {path!r}, which {type(self.model).__name__} has not; correct the path."
-            ) from None
+            ) from error
         if not isinstance(layers, nn.ModuleList) or len(layers) != expected:
             raise InputError(
                 f"Recipe: decoder_layers {path!r} is no list of the config's {expected} decoder layers; correct the path."

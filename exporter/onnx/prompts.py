@@ -46,7 +46,7 @@ class PromptWriter:
         try:
             prompt = self.template.render(messages=turns, add_generation_prompt=True, **self.named)
         except TemplateError as error:
-            raise InputError(f"The chat template does not take this prompt ({error}); ask another way.") from None
+            raise InputError(f"The chat template does not take this prompt ({error}); ask another way.") from error
         starts = prompt.startswith(self.named.get("bos_token") or "\0")
         if self.image is not None:
             placeholder, written = self.image

@@ -262,8 +262,8 @@ def blank(pixels: Floats, value: float) -> Floats:
 def _read(folder: Path, name: str) -> dict[str, Any]:
     try:
         return json.loads((folder / name).read_text("utf-8"))
-    except (OSError, ValueError, RecursionError):
-        raise InputError(f"CHECKPOINT: {folder} has no readable {name}; give the onnx folder of an export.") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"CHECKPOINT: {folder} has no readable {name}; give the onnx folder of an export.") from error
 
 
 def _session(folder: Path, name: str, threads: int | None) -> Any:
@@ -272,8 +272,8 @@ def _session(folder: Path, name: str, threads: int | None) -> Any:
         raise InputError(f"CHECKPOINT: {folder} has no {name}; precisions there: {', '.join(found) or 'none'}.")
     try:
         import onnxruntime
-    except ImportError:
-        raise InputError('ONNX Runtime is not installed; run: pip install "shiftdc-export[onnx]"') from None
+    except ImportError as error:
+        raise InputError('ONNX Runtime is not installed; run: pip install "shiftdc-export[onnx]"') from error
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # it warns of every input that has a default
     if threads is not None:

@@ -1,7 +1,4 @@
-"""What the Hub answers, as errors of ours: one sentence without a token; and limits on how long it may be silent.
-
-No error here keeps its cause (`from None`): what the client raises holds headers, and with them the token.
-"""
+"""What the Hub answers, as errors of ours: one sentence without a token; and limits on how long it may be silent."""
 
 from __future__ import annotations
 

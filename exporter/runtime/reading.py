@@ -41,14 +41,14 @@ def read_bytes(file: Path, most: int) -> bytes:
             raise UnreadableError("it is no regular file")
         with file.open("rb") as stream:
             data = stream.read(most + 1)
-    except FileNotFoundError:
-        raise NoFileError("there is no such file") from None
+    except FileNotFoundError as error:
+        raise NoFileError("there is no such file") from error
     except UnreadableError:
         raise
     except OSError as error:
-        raise UnreadableError(error.strerror or type(error).__name__) from None
-    except ValueError:  # a null byte
-        raise UnreadableError("its path is not usable") from None
+        raise UnreadableError(error.strerror or type(error).__name__) from error
+    except ValueError as error:  # a null byte
+        raise UnreadableError("its path is not usable") from error
     if len(data) > most:
         raise UnreadableError(f"it has more than {most:,} bytes")
     return data
@@ -58,7 +58,7 @@ def text_of(data: bytes) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise UnreadableError(f"byte {error.start} is not UTF-8") from None
+        raise UnreadableError(f"byte {error.start} is not UTF-8") from error
 
 
 def parse_json(text: str | bytes, *, unique: bool = False) -> Any:
@@ -67,12 +67,12 @@ def parse_json(text: str | bytes, *, unique: bool = False) -> Any:
         return json.loads(text, object_pairs_hook=_unique if unique else None)
     except UnreadableError:
         raise
-    except RecursionError:
-        raise UnreadableError("it is nested too deeply") from None
+    except RecursionError as error:
+        raise UnreadableError("it is nested too deeply") from error
     except UnicodeDecodeError as error:
-        raise UnreadableError(f"byte {error.start} is not UTF-8") from None
+        raise UnreadableError(f"byte {error.start} is not UTF-8") from error
     except ValueError as error:
-        raise UnreadableError(str(error)) from None
+        raise UnreadableError(str(error)) from error
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -118,9 +118,9 @@ for _kind in ("int", "float"):
 def parse_yaml(text: str) -> Any:
     try:
         return yaml.load(text, _PlainLoader)  # noqa: S506 (a SafeLoader)
-    except RecursionError:
-        raise UnreadableError("it is nested too deeply") from None
+    except RecursionError as error:
+        raise UnreadableError("it is nested too deeply") from error
     except yaml.YAMLError as error:
-        raise UnreadableError(str(error).splitlines()[0]) from None
+        raise UnreadableError(str(error).splitlines()[0]) from None  # its other lines quote the text
     except _NO_VALUE:
-        raise UnreadableError("a value is not of the type that its form or tag says") from None
+        raise UnreadableError("a value is not of the type that its form or tag says") from None  # it quotes the value

@@ -47,10 +47,10 @@ def read_header(file: Path, option: str = "MODEL") -> dict[str, TensorHeader]:
             if length > HEADER_BYTES:
                 raise UnreadableError(f"the header has more than {HEADER_BYTES:,} bytes")
             return _tensors(parse_json(stream.read(length), unique=True), 8 + length, size - 8 - length)
-    except struct.error:
-        raise InputError(f"{option}: {file} is not a whole safetensors file (it has no header); fetch it again.") from None
+    except struct.error as error:
+        raise InputError(f"{option}: {file} is not a whole safetensors file (it has no header); fetch it again.") from error
     except (OSError, UnreadableError) as error:
-        raise InputError(f"{option}: {file} is not a whole safetensors file ({error}); fetch it again.") from None
+        raise InputError(f"{option}: {file} is not a whole safetensors file ({error}); fetch it again.") from error
 
 
 def _tensors(header: object, origin: int, data_bytes: int) -> dict[str, TensorHeader]:

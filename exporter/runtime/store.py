@@ -49,7 +49,7 @@ class Store:
             (folder / FINGERPRINT).write_text(text, "utf-8")
         except OSError as error:
             if given and error.errno not in FULL:
-                raise InputError(f"{CACHE}: {root} cannot be written ({error.strerror}); give another folder.") from None
+                raise InputError(f"{CACHE}: {root} cannot be written ({error.strerror}); give another folder.") from error
             return cls()  # a machine without a home: there is nothing to go on from, and no reason to stop
         return cls(folder)
 
