@@ -92,7 +92,9 @@ def test_reading_and_writing_changes_nothing(exported, tmp_path):
     """Also what another version has added, at any depth, and the order in which ONNX graphs and figures were added."""
     document = json.loads((exported.plan.output / "shiftdc_report.json").read_text())
     document = {"newer": {"list": [1, 2.0, None]}, **document, "onnx": {"versions": {}, "variants": {}}, "evaluation": {"n": 1}}
-    document["calibration"]["sources"] = [{"dataset": "a/b", "revision": "c", "licence": "MIT", "newer": 1}]
+    warnings = document["calibration"].pop("warnings")
+    sources = [{"dataset": "a/b", "revision": "c", "licence": "MIT", "newer": 1}]
+    document["calibration"] |= {"sources": sources, "warnings": warnings, "seen_questions": ["ab"]}
     for part in (document["base_model"], document["layers"], document["calibration"], *document["statistics"]):
         part["newer"] = {"deep": [True]}
     text = json.dumps(document, indent=2) + "\n"
