@@ -9,10 +9,10 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -29,11 +29,15 @@ from exporter.runtime.reading import UnreadableError, read_json
 from exporter.runtime.safetensors_header import TensorHeader, read_header
 from exporter.runtime.time_limit import limited
 
+if TYPE_CHECKING:
+    from peft.tuners.lora import LoraLayer
+    from transformers import PreTrainedModel
+
 CONFIG, WEIGHTS = ADAPTER_FILES
 #: Seconds of computing in which PEFT puts an adapter onto a model without weights.
 LIMIT = 30.0
 #: Settings under which an adapter holds more than low-rank factors.
-_WHOLE = ("modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication")
+_NOT_LOW_RANK = ("modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication")
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ class Adapter:
 class _Target(NamedTuple):
     """A LoRA layer, and the base's tensor that it changes."""
 
-    layer: Any
+    layer: LoraLayer
     shard: Path
     key: str
 
@@ -78,7 +82,7 @@ def adapter_sha256(folder: Path) -> str:
     return hashlib.sha256("".join(sha256(folder / file) for file in ADAPTER_FILES).encode()).hexdigest()
 
 
-def _config(folder: Path, name: str) -> dict[str, Any]:
+def _config(folder: Path, name: str) -> dict[str, object]:
     try:
         config = read_json(folder / CONFIG)
     except UnreadableError as error:
@@ -94,7 +98,7 @@ def _config(folder: Path, name: str) -> dict[str, Any]:
         pickled = (folder / "adapter_model.bin").exists() or any(folder.glob("*.bin"))
         found = "only a pickle file, which can run code when loaded" if pickled else "none"
         raise InputError(f"--adapter: {name} has no {WEIGHTS} (found {found}); save it with safe_serialization=True.")
-    more = [key for key in _WHOLE if config.get(key)] + ["bias"] * (config.get("bias", "none") != "none")
+    more = [key for key in _NOT_LOW_RANK if config.get(key)] + ["bias"] * (config.get("bias", "none") != "none")
     tensors = [key for key in read_header(folder / WEIGHTS, "--adapter") if ".lora_" not in key]
     if config.get("megatron_config") or config.get("megatron_core") not in (None, "megatron.core"):
         raise InputError(f"--adapter: the {CONFIG} of {name} names code (megatron_core); give an adapter of transformers layers.")
@@ -106,7 +110,7 @@ def _config(folder: Path, name: str) -> dict[str, Any]:
     return config
 
 
-def _check_base(name: str, config: dict[str, Any], base: BaseCheckpoint) -> None:
+def _check_base(name: str, config: Mapping[str, object], base: BaseCheckpoint) -> None:
     """Factors of another fine-tune of the same architecture fit by shape and do something else."""
     trained_on = config.get("base_model_name_or_path")
     if trained_on is not None and not isinstance(trained_on, str):
@@ -192,7 +196,7 @@ def _targets(adapter: Adapter, base: BaseCheckpoint) -> list[_Target]:
     return targets
 
 
-def _stored_names(model: Any, base: BaseCheckpoint) -> Iterator[tuple[str, tuple[Path, str, bool]]]:
+def _stored_names(model: PreTrainedModel, base: BaseCheckpoint) -> Iterator[tuple[str, tuple[Path, str, bool]]]:
     """Name in the model -> (shard, name there, whether loading computes it from several tensors or changes its form)."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
@@ -207,7 +211,7 @@ def _stored_names(model: Any, base: BaseCheckpoint) -> Iterator[tuple[str, tuple
             yield name, (shard, key, converter is not None)
 
 
-def _with_factors(adapter: Adapter, base: BaseCheckpoint, model: Any) -> list[tuple[str, Any]]:
+def _with_factors(adapter: Adapter, base: BaseCheckpoint, model: PreTrainedModel) -> list[tuple[str, LoraLayer]]:
     """(path, LoRA layer) with the adapter's factors on the CPU and the base's weights nowhere. Raises InputError."""
     from peft import PeftConfig, PeftModel, set_peft_model_state_dict
     from peft.tuners.lora import LoraLayer
@@ -234,7 +238,7 @@ def _with_factors(adapter: Adapter, base: BaseCheckpoint, model: Any) -> list[tu
     return layers
 
 
-def _on_cpu(layer: Any) -> list[torch.Tensor]:
+def _on_cpu(layer: LoraLayer) -> list[torch.Tensor]:
     """The layer's factors, NaN until they are loaded."""
     for name, child in layer.named_children():
         if name != "base_layer":

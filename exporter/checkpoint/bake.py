@@ -135,7 +135,7 @@ def copy_companion(source: Path, target: Path) -> None:
         target.write_text(json.dumps(kept, indent=2) + "\n", "utf-8")
 
 
-def calibrated_config(base: BaseCheckpoint, classes: Family, block: dict[str, object]) -> dict[str, Any]:
+def calibrated_config(base: BaseCheckpoint, classes: Family, block: dict[str, object]) -> dict[str, object]:
     """The base's config.json under the family's own model_type, guarded against stock classes."""
     config = {**without_code(dict(base.config)), **identity(classes), "shiftdc": block}
     return classes.config.shiftdc_guarded(config)

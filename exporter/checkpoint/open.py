@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -24,10 +23,9 @@ def open_export(folder: Path, *, dtype: str = "auto", device_map: str | None = N
 
 def load_calibrated(folder: Path, recipe: Recipe, *, dtype: str = "auto", device_map: str | None = None) -> VLM:
     """Load what `bake` wrote. Raises InputError."""
-    model_class: Any = family(recipe.family).model
     options = {} if device_map is None else {"device_map": device_map}
     with refusing(f"CHECKPOINT: {folder} cannot be loaded", "run 'shiftdc-export verify' on it, or export again"):
-        model = model_class.from_pretrained(folder, dtype=DTYPES[dtype], use_safetensors=True, **options)
+        model = family(recipe.family).model.from_pretrained(folder, dtype=DTYPES[dtype], use_safetensors=True, **options)
     if device_map is None and torch.cuda.is_available():
         model = model.to("cuda")
     processor = load_processor(folder, recipe, "CHECKPOINT")

@@ -6,12 +6,11 @@ independent implementation; and with its picture and the prompt's text, so that 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
@@ -25,6 +24,10 @@ from exporter.directions.activations import last_token, last_token_activations
 from exporter.models.chat_template import DAY, rendered
 from exporter.models.processors import ODD_TEXT, tokenizers
 from exporter.models.vlm import VLM, user_turn
+
+#: What a decoder layer gives, and what a hook makes of it.
+Output = torch.Tensor | tuple[torch.Tensor, ...]
+Hook = Callable[[nn.Module, object, Output], Output]
 
 PROBE = Path("assets") / "shiftdc_probe.safetensors"
 REQUEST, CAPTION, PICTURE = "What is shown in the image?", "a sign with the word hello", "hello"
@@ -119,8 +122,8 @@ def corrected(
     direction [layers, hidden], reference [batch, layers]; `fixed` [batch, layers] gives the amounts x.d - r instead.
     """
 
-    def hook(column: int) -> Any:
-        def correct(module: nn.Module, args: Any, output: Any) -> Any:
+    def hook(column: int) -> Hook:
+        def correct(module: nn.Module, args: object, output: Output) -> Output:
             hidden = (output[0] if isinstance(output, tuple) else output).clone()
             d = direction[column].to(hidden.device)
             for row, token in enumerate(position.tolist()):

@@ -22,6 +22,8 @@ from exporter.runtime.record import AsList, InFull, Record, Texts
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 ShardName = Annotated[str, Field(pattern=r"^[\w-][\w.-]*\.safetensors$")]
 Name = Annotated[str, Field(min_length=1, max_length=1024)]
+#: How far a loaded export is from its probe, by what was compared; of some only whether it is equal.
+Parity = dict[str, float | bool]
 
 
 class BaseRecord(Record):
@@ -85,7 +87,7 @@ class Report(Record):
     warnings: Texts = ()  # what transformers said of the base's files
     resumed_batches: int = 0
     files: dict[str, Sha256]
-    parity: dict[str, float | bool] | None = None
+    parity: Parity | None = None
     seconds: dict[str, float] | None = None
     evaluation: dict[str, object] | None = None
     onnx: OnnxRecord | None = None

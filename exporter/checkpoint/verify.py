@@ -9,7 +9,6 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -18,7 +17,7 @@ from exporter.checkpoint import verify_worker
 from exporter.checkpoint.bake import identity, without_code
 from exporter.checkpoint.layout import BUFFERS, REPORT, SHARD, buffer_key
 from exporter.checkpoint.manifest import differences
-from exporter.checkpoint.report import Report, read_report
+from exporter.checkpoint.report import Parity, Report, read_report
 from exporter.checkpoint.staging import scratch
 from exporter.errors import InputError, VerificationError
 from exporter.models.base import INDEX, SINGLE
@@ -35,6 +34,14 @@ WORKER = Path(verify_worker.__file__)
 
 
 @dataclass(frozen=True)
+class Findings:
+    """What the fresh process found: a sentence for each failure, and how far results are from the probe's."""
+
+    failures: list[str]
+    parity: Parity
+
+
+@dataclass(frozen=True)
 class Verification:
     """What was found: the base's shards that are bitwise equal, the base tensors in them, and the probe's differences.
 
@@ -43,7 +50,7 @@ class Verification:
 
     shards: int
     tensors: int
-    parity: dict[str, float | bool]
+    parity: Parity
     edited: tuple[str, ...] = ()
 
 
@@ -60,13 +67,13 @@ def verify(folder: Path, device_map: str | None = None, beside: Path | None = No
     problems = [*changed, *_code(folder, report), *_weights(folder, report, headers), *_buffers(folder, headers)]
     if problems:  # never run code that is not ours, nor load half a model
         raise VerificationError(f"{folder} failed its checks: {'; '.join(problems)}.")
-    result = _fresh_process(folder, device_map, beside or folder)
-    if result["failures"]:
-        raise VerificationError(f"{folder} failed its checks: {'; '.join(result['failures'])}.")
-    return Verification(len(shards), sum(len(headers[name]) for name in shards), result["parity"], tuple(edited))
+    found = _fresh_process(folder, device_map, beside or folder)
+    if found.failures:
+        raise VerificationError(f"{folder} failed its checks: {'; '.join(found.failures)}.")
+    return Verification(len(shards), sum(len(headers[name]) for name in shards), found.parity, tuple(edited))
 
 
-def _read(folder: Path, name: str) -> dict[str, Any]:
+def _read(folder: Path, name: str) -> dict[str, object]:
     try:
         value = read_json(folder / name)
     except UnreadableError as error:
@@ -147,7 +154,7 @@ def _names_code(file: Path) -> bool:
     return values != without_code(values)
 
 
-def _fresh_process(folder: Path, device_map: str | None, beside: Path) -> dict[str, Any]:
+def _fresh_process(folder: Path, device_map: str | None, beside: Path) -> Findings:
     # what is offloaded to disk may be large, and /tmp may be memory
     with temporary("verify") if device_map is None else scratch(beside, "verify") as modules:
         # it needs no access to anything, and is no part of a torchrun
@@ -163,4 +170,4 @@ def _fresh_process(folder: Path, device_map: str | None, beside: Path) -> dict[s
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise VerificationError(f"{folder} does not load in a fresh process with transformers alone: {last}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    return Findings(**json.loads(done.stdout.strip().splitlines()[-1]))

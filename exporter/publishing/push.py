@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete, HfApi
 
@@ -173,11 +172,12 @@ def _commit(target: Target, files: Sequence[LocalFile], progress: Progress) -> P
 
 def _send(target: Target, additions: Sequence[CommitOperationAdd], progress: Progress) -> None:
     """Send large files one by one: each that has arrived need not be sent again after an interruption."""
-    options: dict[str, Any] = {"revision": target.revision, "create_pr": target.create_pr, "free_memory": False}
     progress("upload", 0, len(additions))
     for i, addition in enumerate(additions, 1):
         with deadline(addition.upload_info.size):
-            HfApi().preupload_lfs_files(target.repo_id, [addition], **options)
+            HfApi().preupload_lfs_files(
+                target.repo_id, [addition], revision=target.revision, create_pr=target.create_pr, free_memory=False
+            )
         progress("upload", i, len(additions))
 
 

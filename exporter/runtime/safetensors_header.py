@@ -6,7 +6,6 @@ import math
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from exporter.errors import InputError
 from exporter.runtime.reading import HEADER_BYTES, UnreadableError, parse_json
@@ -85,7 +84,7 @@ def _span(entry: object, name: str) -> tuple[int, int]:
     return span[0], span[1]
 
 
-def _type(entry: dict[str, Any], name: str) -> tuple[str, tuple[int, ...]]:
+def _type(entry: dict[str, object], name: str) -> tuple[str, tuple[int, ...]]:
     dtype, shape = entry.get("dtype"), entry.get("shape")
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         raise UnreadableError(f"{name[:200]} has no dtype that is known")

@@ -87,7 +87,7 @@ def test_writing_into_an_export_leaves_its_base_alone(base_folder, tmp_path, cha
 
 def test_what_was_done_and_what_it_cost_is_said(make_export, base_folder):
     done, size = make_export(), (base_folder / "model.safetensors").stat().st_size
-    assert done.report["base_model"]["placed"] == {"copy": size}
+    assert done.report.base_model.placed == {"copy": size}
     assert json.loads((done.plan.output / REPORT).read_text())["base_model"]["placed"] == {"copy": size}
 
     def said(way: str) -> str:
