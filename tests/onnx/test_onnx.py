@@ -327,7 +327,7 @@ def test_graphs_of_other_weights_are_not_kept(broken):
 
 
 def test_parity_that_is_no_number_fails(checkpoint):
-    parity = read_report(checkpoint)["onnx"]["variants"]["fp32"]
+    parity = read_report(checkpoint).onnx.variants["fp32"]
     assert onnx_parity.failures("fp32", parity) == []
     parity = {**parity, "max_logit_difference": {"text": float("nan")}}
     assert onnx_parity.failures("fp32", parity)
@@ -376,7 +376,7 @@ def test_a_family_without_graphs_is_refused():
 def test_a_checkpoint_with_graphs_is_whole(checkpoint):
     """Their hashes are in the report: `verify` and a push know them."""
     assert manifest.differences(checkpoint, read_report(checkpoint)) == ([], [])
-    assert "onnx/vision_encoder.onnx" in read_report(checkpoint)["files"]
+    assert "onnx/vision_encoder.onnx" in read_report(checkpoint).files
 
 
 def write_one_file(checkpoint, family, precisions, folder, wording, progress):

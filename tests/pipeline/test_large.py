@@ -110,8 +110,8 @@ def test_an_export_with_a_device_map_leaves_no_offload_folder(base_folder, calib
     settings = {"layers": "1-2", "calibration": str(calibration_file)}
     done = export(make_plan(str(base_folder), output=tmp_path / "out", device_map="auto", **settings))
     assert [f.name for f in tmp_path.iterdir()] == ["out"]
-    assert done.report["parity"]["logits"] < 1e-3
-    assert done.report["statistics"] == make_export().report["statistics"]
+    assert done.report.parity["logits"] < 1e-3
+    assert done.report.statistics == make_export().report.statistics
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -125,7 +125,7 @@ def test_directions_of_a_quantised_model(wide, calibration_file, tmp_path, bits)
     if bits == 8:  # the whole way once is enough
         return
     done = export(plan)
-    assert done.report["measured_quantised"] == bits
+    assert done.report.measured_quantised == bits
     assert "quantised to 4 bits" in (tmp_path / "out" / "README.md").read_text()
     for shard in plan.base.shards:  # what is exported are the weights as they are
         assert (tmp_path / "out" / shard.name).read_bytes() == shard.read_bytes()

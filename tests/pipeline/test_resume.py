@@ -281,7 +281,7 @@ def test_killed_at_random_points(base_folder, calibration_file, tmp_path, cache,
         assert not (tmp_path / "out").exists()
     options = {"layers": "1-2", "calibration": str(calibration_file), "batch_size": 1}
     done = export(make_plan(str(base_folder), output=tmp_path / "out", **options))
-    assert done.report["resumed_batches"] == kept
+    assert done.report.resumed_batches == kept
     assert not any(cache.iterdir())  # nothing is kept once the export is there
     undisturbed = fit(vlm, calibration_file, layers=[1, 2], batch_size=1)
     found = load_file(tmp_path / "out" / "shiftdc.safetensors")

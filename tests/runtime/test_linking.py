@@ -91,8 +91,8 @@ def test_what_was_done_and_what_it_cost_is_said(make_export, base_folder):
     assert json.loads((done.plan.output / REPORT).read_text())["base_model"]["placed"] == {"copy": size}
 
     def said(way: str) -> str:
-        base = {**done.report["base_model"], "placed": {way: 14_600_000_000}}
-        return export_text(replace(done, report={**done.report, "resumed_batches": 0, "base_model": base}))
+        base = done.report.base_model.model_copy(update={"placed": {way: 14_600_000_000}})
+        return export_text(replace(done, report=done.report.model_copy(update={"base_model": base})))
 
     assert "  weights copied: 14.60 GB of new files\n" in said("copy")
     assert "  weights linked to the Hub cache: 14.60 GB that take no room, read-only there and here\n" in said("link")
