@@ -37,7 +37,7 @@ FETCH = """
 import sys
 from pathlib import Path
 from huggingface_hub import snapshot_download
-from exporter.verify import verify
+from exporter.checkpoint.verify import verify
 snapshot_download(sys.argv[1], local_dir=sys.argv[2])
 assert verify(Path(sys.argv[2])).edited == ()
 """

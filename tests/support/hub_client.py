@@ -28,8 +28,9 @@ HF_XET = {"HF_XET_XORB_COMPRESSION_POLICY": "none", "HF_XET_CLIENT_RETRY_BASE_DE
 CLIENT = """
 import dataclasses, json, os, sys, traceback
 from pathlib import Path
-from exporter import hub, hub_errors
+from exporter.publishing import hub_errors, push as hub
 from exporter.errors import ShiftDCError
+from exporter.publishing.push_preflight import preflight
 hub.WAITS = (0.1, 0.1)
 hub_errors.SILENCE = 2.0
 verify = hub.verify
@@ -39,7 +40,7 @@ for line in sys.stdin:
     hub.verify = verify if thorough else lambda folder: None
     try:
         if what == "preflight":
-            answer = hub.preflight(**options)
+            answer = preflight(**options)
         else:
             answer = dataclasses.asdict(getattr(hub, what)(Path(folder), **options))
     except ShiftDCError as error:
