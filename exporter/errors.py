@@ -43,7 +43,7 @@ def refusing(what: str, advice: str) -> Iterator[None]:
     """Around a library's reading of files that come from others: whatever it raises becomes one sentence, an InputError."""
     try:
         yield
-    except ShiftDCError:
+    except (ShiftDCError, MemoryError):
         raise
     except Exception as error:  # there is no closed list: tokenizers, for one, raises Exception itself
         reason = (str(error).strip().splitlines() or [""])[0].rstrip(".")
