@@ -24,7 +24,7 @@ from exporter.errors import InputError, ShiftDCError
 from exporter.models.base import INDEX, BaseCheckpoint
 from exporter.models.hub_snapshot import download
 from exporter.runtime.hashing import sha256
-from exporter.runtime.linking import duplicate, lend
+from exporter.runtime.linking import clone_or_copy, symlink_or_copy
 from exporter.runtime.reading import UnreadableError, read_json
 from exporter.runtime.safetensors_header import TensorHeader, read_header
 from exporter.runtime.time_limit import limited
@@ -53,7 +53,7 @@ class Adapter:
         return AdapterRecord(id=self.name, revision=self.revision, sha256=self.sha256, merged=not kept)
 
 
-class _Target(NamedTuple):
+class _AdaptedTensor(NamedTuple):
     """A LoRA layer, and the base's tensor that it changes."""
 
     layer: LoraLayer
@@ -134,11 +134,11 @@ def _is_folder(path: str, folder: Path) -> bool:
 
 
 def merge(base: BaseCheckpoint, adapter: Adapter, folder: Path) -> BaseCheckpoint:
-    """Write the merged checkpoint into the empty `folder`, which is there for a while: what has no changed tensor is lent."""
+    """Write the merged checkpoint into the empty `folder`, which is soon deleted: what has no changed tensor is a symbolic link."""
     targets = _targets(adapter, base)
     changed = {target.shard for target in targets}
     for shard in base.shards:
-        (duplicate if shard in changed else lend)(shard, folder / shard.name)
+        (clone_or_copy if shard in changed else symlink_or_copy)(shard, folder / shard.name)
     for target in targets:
         merged = _merged(target)
         _overwrite(folder / target.shard.name, base.headers[target.shard][target.key], merged)
@@ -155,7 +155,7 @@ def changed_shards(adapter: Adapter, base: BaseCheckpoint) -> set[Path]:
     return {target.shard for target in _targets(adapter, base)}
 
 
-def _merged(target: _Target) -> torch.Tensor:
+def _merged(target: _AdaptedTensor) -> torch.Tensor:
     with safe_open(target.shard, "pt") as stored:
         weight = stored.get_tensor(target.key).clone()
     target.layer.get_base_layer().weight = nn.Parameter(weight, requires_grad=False)
@@ -177,7 +177,7 @@ def _overwrite(file: Path, header: TensorHeader, value: torch.Tensor) -> None:
         stream.write(data)
 
 
-def _targets(adapter: Adapter, base: BaseCheckpoint) -> list[_Target]:
+def _targets(adapter: Adapter, base: BaseCheckpoint) -> list[_AdaptedTensor]:
     """The LoRA layers of a base without weights, with the adapter's factors loaded. Raises InputError."""
     from transformers import AutoConfig, AutoModelForImageTextToText
 
@@ -192,7 +192,7 @@ def _targets(adapter: Adapter, base: BaseCheckpoint) -> list[_Target]:
         if shard is None or key is None or converted:
             why = "is stored in another form" if converted else "shares its weight with another layer"
             raise InputError(f"--adapter: {adapter.name} changes {path}, which {why} in {base.name}; merge it yourself.")
-        targets.append(_Target(layer, shard, key))
+        targets.append(_AdaptedTensor(layer, shard, key))
     return targets
 
 

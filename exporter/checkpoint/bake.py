@@ -22,7 +22,7 @@ from exporter.modeling.modeling_shiftdc_correction import buffers_sha256
 from exporter.models.base import INDEX, SINGLE, BaseCheckpoint
 from exporter.models.families import Family, family
 from exporter.runtime.hashing import HashOf, sha256
-from exporter.runtime.linking import lend, link_or_copy
+from exporter.runtime.linking import link_or_copy, symlink_or_copy
 from exporter.runtime.reading import read_json
 from exporter.runtime.safetensors_header import read_header
 
@@ -66,7 +66,7 @@ def bake(
     """Write the checkpoint into the empty `folder`.
 
     adapter: folder of a PEFT adapter that goes along, unmerged. hash_of: gives the hash of a base shard (`background_hashes`).
-    temporary: the folder is soon deleted, so shards are only lent.
+    temporary: the folder is soon deleted, so shards may be symbolic links.
     """
     baked = _put_shards(base, folder, hash_of or sha256, temporary)
     _save_vectors(calibrated, folder)
@@ -91,7 +91,7 @@ def _put_shards(base: BaseCheckpoint, folder: Path, hash_of: HashOf, temporary: 
     for shard in base.shards:
         target = folder / _shard_name(shard)
         if temporary:
-            lend(shard, target)
+            symlink_or_copy(shard, target)
         else:
             placed[link_or_copy(shard, target)] += shard.stat().st_size
         hashes[target.name] = hash_of(shard)

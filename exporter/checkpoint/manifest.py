@@ -30,7 +30,7 @@ def _hash(file: Path) -> str:
     return sha256(file) if file.is_file() else "a link that leads to no file"
 
 
-def recorded(report: Report, folder: Path, changed: Iterable[str]) -> Report:
+def rehashed(report: Report, folder: Path, changed: Iterable[str]) -> Report:
     """The report with the hashes of `changed` paths as they are in `folder` now."""
     return with_hashes(report, {p: sha256(folder / p) for p in changed})
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from datetime import datetime
+from contextlib import AbstractContextManager, contextmanager
+from datetime import datetime, tzinfo
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers.utils import chat_template_utils
 
+from exporter.errors import InputError, refusing
 from exporter.runtime.time_limit import limited
 
 #: Seconds of computing for the text of one batch of prompts, which takes milliseconds.
@@ -25,7 +27,7 @@ def rendered(processor: Any, conversation: Sequence[Any], what: str = "MODEL", *
     what: whose template it is, for the message.
     """
     endless = f"{what}: its chat template does not end within {LIMIT:g} seconds of computing; restore it."
-    with limited(LIMIT, endless), on_the_day(DAY):
+    with composing(what), limited(LIMIT, endless), on_the_day(DAY):
         return processor.apply_chat_template(conversation, tokenize=False, **options)
 
 
@@ -36,7 +38,18 @@ def encoded(processor: Any, conversations: Sequence[Sequence[dict[str, Any]]], *
     """
     texts = rendered(processor, list(conversations), add_generation_prompt=True)
     marked = [[{**first, "rendered": text}, *others] for (first, *others), text in zip(conversations, texts, strict=True)]
-    return processor.apply_chat_template(marked, chat_template=_AS_RENDERED, tokenize=True, return_dict=True, **options)
+    with composing("MODEL"):
+        return processor.apply_chat_template(marked, chat_template=_AS_RENDERED, tokenize=True, return_dict=True, **options)
+
+
+def composing(what: str) -> AbstractContextManager[None]:
+    """Around what a processor or a tokenizer does with texts."""
+    return refusing(f"{what}: its prompts cannot be composed", "restore its chat template and tokenizer")
+
+
+def refused_by_template(error: InputError) -> bool:
+    """Whether the template itself says that it takes no such turns, as some do with several."""
+    return isinstance(error.__cause__, TemplateError)
 
 
 @contextmanager
@@ -45,8 +58,8 @@ def on_the_day(day: str) -> Iterator[None]:
 
     class Clock(datetime):
         @classmethod
-        def now(cls, tz: Any = None) -> Any:
-            return datetime.fromisoformat(day)
+        def now(cls, tz: tzinfo | None = None) -> Clock:
+            return cls.fromisoformat(day)
 
     clock, chat_template_utils.datetime = chat_template_utils.datetime, Clock
     try:

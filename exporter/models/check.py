@@ -36,9 +36,8 @@ def check(base: BaseFiles, recipe: Recipe, *, allow_inexact: bool = False) -> Ch
     """
     vlm = skeleton(base, recipe)
     depth = len(vlm.decoder_layers(recipe.decoder_layers))
-    with refusing(f"MODEL: prompts of {base.name} cannot be composed", "restore its chat template and tokenizer"):
-        frame = prompt_frame(vlm, recipe.wording)
-        found = check_prompts(vlm.framed(frame), frame)
+    frame = prompt_frame(vlm, recipe.wording)
+    found = check_prompts(vlm.framed(frame), frame)
     if not found.exact and not allow_inexact:
         raise InputError(
             f"MODEL: {found}; the method would compare prompts that the model was not trained on. Restore the tokenizer and the "
@@ -79,8 +78,9 @@ def check_supported(base: BaseFiles, recipe: Recipe) -> None:
             "tokenizer_config.json); the method compares prompts as the model was trained to see them, so add one to the "
             "checkpoint."
         )
-    with refusing(f"MODEL: the config.json of {base.name} cannot be used", "restore it"):
-        reason = family(recipe.family).config.shiftdc_unsupported(base.config)
+    if not isinstance(base.config.get("text_config", {}), dict):
+        raise InputError(f"MODEL: the config.json of {base.name} cannot be used (its text_config is no object); restore it.")
+    reason = family(recipe.family).config.shiftdc_unsupported(base.config)
     if reason is not None:
         raise InputError(f"MODEL: {base.name} cannot be calibrated: {reason}.")
 

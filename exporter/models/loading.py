@@ -62,8 +62,8 @@ def load_vlm(
 @torch.no_grad()
 def _check_answers(vlm: VLM, name: str) -> None:
     """One prompt with an image, before hours of them. Raises InputError."""
+    inputs = vlm.encode(["What is it?"], [Image.new("RGB", (64, 64), (127, 127, 127))])
     with refusing(f"MODEL: {name} cannot read a prompt with an image", "restore its config, processor and chat template"):
-        inputs = vlm.encode(["What is it?"], [Image.new("RGB", (64, 64), (127, 127, 127))])
         logits = vlm.model(**inputs, logits_to_keep=1).logits
     if not torch.isfinite(logits).all():
         raise InputError(

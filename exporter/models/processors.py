@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +40,7 @@ def load_processor(folder: Path, recipe: Recipe, what: str = "MODEL") -> Any:
 def load_with_notices(folder: Path, recipe: Recipe, what: str = "MODEL") -> tuple[Any, tuple[str, ...]]:
     """As `load_processor`, with what transformers said meanwhile. Raises InputError."""
     with noticed(f"{what}: the processor in {folder}", folder) as notices:
-        with refusing(f"{what}: the processor in {folder} cannot be loaded", "restore its files"):
-            try:
-                processor = _processor_class(folder, what).from_pretrained(folder, trust_remote_code=False)
-            except ImportError as error:
-                if (remedy := _remedy(error)) is None:
-                    raise
-                raise InputError(f"{what}: the processor in {folder} cannot be loaded: {remedy}") from error
+        processor = _loaded(folder, what)
         if not (hasattr(processor, "tokenizer") and hasattr(processor, "image_processor")):
             raise InputError(f"{what}: {folder} has no processor of images and text (processor_config.json); restore its files.")
     if recipe.chat_template is not None:
@@ -56,6 +51,23 @@ def load_with_notices(folder: Path, recipe: Recipe, what: str = "MODEL") -> tupl
             "crops cannot be composed; set it to false."
         )
     return processor, (*notices, *_unused_settings(folder, processor))
+
+
+def _loaded(folder: Path, what: str) -> Any:
+    """Raises InputError."""
+    kind = _processor_class(folder, what)
+    with _loading(folder, what):
+        try:
+            return kind.from_pretrained(folder, trust_remote_code=False)
+        except ImportError as error:
+            if (remedy := _remedy(error)) is None:
+                raise
+            raise InputError(f"{what}: the processor in {folder} cannot be loaded: {remedy}") from error
+
+
+def _loading(folder: Path, what: str) -> AbstractContextManager[None]:
+    """Around what transformers reads of the files."""
+    return refusing(f"{what}: the processor in {folder} cannot be loaded", "restore its files")
 
 
 def _processor_class(folder: Path, what: str) -> Any:
@@ -69,7 +81,9 @@ def _processor_class(folder: Path, what: str) -> Any:
         )
     if "image_processor" in found.get_attributes():
         return AutoProcessor
-    return PROCESSOR_MAPPING.get(type(AutoConfig.from_pretrained(folder, trust_remote_code=False)), AutoProcessor)
+    with _loading(folder, what):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    return PROCESSOR_MAPPING.get(type(config), AutoProcessor)
 
 
 def named_class(folder: Path) -> str | None:

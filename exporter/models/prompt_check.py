@@ -7,11 +7,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import TemplateError
 from PIL import Image
 
+from exporter.errors import InputError
 from exporter.modeling.modeling_shiftdc_prompts import PromptComposer, PromptFrame, filled
-from exporter.models.chat_template import rendered
+from exporter.models.chat_template import refused_by_template, rendered
 from exporter.models.vlm import VLM
 
 Conversation = list[dict[str, Any]]
@@ -84,7 +84,9 @@ def check_prompts(vlm: VLM, frame: PromptFrame, requests: Sequence[str] | None =
         for name, form in forms().items():
             try:
                 checker.ids(form("Hello"))
-            except TemplateError:
+            except InputError as error:
+                if not refused_by_template(error):
+                    raise
                 refused.append(name)
                 continue
             for i, request in enumerate([*(requests or REQUESTS), *special_texts(vlm)]):
@@ -163,7 +165,7 @@ class _Checker:
         if self.frame.own and not self.vlm.composed_text:
             text = rendered(self.vlm.processor, conversation, add_generation_prompt=True)
             text = text.replace(self.vlm.processor.image_token, "")
-            return self.vlm.tokenizer(text, add_special_tokens=self.frame.bos_added)["input_ids"]
+            return self.vlm.tokenized(text, self.frame)
         alone = [{**turn, "content": [p for p in turn["content"] if p["type"] != "image"]} for turn in conversation]
         return self.ids(alone)
 

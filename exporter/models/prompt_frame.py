@@ -9,14 +9,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import TemplateError
 from PIL import Image
 
 from exporter.errors import InputError
-from exporter.modeling.modeling_shiftdc_prompts import Parts, PromptComposer, PromptFrame, TokenizerCodec
-from exporter.models.chat_template import rendered
+from exporter.modeling.modeling_shiftdc_prompts import Parts, PromptComposer, PromptFrame
+from exporter.models.chat_template import refused_by_template, rendered
 from exporter.models.recipe import Prompts
-from exporter.models.vlm import VLM
+from exporter.models.vlm import VLM, CheckedCodec
 
 #: Texts that share no first and no last character.
 _TEXTS = ("How to", "zebras? 7", "Alpha one")
@@ -79,11 +78,13 @@ def _check_template(vlm: VLM) -> None:
     """Raise InputError where the template takes no prompt without an image, or says nothing of one."""
     try:
         alone = rendered(vlm.processor, [turn(_TEXTS[0])], add_generation_prompt=True)
-    except TemplateError as error:
+    except InputError as error:
+        if not refused_by_template(error):
+            raise
         raise InputError(
-            f"MODEL: its chat template does not render a prompt without an image ({error}), and the method compares with such "
-            "prompts; restore the template, or give another model."
-        ) from error
+            f"MODEL: its chat template does not render a prompt without an image ({error.__cause__}), and the method compares "
+            "with such prompts; restore the template, or give another model."
+        ) from error.__cause__
     if not vlm.composed_text and rendered(vlm.processor, [turn(_TEXTS[0], 1)], add_generation_prompt=True) == alone:
         raise InputError(
             "MODEL: its chat template writes nothing where an image stands, so its prompts cannot be told apart; "
@@ -96,7 +97,7 @@ class _Writer:
 
     def __init__(self, vlm: VLM):
         self.vlm = vlm
-        self.codec = TokenizerCodec(vlm.tokenizer)
+        self.codec = CheckedCodec(vlm.tokenizer)
         self.bos_added = self._bos_added()
         nothing = PromptFrame((), (), (), (), (), ((),), ((),), ((),), ("", ""), "", "", self.bos_added)
         self.composer = PromptComposer(nothing, self.codec, vlm.image_token_id)
@@ -110,7 +111,9 @@ class _Writer:
         """None where the template refuses these turns, as some do with several, or the processor an image of that size."""
         try:
             return self(*turns)
-        except (TemplateError, ValueError):
+        except InputError as error:
+            if not (refused_by_template(error) or isinstance(error.__cause__, ValueError)):
+                raise
             return None
 
     def _bos_added(self) -> bool:
@@ -142,7 +145,9 @@ def _difference(shown: Cells, alone: Cells) -> _ImagePart | None:
 
 
 def _around_image(shown: Cells, alone: Cells, image: int) -> _ImagePart:
-    """The image tokens with the special tokens beside them that text prompts never have."""
+    """The image tokens with the special tokens beside them that text prompts never have. Raises InputError."""
+    if image not in shown:
+        raise InputError("MODEL: its chat template writes nothing where an image stands; restore the template.")
     known = {cell for cell in alone if isinstance(cell, int)}
     start, end = shown.index(image), len(shown) - shown[::-1].index(image)
     while start and isinstance(shown[start - 1], int) and shown[start - 1] not in known:
@@ -180,7 +185,9 @@ def _second_turn(writer: _Writer) -> tuple[Cells, list[Cells]]:
     """(what stands before an earlier reply, what stands before the request of a second turn), empty for templates of one turn."""
     try:
         prompts = [[writer(turn(a), said("assistant", r), turn(b)) for r, b in _SECOND_TURNS] for a in _TEXTS]
-    except TemplateError:
+    except InputError as error:
+        if not refused_by_template(error):
+            raise
         return [], []
     replies = [_common_start(row[:2]) for row in prompts]
     return _common_end(replies), [_common_start(prompts[0][1:])]

@@ -14,10 +14,30 @@ from torch import nn
 from exporter.data.images import blank_image
 from exporter.errors import InputError
 from exporter.modeling.modeling_shiftdc_prompts import PromptComposer, PromptFrame, TokenizerCodec
-from exporter.models.chat_template import encoded, rendered
+from exporter.models.chat_template import composing, encoded, rendered
 from exporter.models.families import Family, family
 
 Inputs = dict[str, torch.Tensor]
+
+
+class CheckedCodec(TokenizerCodec):
+    """What a damaged tokenizer raises becomes an InputError."""
+
+    def encode(self, text: str, *, plain: bool = False) -> list[int]:
+        with composing("MODEL"):
+            return super().encode(text, plain=plain)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        with composing("MODEL"):
+            return super().decode(ids)
+
+    def text(self, ids: Sequence[int]) -> str:
+        with composing("MODEL"):
+            return super().text(ids)
+
+    def written(self, token: int) -> str:
+        with composing("MODEL"):
+            return super().written(token)
 
 
 @dataclass(frozen=True)
@@ -40,7 +60,7 @@ class VLM:
         return replace(self, composer=self.composing(frame) if frame.own else None)
 
     def composing(self, frame: PromptFrame) -> PromptComposer:
-        return PromptComposer(frame, TokenizerCodec(self.tokenizer), self.image_token_id)
+        return PromptComposer(frame, CheckedCodec(self.tokenizer), self.image_token_id)
 
     @cached_property
     def family(self) -> Family:
@@ -104,8 +124,12 @@ class VLM:
 
     def _image_taken_out(self, conversation: list[dict[str, Any]], composer: PromptComposer) -> list[int]:
         text = rendered(self.processor, with_blank_image(conversation), add_generation_prompt=True)
-        ids = self.tokenizer(text, add_special_tokens=composer.frame.bos_added)["input_ids"]
-        return composer.text_prompt(ids)
+        return composer.text_prompt(self.tokenized(text, composer.frame))
+
+    def tokenized(self, text: str, frame: PromptFrame) -> list[int]:
+        """Token ids of what the chat template gives. Raises InputError."""
+        with composing("MODEL"):
+            return self.tokenizer(text, add_special_tokens=frame.bos_added)["input_ids"]
 
     def backbone(self, inputs: Inputs) -> None:
         """One pass through the decoder layers, without cache."""

@@ -16,7 +16,7 @@ import torch
 
 from exporter.checkpoint.earlier import NOTHING, Contents, contents, few
 from exporter.checkpoint.layout import REPORT
-from exporter.checkpoint.manifest import recorded, shipped
+from exporter.checkpoint.manifest import rehashed, shipped
 from exporter.checkpoint.open import open_export
 from exporter.checkpoint.report import OnnxRecord, Report, read_report
 from exporter.checkpoint.staging import replaced
@@ -150,7 +150,7 @@ def _attach(checkpoint: Path, entry: dict[str, Any]) -> None:
     others = {p: hashed for p, hashed in report.files.items() if not p.startswith(f"{FOLDER}/")}
     report = report.model_copy(update={"onnx": OnnxRecord.model_validate(entry), "files": others})
     written = [p for p in shipped(checkpoint) if p.startswith(f"{FOLDER}/")]
-    write_report_and_card(checkpoint, recorded(report, checkpoint, written))
+    write_report_and_card(checkpoint, rehashed(report, checkpoint, written))
 
 
 @contextmanager

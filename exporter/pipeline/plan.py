@@ -150,6 +150,7 @@ def text_config(base: BaseFiles) -> dict[str, Any]:
 
     with refusing(f"MODEL: the config.json of {base.name} cannot be used", "restore it"):
         config = AutoConfig.from_pretrained(base.folder, trust_remote_code=False).get_text_config().to_dict()
-        if config["num_hidden_layers"] < 1:
-            raise ValueError(f"num_hidden_layers is {config['num_hidden_layers']}")
-        return config
+    layers = config.get("num_hidden_layers")
+    if not isinstance(layers, int) or layers < 1:
+        raise InputError(f"MODEL: the config.json of {base.name} cannot be used (num_hidden_layers is {layers!r}); restore it.")
+    return config

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-from typing import Any
 
 import torch
 
@@ -19,12 +18,7 @@ from exporter.pipeline.plan import Plan
 
 def make_report(plan: Plan, measured: Measurement, baked: Baked, resumed_batches: int) -> Report:
     """Everything but texts, and but the hashes of files that are yet to be written."""
-    given: dict[str, Any] = {}  # keys that stand in a report only where there is something to say
-    if plan.adapter is not None:
-        given["adapter"] = plan.adapter.record(plan.keep_adapter)
-    if measured.sweep is not None:
-        given["sweep"] = measured.sweep.report()
-    return Report(
+    report = Report(
         base_model=_base_record(plan, baked),
         recipe=plan.recipe,
         calibration=CalibrationRecord.of(plan.calibration),
@@ -39,8 +33,11 @@ def make_report(plan: Plan, measured: Measurement, baked: Baked, resumed_batches
         warnings=measured.notices,
         resumed_batches=resumed_batches,
         files={},
-        **given,
     )
+    adapter = None if plan.adapter is None else plan.adapter.record(plan.keep_adapter)
+    sweep = None if measured.sweep is None else measured.sweep.report()
+    given = {key: part for key, part in {"adapter": adapter, "sweep": sweep}.items() if part is not None}
+    return report.model_copy(update=given)
 
 
 def _base_record(plan: Plan, baked: Baked) -> BaseRecord:

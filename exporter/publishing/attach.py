@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from exporter.checkpoint.layout import CARD, REPORT
-from exporter.checkpoint.manifest import recorded, with_hashes
+from exporter.checkpoint.manifest import rehashed, with_hashes
 from exporter.checkpoint.report import Report
 from exporter.checkpoint.staging import write_together
 from exporter.errors import printable
@@ -26,7 +26,7 @@ def attach_results(checkpoint: Path, report: Report, results: dict[str, object],
     report = report.model_copy(update={"evaluation": results})
     assets = {f"assets/{p.name}": p.read_bytes() for p in pictures}
     write_together(checkpoint, assets)
-    write_report_and_card(checkpoint, recorded(report, checkpoint, assets))
+    write_report_and_card(checkpoint, rehashed(report, checkpoint, assets))
 
 
 def write_report_and_card(checkpoint: Path, report: Report) -> None:

@@ -24,7 +24,7 @@ _SNIPPET = re.compile(r'(\.from_pretrained\()"(?:[^"\\\n]|\\.)*"(, trust_remote_
 
 
 @dataclass(frozen=True)
-class Source:
+class HubFile:
     """A file on the Hub that holds the same bytes."""
 
     repo_id: str
@@ -39,7 +39,7 @@ class LocalFile:
     path: str
     content: Path | bytes
     known_sha256: str | None = None
-    source: Source | None = None
+    source: HubFile | None = None
 
     @property
     def bytes(self) -> int:
@@ -83,13 +83,13 @@ def local_files(checkpoint: Path, report: Report, rewritten: Mapping[str, bytes]
     return files
 
 
-def _sources(report: Report) -> dict[str | None, Source]:
+def _sources(report: Report) -> dict[str | None, HubFile]:
     """Files of the base's repository by SHA-256."""
     base_id, revision = report.base_model.id, report.base_model.revision
     if revision is None:  # not from the Hub
         return {}
     there = tree(base_id, revision) or {}
-    return {f.lfs.sha256: Source(base_id, revision, f.path) for f in there.values() if f.lfs is not None}
+    return {f.lfs.sha256: HubFile(base_id, revision, f.path) for f in there.values() if f.lfs is not None}
 
 
 def tree(repo_id: str, revision: str | None) -> dict[str, RepoFile] | None:

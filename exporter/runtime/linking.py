@@ -39,15 +39,15 @@ def link_or_copy(source: Path, target: Path) -> Way:
     return "copy"
 
 
-def lend(source: Path, target: Path) -> None:
-    """Put a shard into a folder of ours for a while, in which nothing changes it."""
+def symlink_or_copy(source: Path, target: Path) -> None:
+    """Put a shard into a folder of ours that is soon deleted, and in which nothing changes it."""
     try:
         target.symlink_to(source.resolve())
     except OSError:  # a file system, or a system, without symbolic links
         shutil.copyfile(source, target)
 
 
-def duplicate(source: Path, target: Path) -> None:
+def clone_or_copy(source: Path, target: Path) -> None:
     """Clone, else copy: a file that can be changed and leaves the source alone."""
     if not _cloned(source.resolve(), target):
         shutil.copyfile(source, target)

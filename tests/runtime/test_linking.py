@@ -26,7 +26,7 @@ from exporter.models.recipe import load_recipe
 from exporter.pipeline import export as pipeline
 from exporter.pipeline.plan import make_plan, plan_needs, text_config
 from exporter.runtime import linking as placing
-from exporter.runtime.linking import SHARED, is_hub_blob, lend, link_or_copy, will_be_linked
+from exporter.runtime.linking import SHARED, is_hub_blob, link_or_copy, symlink_or_copy, will_be_linked
 
 SHARD = "model-00001-of-00002.safetensors"
 
@@ -210,10 +210,10 @@ class TestPlace:
         assert link_or_copy(tmp_path / name, tmp_path / "x") == "copy"
 
     def test_what_is_lent_takes_no_room(self, blob, tmp_path, monkeypatch):
-        lend(blob, tmp_path / "x")
+        symlink_or_copy(blob, tmp_path / "x")
         assert (tmp_path / "x").is_symlink() and (tmp_path / "x").resolve() == blob.resolve()
         monkeypatch.setattr(Path, "symlink_to", lambda *_: (_ for _ in ()).throw(OSError(errno.EPERM, "no")))
-        lend(blob, tmp_path / "y")
+        symlink_or_copy(blob, tmp_path / "y")
         assert (tmp_path / "y").read_bytes() == blob.read_bytes()
 
 
