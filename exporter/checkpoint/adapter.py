@@ -134,7 +134,7 @@ def _is_folder(path: str, folder: Path) -> bool:
 
 
 def merge(base: BaseCheckpoint, adapter: Adapter, folder: Path) -> BaseCheckpoint:
-    """Write the merged checkpoint into the empty `folder`, which is soon deleted: what has no changed tensor is a symbolic link."""
+    """Write the merged checkpoint into the empty `folder`, soon deleted: shards without a changed tensor are symbolic links."""
     targets = _targets(adapter, base)
     changed = {target.shard for target in targets}
     for shard in base.shards:
