@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 
 import pytest
@@ -248,3 +249,21 @@ def test_absent_and_binary_files(tmp_path):
     (tmp_path / "b.jsonl").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(InputError, match="cannot be read as UTF-8"):
         load_calibration(str(tmp_path / "b.jsonl"))
+
+
+def test_the_demo_s_set_is_what_reports_name():
+    """Requests, captions and pixels of the set that reports name by this hash."""
+    calibration = load_calibration("demo")
+    assert calibration.record() == {
+        "name": "demo",
+        "sha256": "b9b3f27c8a01b904275443d3cbd64d12e90086ae05ed5c954cb0e9b8c80d9cd5",
+        "images": True,
+        "fit_safe": 180,
+        "fit_unsafe": 180,
+        "held_out_safe": 45,
+        "held_out_unsafe": 45,
+    }
+    texts = "".join(row.model_dump_json(exclude={"image"}) for row in calibration.rows)
+    assert hashlib.sha256(texts.encode()).hexdigest() == "764cb478c1d386e94a58c12991b8e1e5a5e36cfab8b5cbd83381967f0d39ef9b"
+    first = row_image(calibration.rows[0]).tobytes()
+    assert hashlib.sha256(first).hexdigest() == "b26c9fd6eaaf8369e5b131d4f5d81c463b8a9a3aabf3fea198830c7b015dcb46"
