@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from exporter.data.pictures import PictureError, path_as_text, picture_below
-from exporter.data.questions import ATTACKS, Benchmark, Cell, Kind, Question, picture_of
+from exporter.data.pictures import PictureError, PictureFile, path_as_text, picture_below
+from exporter.data.questions import ATTACKS, Benchmark, Cell, Kind, Question
 from exporter.errors import InputError
 from exporter.runtime.reading import LINES_BYTES, TEXT_CHARACTERS, NoFileError, UnreadableError, parse_json, read_bytes, text_of
 
@@ -67,7 +66,7 @@ def _question(line: str, file: Path, number: int) -> Question:
         raise InputError(
             f"--benchmark: {where}: {key}: {first['msg'].removeprefix('Value error, ')}; correct the line."
         ) from None
-    image = partial(picture_of, _below(file.parent, row.image, where), where)
+    image = PictureFile(_below(file.parent, row.image, where), f"--benchmark: {where}: the image")
     name = f"{file.stem}-{number:05d}"
     return Question(name, row.prompt, row.kind, row.where, row.category, row.image_kind, row.answer, image)
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import atexit
 import hashlib
 import json
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -14,11 +12,10 @@ from typing import Literal
 from pydantic import ValidationError
 
 from exporter.data.builtin import BUILTIN, builtin
-from exporter.data.calibration import MINIMUM, CalibrationRow, CalibrationSet
-from exporter.data.pictures import PictureError, picture_below
+from exporter.data.calibration import MINIMUM, CalibrationLine, CalibrationRow, CalibrationSet
+from exporter.data.pictures import PictureError, PictureFile, picture_below
 from exporter.errors import InputError
 from exporter.runtime.reading import LINES_BYTES, NoFileError, UnreadableError, parse_json, read_bytes, text_of
-from exporter.runtime.temporary import temporary
 
 HARMLESS = "harmless"
 
@@ -101,13 +98,13 @@ def _divided(rows: Sequence[CalibrationRow], folder: Path) -> list[CalibrationRo
 
 
 def _hash(row: CalibrationRow, folder: Path) -> str:
-    image = row.image.relative_to(folder.resolve()).as_posix() if isinstance(row.image, Path) else None
+    image = row.image.path.relative_to(folder.resolve()).as_posix() if isinstance(row.image, PictureFile) else None
     return hashlib.sha256(json.dumps([row.label, row.request, row.caption, image]).encode()).hexdigest()
 
 
 def _row(line: str, where: str, folder: Path) -> CalibrationRow:
     try:
-        row = CalibrationRow.model_validate_json(line)
+        found = CalibrationLine.model_validate_json(line)
         parse_json(line, unique=True)
     except UnreadableError as error:
         raise InputError(f"--calibration: {where}: {error}; correct the line.") from None
@@ -116,15 +113,17 @@ def _row(line: str, where: str, folder: Path) -> CalibrationRow:
         key = ".".join(map(str, first["loc"])) or "the line"
         message = first["msg"].removeprefix("Value error, ")
         raise InputError(f"--calibration: {where}: {key}: {message}; correct the line.") from None
-    if row.image is None:
-        if not row.caption:
-            raise InputError(f"--calibration: {where}: the row has neither caption nor image; add one of them.")
-        return row
-    assert isinstance(row.image, Path)  # JSON holds no functions
+    if found.image is None and not found.caption:
+        raise InputError(f"--calibration: {where}: the row has neither caption nor image; add one of them.")
+    return CalibrationRow.of(found, None if found.image is None else _picture(folder, found.image, where))
+
+
+def _picture(folder: Path, path: Path, where: str) -> PictureFile:
     try:
-        return row.model_copy(update={"image": picture_below(folder, row.image)})
+        image = picture_below(folder, path)
     except PictureError as error:
         raise InputError(f"--calibration: {where}: {error}.") from None
+    return PictureFile(image, f"--calibration: the image {image}")
 
 
 def _checked(calibration: CalibrationSet, where: str) -> CalibrationSet:
@@ -162,13 +161,7 @@ def _keys(calibration: CalibrationSet, label: str) -> set[tuple[str, str, object
 
 
 def _demo() -> CalibrationSet:
-    """The demo's set with its drawings, written to a temporary folder that lasts as long as the process."""
-    from exporter.data.demo.benchmark import write_calibration
+    """The demo's set, its pictures drawn when they are needed."""
+    from exporter.data.demo.benchmark import calibration_rows, calibration_text
 
-    folder = _until_exit.enter_context(temporary("demo"))
-    calibration = read_jsonl(write_calibration(folder))
-    return CalibrationSet("demo", calibration.rows, calibration.sha256)
-
-
-_until_exit = ExitStack()
-atexit.register(_until_exit.close)
+    return CalibrationSet("demo", tuple(calibration_rows()), hashlib.sha256(calibration_text().encode()).hexdigest())

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 
 import pytest
 from PIL import Image
@@ -173,7 +174,7 @@ def test_a_row_needs_a_caption_or_an_image(tmp_path):
 def test_an_unreadable_image(tmp_path):
     (tmp_path / "a.png").write_text("no picture")
     calibration = read_jsonl(write(tmp_path, enough(image="a.png")))
-    with pytest.raises(InputError, match=r"a\.png cannot be read"):
+    with pytest.raises(InputError, match=r"--calibration: the image .*a\.png cannot be decoded"):
         row_image(calibration.rows[0])
 
 
@@ -267,3 +268,9 @@ def test_the_demo_s_set_is_what_reports_name():
     assert hashlib.sha256(texts.encode()).hexdigest() == "764cb478c1d386e94a58c12991b8e1e5a5e36cfab8b5cbd83381967f0d39ef9b"
     first = row_image(calibration.rows[0]).tobytes()
     assert hashlib.sha256(first).hexdigest() == "b26c9fd6eaaf8369e5b131d4f5d81c463b8a9a3aabf3fea198830c7b015dcb46"
+
+
+def test_the_demo_s_pictures_are_drawn_in_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    row_image(load_calibration("demo").rows[0])
+    assert not list(tmp_path.iterdir())

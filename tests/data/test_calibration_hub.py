@@ -20,7 +20,8 @@ SECRET = "whatever stands here is shown to nobody"
 # Loads the sets of its arguments and prints what came of them.
 PROGRAM = """
 import json, sys
-from exporter.calibration import load_calibration, row_image
+from exporter.data.calibration_sets import load_calibration
+from exporter.data.images import row_image
 from exporter.errors import InputError
 
 def attempt(name):
