@@ -20,9 +20,10 @@ from exporter.errors import InputError
 from exporter.modeling.modeling_shiftdc_config import FORMAT_VERSION
 from exporter.modeling.modeling_shiftdc_correction import buffers_sha256
 from exporter.modeling.modeling_shiftdc_prompts import PromptFrame
-from exporter.models.base import INDEX, SINGLE, BaseCheckpoint
+from exporter.models.base import BaseCheckpoint
 from exporter.models.families import Family, family
 from exporter.models.recipe import Recipe
+from exporter.models.shards import INDEX, SINGLE
 from exporter.runtime.hashing import HashOf, sha256
 from exporter.runtime.linking import lend, place
 from exporter.runtime.reading import read_json

@@ -24,9 +24,10 @@ from exporter.directions.activations import last_token, last_token_activations
 from exporter.directions.directions import Directions
 from exporter.modeling.modeling_shiftdc_prompts import PromptFrame
 from exporter.models.chat_template import DAY, rendered
+from exporter.models.conversation import user_turn
 from exporter.models.processors import ODD_TEXT, tokenizers
 from exporter.models.recipe import Recipe
-from exporter.models.vlm import VLM, user_turn
+from exporter.models.vlm import VLM
 
 PROBE = Path("assets") / "shiftdc_probe.safetensors"
 REQUEST, CAPTION, PICTURE = "What is shown in the image?", "a sign with the word hello", "hello"

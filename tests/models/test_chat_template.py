@@ -16,7 +16,7 @@ from transformers import processing_utils
 from exporter.errors import InputError
 from exporter.models import chat_template as templates
 from exporter.models.chat_template import encoded, rendered
-from exporter.models.vlm import user_turn
+from exporter.models.conversation import user_turn
 
 LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 
@@ -63,7 +63,7 @@ def test_a_busy_machine_does_not_count():
     """The process is stopped in the midst of a template, as on a machine that gives its time to others."""
     code = (
         "import time\n"
-        "from exporter import templates\n"
+        "from exporter.models import chat_template as templates\n"
         "templates.LIMIT = 0.3\n"
         "class Slow:\n"
         "    def apply_chat_template(self, conversation, tokenize):\n"
