@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 
 def seen(attention_mask: torch.Tensor, keys: torch.Tensor, time: int) -> torch.Tensor:
@@ -23,7 +26,7 @@ def marked(keys: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
     return (keys + torch.finfo(keys.dtype).tiny * zero) * attended[:, None, :, None].to(keys.dtype)
 
 
-def causal_mask(attended: torch.Tensor, image: torch.Tensor, dtype: torch.dtype, text: Any) -> torch.Tensor:
+def causal_mask(attended: torch.Tensor, image: torch.Tensor, dtype: torch.dtype, text: PretrainedConfig) -> torch.Tensor:
     """[batch, 1, time, past + time] for a decoder whose tokens see all before them; 0 or the lowest number.
 
     attended [batch, past + time]: no padding; image [batch, time]: tokens of an image; text: the decoder's config.
@@ -31,7 +34,9 @@ def causal_mask(attended: torch.Tensor, image: torch.Tensor, dtype: torch.dtype,
     return additive(causal(attended, image), attended, dtype)
 
 
-def gemma3_masks(attended: torch.Tensor, image: torch.Tensor, dtype: torch.dtype, text: Any) -> dict[str, torch.Tensor]:
+def gemma3_masks(
+    attended: torch.Tensor, image: torch.Tensor, dtype: torch.dtype, text: PretrainedConfig
+) -> dict[str, torch.Tensor]:
     """Masks by kind of layer: tokens of one image see each other, and some layers look back a window only."""
     query, key = _indices(attended, image)
     first = image & ~torch.nn.functional.pad(image, (1, 0))[:, :-1]

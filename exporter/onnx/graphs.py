@@ -7,14 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
-from transformers import DynamicCache
+from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
 from exporter.onnx.attention import marked, seen
 from exporter.onnx.interface import AMOUNTS, END_FLAG, EXACT, IMAGE_FLAG, OFF, SCALE, STATIC
+
+#: Attention masks by what is no padding, what is an image, dtype and the decoder's config; by kind of layer where they differ.
+Masks = Callable[[torch.Tensor, torch.Tensor, torch.dtype, PretrainedConfig], torch.Tensor | dict[str, torch.Tensor]]
 
 #: A position that no message has: what lies behind a message's last number.
 _NOTHING = torch.iinfo(torch.int64).min
@@ -29,7 +31,7 @@ def with_flag(features: torch.Tensor, flag: torch.Tensor | float) -> torch.Tenso
 class LlavaVision(nn.Module):
     """Pixels to image features. get_image_features() would freeze the number of images, so its steps are called."""
 
-    def __init__(self, model: Any):
+    def __init__(self, model: PreTrainedModel):
         super().__init__()
         self.tower, self.projector = model.model.vision_tower, model.model.multi_modal_projector
         chosen = model.config.vision_feature_layer
@@ -47,7 +49,7 @@ class LlavaVision(nn.Module):
 class Gemma3Vision(nn.Module):
     """Pixels to image features."""
 
-    def __init__(self, model: Any):
+    def __init__(self, model: PreTrainedModel):
         super().__init__()
         self.tower, self.projector = model.model.vision_tower, model.model.multi_modal_projector
 
@@ -60,7 +62,7 @@ class Gemma3Vision(nn.Module):
 class Idefics3Vision(nn.Module):
     """Pixels to image features. Tiles that only fill up a batch are left out at the end."""
 
-    def __init__(self, model: Any):
+    def __init__(self, model: PreTrainedModel):
         super().__init__()
         self.tower, self.connector = model.model.vision_model, model.model.connector
         self.patch = model.config.vision_config.patch_size
@@ -81,7 +83,7 @@ class Embedding(nn.Module):
 
     end_ids: torch.Tensor
 
-    def __init__(self, model: Any, end_ids: Sequence[int]):
+    def __init__(self, model: PreTrainedModel, end_ids: Sequence[int]):
         super().__init__()
         self.embedding = model.get_input_embeddings()
         self.register_buffer("end_ids", torch.tensor(end_ids))
@@ -125,10 +127,12 @@ class Calibration:
         return torch.cat([hidden[:, :-1], torch.where(change[:, None], moved, last)[:, None]], 1)
 
 
-def _calibrated(layer: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+def _calibrated(
+    layer: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: torch.Tensor | tuple[torch.Tensor, ...]
+) -> torch.Tensor | tuple[torch.Tensor, ...] | None:
     """Forward hook of a calibrated layer."""
     calibration = kwargs.get("shiftdc_graph")
-    if calibration is None:
+    if not isinstance(calibration, Calibration):
         return None
     if isinstance(output, tuple):
         return (calibration.correct(output[0]), *output[1:])
@@ -145,7 +149,7 @@ class Decoder(nn.Module):
     shifts: torch.Tensor
     end_logits: torch.Tensor
 
-    def __init__(self, model: Any, masks: Callable[..., Any], end_ids: Sequence[int]):
+    def __init__(self, model: PreTrainedModel, masks: Masks, end_ids: Sequence[int]):
         super().__init__()
         self.masks = masks
         self.language_model, self.head = model.get_decoder(), model.get_output_embeddings()

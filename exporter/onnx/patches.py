@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import reduce
 from operator import and_
-from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
+from transformers.models.qwen2_vl.modeling_qwen2_vl import VisionAttention
 
 from exporter.onnx.graphs import with_flag
 from exporter.onnx.interface import IMAGE_FLAG
@@ -54,7 +55,7 @@ class PatchVision(nn.Module):
 
     weight: torch.Tensor
 
-    def __init__(self, model: Any):
+    def __init__(self, model: PreTrainedModel):
         super().__init__()
         self.tower = model.model.visual
         config = model.config.vision_config
@@ -84,7 +85,7 @@ class PatchVision(nn.Module):
         return torch.where(found.blocks(window), 0.0, torch.finfo(dtype).min).to(dtype)[None]
 
 
-def _attention(attention: Any, x: torch.Tensor, turns: tuple[torch.Tensor, torch.Tensor], mask: torch.Tensor) -> torch.Tensor:
+def _attention(attention: VisionAttention, x: torch.Tensor, turns: tuple[torch.Tensor, torch.Tensor], mask: torch.Tensor) -> torch.Tensor:
     """Self-attention of patches [1, patches, width] under `mask` [1, patches, patches]."""
     q, k, v = attention.qkv(x).reshape(x.shape[1], 3, attention.num_heads, -1).permute(1, 2, 0, 3).unbind(0)
     cos, sin = (t[None].float() for t in turns)

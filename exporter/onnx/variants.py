@@ -9,10 +9,13 @@ from __future__ import annotations
 import logging
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from exporter.onnx.files import save_graph
 from exporter.onnx.interface import DECODER, OPTIONAL, VISION, graph_file
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 #: Weights that share a scale in 4-bit graphs.
 BLOCK = 32
@@ -57,7 +60,7 @@ def _keep(made: Path, file: Path) -> None:
     save_graph(exported, file)
 
 
-def _check_optional(exported: Any) -> None:
+def _check_optional(exported: ir.Model) -> None:
     inputs = {value.name for value in exported.graph.inputs}
     lost = [name for name in OPTIONAL if name in inputs and name not in exported.graph.initializers]
     assert not lost, f"a quantiser removed the default of {lost}"
