@@ -88,7 +88,7 @@ def worker(folder: Path, kind: str) -> None:
             used = [time.process_time() - cpu, runner.inside]
             wall = time.perf_counter() - wall
             found.append([wall, *max(ranks.gather(lambda used=used: used))])
-        if ranks.leads:
+        if ranks.is_main:
             print(json.dumps(found))
 
 

@@ -16,6 +16,7 @@ from exporter.data.calibration import CalibrationSet
 from exporter.models.base import BaseCheckpoint
 from exporter.pipeline.plan import Plan
 from exporter.runtime.hashing import sha256
+from exporter.runtime.store import Store
 
 
 def base_identity(base: BaseCheckpoint) -> dict[str, Any]:
@@ -64,3 +65,8 @@ def fingerprint(plan: Plan) -> dict[str, Any]:
         "arithmetic": [plan.dtype, plan.device_map, plan.quantised, plan.batch_size],
         "code": code_identity(),
     }
+
+
+def open_store(plan: Plan) -> Store:
+    """What earlier runs of this plan have computed. Raises InputError."""
+    return Store.open(fingerprint(plan))
