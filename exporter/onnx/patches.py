@@ -85,7 +85,9 @@ class PatchVision(nn.Module):
         return torch.where(found.blocks(window), 0.0, torch.finfo(dtype).min).to(dtype)[None]
 
 
-def _attention(attention: VisionAttention, x: torch.Tensor, turns: tuple[torch.Tensor, torch.Tensor], mask: torch.Tensor) -> torch.Tensor:
+def _attention(
+    attention: VisionAttention, x: torch.Tensor, turns: tuple[torch.Tensor, torch.Tensor], mask: torch.Tensor
+) -> torch.Tensor:
     """Self-attention of patches [1, patches, width] under `mask` [1, patches, patches]."""
     q, k, v = attention.qkv(x).reshape(x.shape[1], 3, attention.num_heads, -1).permute(1, 2, 0, 3).unbind(0)
     cos, sin = (t[None].float() for t in turns)

@@ -384,7 +384,7 @@ def write_one_file(checkpoint, family, precisions, folder, wording, progress):
     """In the place of tracing, which takes its time."""
     (folder / "config.json").write_text('{"shiftdc": {}}')
     (folder / f"{precisions[0]}.onnx").write_bytes(b"graph")
-    return {"versions": {}, "variants": {}}
+    return onnx_export.OnnxEntry({}, {})
 
 
 @pytest.mark.parametrize("killed", ["while writing", "between two renames"])
