@@ -109,7 +109,7 @@ def print_json(document: object) -> None:
 
 def _beware(found: Evidence) -> None:
     if found.set_aside:
-        click.echo(f"Replies of other settings were there; they are kept in {found.set_aside.name}.", err=True)
+        click.echo(f"Replies made with other settings were there; they are kept in {found.set_aside.name}.", err=True)
     for harm in found.effect.harms:
         click.echo(f"Warning: {harm}", err=True)
     if not found.effect.effective:

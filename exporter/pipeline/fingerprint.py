@@ -55,7 +55,7 @@ def code_identity() -> dict[str, str]:
 
 
 def fingerprint(plan: Plan) -> dict[str, Any]:
-    """What the activations depend on, to the bit."""
+    """What the activations depend on, bit for bit."""
     return {
         "base": base_identity(plan.base),
         "adapter": None if plan.adapter is None else [plan.adapter.sha256, plan.keep_adapter],

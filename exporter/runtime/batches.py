@@ -21,7 +21,7 @@ Compute = Callable[[list[int]], torch.Tensor]
 
 
 class Batches:
-    """Computes batches in an order that depends on nothing, so that sums over them come out the same to the bit.
+    """Computes batches in an order that depends on nothing, so that sums over them come out the same, bit for bit.
 
     Every rank computes its share and gets all results: the statistics that are made of them are the same on all ranks, for any
     number of ranks, and after an interruption.

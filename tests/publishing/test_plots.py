@@ -120,13 +120,13 @@ def test_the_costs_of_references_or_of_the_checkpoint():
 
 
 def test_matplotlib_is_imported_when_something_is_drawn():
-    code = "import sys, exporter.plots; assert not any(m.startswith('matplotlib') for m in sys.modules)"
+    code = "import sys, exporter.publishing.plots; assert not any(m.startswith('matplotlib') for m in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_no_global_state(tmp_path):
     code = (
-        "import sys, pathlib, exporter.plots as p\n"
+        "import sys, pathlib, exporter.publishing.plots as p\n"
         "p.plot_projections({'safe text': [1.0, 2.0]}, 3, pathlib.Path(sys.argv[1]))\n"
         "assert 'matplotlib.pyplot' not in sys.modules"
     )

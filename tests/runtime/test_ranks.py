@@ -1,4 +1,4 @@
-"""Several processes of one run give what one gives, to the bit, and end together."""
+"""Several processes of one run give what one gives, bit for bit, and end together."""
 
 from __future__ import annotations
 
