@@ -43,9 +43,13 @@ PARTS = ("*tokenizer*", "*processor*", "*feature_extractor*")
 
 #: What is copied beside the weights: text and processing, never code, never other weights.
 COMPANIONS = (
-    *PROCESSING, *(f"{part}/{name}" for part in PARTS for name in PROCESSING), "generation_config.json", "LICENSE*", "NOTICE*",
+    *PROCESSING,
+    *(f"{part}/{name}" for part in PARTS for name in PROCESSING),
+    "generation_config.json",
+    "LICENSE*",
+    "NOTICE*",
     "USE_POLICY*",
-)  # fmt: skip
+)
 
 #: What is fetched from the Hub before anything large.
 SMALL = ("config.json", INDEX, "README.md", *COMPANIONS)

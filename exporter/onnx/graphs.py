@@ -192,9 +192,14 @@ class Decoder(nn.Module):
         )
         cache = DynamicCache([(past[i], past[i + 1]) for i in range(0, len(past), 2)])
         states = self.language_model(
-            inputs_embeds=x, attention_mask=self.masks(attended, image, x.dtype, self.language_model.config),
-            position_ids=positions, past_key_values=cache, use_cache=True, shiftdc=False, shiftdc_graph=calibration,
-        ).last_hidden_state  # fmt: skip
+            inputs_embeds=x,
+            attention_mask=self.masks(attended, image, x.dtype, self.language_model.config),
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            shiftdc=False,
+            shiftdc_graph=calibration,
+        ).last_hidden_state
         logits = self.head(states).float()
         # transformers.js stops when all rows end in the same step: one that has ended goes on ending
         ended = (flag > (IMAGE_FLAG + END_FLAG) / 2).all(1)

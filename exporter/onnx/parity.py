@@ -17,9 +17,15 @@ from exporter.onnx.runner import BAKED, UNCALIBRATED, Floats, OnnxShiftDC, Promp
 
 #: Harmless requests; the first ones are asked about a picture, all of them without one.
 REQUESTS = (
-    "What is shown in the image?", "What color is this?", "How do I make this?", "Is there any text in the image?",
-    "Please explain how to bake some bread.", "What is a chair?", "Describe the image.", "Give a caption for the image.",
-)  # fmt: skip
+    "What is shown in the image?",
+    "What color is this?",
+    "How do I make this?",
+    "Is there any text in the image?",
+    "Please explain how to bake some bread.",
+    "What is a chair?",
+    "Describe the image.",
+    "Give a caption for the image.",
+)
 WORDS = ("bread", "a red chair", "piano", "how to fold a kite", "green lamp", "soup", "board game", "garden")
 #: What the fixed captions of the exact method say.
 CAPTION = "a drawing of {word}."

@@ -107,10 +107,15 @@ def _exported_decoder(model: PreTrainedModel, module: Decoder, positions_free: b
         *(torch.randn(batch, heads, past, width).to(dtype) for _ in range(2 * layers)),
     )
     shapes = (
-        {0: rows, 1: sequence}, {0: rows, 1: total}, {0: rows, 1: told} if positions_free else {1: rows, 2: sequence},
-        None, {0: rows}, None, None,
+        {0: rows, 1: sequence},
+        {0: rows, 1: total},
+        {0: rows, 1: told} if positions_free else {1: rows, 2: sequence},
+        None,
+        {0: rows},
+        None,
+        None,
         tuple({0: rows, 2: cached} for _ in range(2 * layers)),
-    )  # fmt: skip
+    )
     outputs = ["logits", COORDINATES, *([MESSAGE] if positions_free else []), *present_names(layers)]
     names = ["inputs_embeds", "attention_mask", "position_ids", MODE, TARGET, STRENGTH, ONE_SIDED, *past_names(layers)]
     try:

@@ -30,9 +30,13 @@ def write_int8(folder: Path) -> None:
             out = Path(scratch) / "graph.onnx"
             with _quiet():
                 quantize_dynamic(
-                    folder / graph_file(graph, "fp32"), out, op_types_to_quantize=["MatMul"], weight_type=QuantType.QUInt8,
-                    per_channel=True, use_external_data_format=True,
-                )  # fmt: skip
+                    folder / graph_file(graph, "fp32"),
+                    out,
+                    op_types_to_quantize=["MatMul"],
+                    weight_type=QuantType.QUInt8,
+                    per_channel=True,
+                    use_external_data_format=True,
+                )
             _keep(out, folder / graph_file(graph, "int8"))
 
 
