@@ -58,7 +58,7 @@ def mm_safetybench() -> CalibrationSet:
                 CalibrationRow(
                     label="unsafe",
                     request=question.request,
-                    image=_Shown(question.image),
+                    image=_CalibrationPicture(question.image),
                     category=question.category,
                     split=_split(index),
                 )
@@ -70,7 +70,7 @@ def mm_safetybench() -> CalibrationSet:
 
 
 @dataclass(frozen=True)
-class _Shown(Picture):
+class _CalibrationPicture(Picture):
     """A benchmark's picture, whose errors name the option of the calibration set."""
 
     picture: Picture

@@ -20,7 +20,7 @@ from exporter.directions.directions import DIFFERENCE, GRADIENT, Directions
 from exporter.directions.refusal_gradient import find_openers, refusal_gradients
 from exporter.directions.statistics import LayerStatistics, cosines, separations
 from exporter.errors import InputError
-from exporter.models.recipe import Prompts
+from exporter.models.recipe import Wording
 from exporter.models.vlm import VLM
 from exporter.runtime.batches import Batches
 from exporter.runtime.progress import Progress, silent
@@ -35,7 +35,7 @@ BLANK_IMAGES = 16
 def fit_directions(
     vlm: VLM,
     calibration: CalibrationSet,
-    prompts: Prompts,
+    prompts: Wording,
     decoder_layers: str,
     *,
     layers: Sequence[int] | None = None,
@@ -218,7 +218,7 @@ class _Reader:
 
     vlm: VLM
     layers: Sequence[torch.nn.Module]
-    prompts: Prompts
+    prompts: Wording
     batch_size: int | None
     progress: Progress
     runner: Batches

@@ -126,7 +126,9 @@ def resolve(model: str, revision: str | None = None, announce: Announce = unanno
 def resolve_small(model: str, revision: str | None = None) -> SmallFiles:
     """Find MODEL and check its small files; of a model on the Hub no weights are fetched. Raises InputError."""
     if not model or "\0" in model:
-        raise InputError("MODEL: it is no name; give a Hub id (owner/name), an existing folder, or 'demo'.")
+        raise InputError(
+            "MODEL: the name is empty or holds a null character; give a Hub id (owner/name), an existing folder, or 'demo'."
+        )
     if model == DEMO:
         folder, revision = DEMO_MODEL, None
     elif _is_folder(model):

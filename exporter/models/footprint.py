@@ -22,7 +22,7 @@ IMAGE_TOKENS = 1024
 
 
 @dataclass(frozen=True)
-class Needs:
+class Footprint:
     """Bytes. `measuring` and `verifying` are peaks of two processes that do not hold weights at the same time."""
 
     weights: int  # in memory, as measured with
@@ -65,7 +65,7 @@ def _gb(size: float) -> str:
     return f"{size / 1e9:.2f} GB"
 
 
-def needs(
+def footprint(
     base: BaseCheckpoint,
     text: Mapping[str, Json],
     *,
@@ -75,7 +75,7 @@ def needs(
     layers: int,
     rows: Mapping[str, int],
     copied: int,
-) -> Needs:
+) -> Footprint:
     """What an export of `base` takes.
 
     text: the language model's configuration. tokens: in one batch of text. layers: measured. rows: `held_out` and `all` prompts.
@@ -89,7 +89,7 @@ def needs(
     state = layers * _number(text, "hidden_size")
     statistics = state * (16 * rows["held_out"] + 8 * 24)  # held-out activations float32 and float64; running sums float64
     loaded = weights if unchanged else sum(_in_memory(name, t, dtype, None) for name, t in headers)
-    return Needs(
+    return Footprint(
         weights=weights,
         activations=batch,
         statistics=statistics,

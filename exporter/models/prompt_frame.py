@@ -15,7 +15,7 @@ from exporter.errors import InputError
 from exporter.modeling.modeling_shiftdc_prompts import Parts, PromptComposer, PromptFrame, TokenizerCodec
 from exporter.models.chat_template import rendered
 from exporter.models.conversation import Message, text_turn, user_turn
-from exporter.models.recipe import Prompts
+from exporter.models.recipe import Wording
 from exporter.models.vlm import VLM
 
 #: Texts that share no first and no last character.
@@ -28,12 +28,12 @@ _SHAPES = ((64, 64), (8, 8), (1536, 1536), (1536, 96), (96, 1536), (1536, 512))
 Cells = list[str | int]
 
 
-def prompt_frame(vlm: VLM, prompts: Prompts) -> PromptFrame:
+def prompt_frame(vlm: VLM, prompts: Wording) -> PromptFrame:
     """The frame of a checkpoint's prompts. Raises InputError where the template gives no prompt from which it can be read off."""
     _check_template(vlm)
     writer = _Writer(vlm)
     alone, shown = [writer(_turn(t)) for t in _TEXTS], [writer(_turn(t, 1)) for t in _TEXTS]
-    behind = [writer.tried(_turn(t, 1, behind=True)) or shown[i] for i, t in enumerate(_TEXTS)]
+    behind = [writer.or_none(_turn(t, 1, behind=True)) or shown[i] for i, t in enumerate(_TEXTS)]
     images = [_difference(prompt, alone[0]) for prompt in (shown[0], behind[0])]
     own = any(i is None for i in images)  # the template says more than that there is no image
     first, later = [
@@ -99,7 +99,7 @@ class _Writer:
         tokens = {mark: token for token, mark in flat.marks.items()}
         return [tokens.get(character, character) for character in flat.text]
 
-    def tried(self, *turns: Message) -> Cells | None:
+    def or_none(self, *turns: Message) -> Cells | None:
         """None where the template refuses these turns, as some do with several, or the processor an image of that size."""
         try:
             return self(*turns)
@@ -150,7 +150,7 @@ def _forms(writer: _Writer, alone: Cells | None, image: int) -> Iterable[Cells]:
     text = _TEXTS[0]
     several = () if alone is None else (_turn(text, 2), _turn(text, 2, behind=True))  # what joins them is not the images'
     for pictures in (*(_turn(text, 1, size=size) for size in _SHAPES[1:]), *several):
-        shown = writer.tried(pictures)
+        shown = writer.or_none(pictures)
         if shown is None:  # some templates take one image
             continue
         part = _around_image(shown, writer(_turn(text)), image) if alone is None else _difference(shown, alone)
@@ -181,7 +181,7 @@ def _second_turn(writer: _Writer) -> tuple[Cells, list[Cells]]:
 
 def _second_opening(writer: _Writer, image: int, before: Cells) -> list[Cells]:
     """What stands before an image with which a second turn opens; `before`: what stands before image tokens."""
-    shown = writer.tried(_turn("Hello"), text_turn("assistant", "Fine"), _turn(_TEXTS[0], 1))
+    shown = writer.or_none(_turn("Hello"), text_turn("assistant", "Fine"), _turn(_TEXTS[0], 1))
     if shown is None or image not in shown:
         return []
     start = shown[: shown.index(image)]

@@ -68,7 +68,9 @@ def parse_precisions(text: str) -> tuple[str, ...]:
     """`"fp32,int8"` as precisions, in the order of SUFFIXES. Raises InputError."""
     wanted = [part.strip() for part in text.split(",")]
     if unknown := [p for p in wanted if p not in SUFFIXES]:
-        raise InputError(f"--precision: {unknown[0]!r} is none, expected of {', '.join(SUFFIXES)}, with commas between them.")
+        raise InputError(
+            f"--precision: {unknown[0]!r} is not a precision, expected some of {', '.join(SUFFIXES)}, with commas between them."
+        )
     return tuple(p for p in SUFFIXES if p in wanted)
 
 

@@ -1,6 +1,6 @@
 """The three graphs of an export as torch modules: vision encoder, token embedding, calibrated decoder.
 
-Names and dimensions are those that transformers.js expects; onnx_interface.py says how a reference reaches the decoder.
+Names and dimensions are those that transformers.js expects; interface.py says how a reference reaches the decoder.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
-from exporter.onnx.attention import marked, seen
+from exporter.onnx.attention import attended_positions, with_padding_zeroed
 from exporter.onnx.interface import AMOUNTS, END_FLAG, EXACT, IMAGE_FLAG, OFF, SCALE, STATIC
 
 #: Attention masks by what is no padding, what is an image, dtype and the decoder's config; by kind of layer where they differ.
@@ -72,9 +72,9 @@ class Idefics3Vision(nn.Module):
         pixels, mask = pixel_values.flatten(0, 1), pixel_attention_mask.flatten(0, 1)
         real = (pixels != 0).flatten(1).any(-1)
         patches = mask.unfold(1, self.patch, self.patch).unfold(2, self.patch, self.patch)
-        seen_patches = (patches.sum((-1, -2)) > 0) | ~real[:, None, None]  # a tile of nothing would be NaN
+        attended_patches = (patches.sum((-1, -2)) > 0) | ~real[:, None, None]  # a tile of nothing would be NaN
         pixels = pixels.to(next(self.tower.parameters()).dtype)
-        states = self.tower(pixel_values=pixels, patch_attention_mask=seen_patches).last_hidden_state
+        states = self.tower(pixel_values=pixels, patch_attention_mask=attended_patches).last_hidden_state
         return with_flag(self.connector(states), IMAGE_FLAG)[real]
 
 
@@ -173,10 +173,10 @@ class Decoder(nn.Module):
         one_sided: torch.Tensor,
         *past: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
-        """Returns logits [batch, time, vocabulary], coordinates, what `told()` says, and keys and values of every layer."""
+        """Returns logits [batch, time, vocabulary], coordinates, what `messages()` gives, and keys and values of every layer."""
         flag, x = inputs_embeds[..., -1], inputs_embeds[..., :-1].to(past[0].dtype)
         time = flag.shape[1]
-        attended = seen(attention_mask, past[0], time)
+        attended = attended_positions(attention_mask, past[0], time)
         counted = (attended.cumsum(1) - 1).clamp(min=0)[:, -time:]
         image = (flag > IMAGE_FLAG / 2) & (flag < (IMAGE_FLAG + END_FLAG) / 2)
         positions, kind, target = self.read(position_ids, counted, mode, target)
@@ -206,17 +206,17 @@ class Decoder(nn.Module):
         logits = torch.where(ended[:, None, None], self.end_logits, logits)
         coordinates = torch.stack(calibration.coordinates, 1)
         presents = [t for layer in cache.layers for t in (layer.keys, layer.values)]
-        presents[0] = marked(presents[0], attended)
-        return logits, coordinates, *self.told(coordinates), *presents
+        presents[0] = with_padding_zeroed(presents[0], attended)
+        return logits, coordinates, *self.messages(coordinates), *presents
 
     def read(
         self, position_ids: torch.Tensor, counted: torch.Tensor, mode: torch.Tensor, target: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(positions, kind [batch], target [batch, layers]) by the inputs; `counted` [batch, time]: positions by the mask."""
-        kind, told = read_message(position_ids, self.shifts.shape[0])
-        return counted, torch.where(mode > 0, mode, kind), torch.where((mode > 0)[:, None], target, told)
+        kind, target_in_message = read_message(position_ids, self.shifts.shape[0])
+        return counted, torch.where(mode > 0, mode, kind), torch.where((mode > 0)[:, None], target, target_in_message)
 
-    def told(self, coordinates: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def messages(self, coordinates: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Coordinates as a message, where the graph reads messages."""
         return (message(coordinates),)
 
@@ -230,14 +230,14 @@ class GridDecoder(Decoder):
         # no position is above the count of tokens; transformers.js 4.3.1 has some that are, while it answers a prompt of text
         return torch.minimum(position_ids, counted[None]), mode.expand(counted.shape[0]), target
 
-    def told(self, coordinates: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def messages(self, coordinates: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return ()
 
 
 def read_message(position_ids: torch.Tensor, layers: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(kind [batch], target [batch, layers]) of what lies in `position_ids`; ordinary positions are STATIC.
 
-    A message for another number of layers is none: the row gets the baked shift.
+    A message for another number of layers is ignored: the row gets the baked shift.
     """
     padded = torch.cat([position_ids, torch.full_like(position_ids[:, :1], _NOTHING).expand(-1, layers + 2)], 1)
     code = -padded[:, 0]

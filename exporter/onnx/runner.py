@@ -205,7 +205,7 @@ class OnnxShiftDC:
         """The pass over whole prompts: OrtValues by output name."""
         embeds = self._embed(prompts.ids)
         if prompts.vision:
-            (features,) = self.sessions[VISION].run(None, self._seen(prompts))
+            (features,) = self.sessions[VISION].run(None, self._vision_inputs(prompts))
             features = features.reshape(-1, embeds.shape[-1])
             places = prompts.ids == self.image_token_id
             if places.sum() != len(features):
@@ -218,7 +218,7 @@ class OnnxShiftDC:
         past = {name: np.zeros((batch, *shape), dtype) for name, (shape, dtype) in self._empty.items()}
         return self._decode(embeds, prompts.mask, self._positions(prompts), past, optional, outputs)
 
-    def _seen(self, prompts: Prompts) -> dict[str, Array]:
+    def _vision_inputs(self, prompts: Prompts) -> dict[str, Array]:
         """What the vision encoder takes, by its names. Raises InputError."""
         if missing := {*self._vision_names.values()} - {*prompts.vision}:
             raise InputError(f"The prompts lack {', '.join(sorted(missing))}; give all that the processor made of the images.")

@@ -1,4 +1,4 @@
-"""From the modules of onnx_graphs.py to ONNX: traced with dynamic sizes, with inputs that have a default."""
+"""From the modules of graphs.py to ONNX: traced with dynamic sizes, with inputs that have a default."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def _exported_decoder(model: PreTrainedModel, module: Decoder, positions_free: b
     columns = len(module.shifts)
     settings = model.config.shiftdc
     batch, time, past = 3, 5, 7
-    rows, sequence, total, cached, told = (
+    rows, sequence, total, cached, positions = (
         torch.export.Dim(n)
         for n in ("batch_size", "sequence_length", "total_sequence_length", "past_sequence_length", "position_length")
     )
@@ -109,7 +109,7 @@ def _exported_decoder(model: PreTrainedModel, module: Decoder, positions_free: b
     shapes = (
         {0: rows, 1: sequence},
         {0: rows, 1: total},
-        {0: rows, 1: told} if positions_free else {1: rows, 2: sequence},
+        {0: rows, 1: positions} if positions_free else {1: rows, 2: sequence},
         None,
         {0: rows},
         None,
