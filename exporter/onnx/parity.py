@@ -13,7 +13,7 @@ from PIL import Image
 from exporter.data.images import typographic_image
 from exporter.models.vlm import VLM, Inputs
 from exporter.onnx.interface import GRID
-from exporter.onnx.runner import BAKED, UNCALIBRATED, Floats, OnnxShiftDC, Prompts
+from exporter.onnx.runner import BAKED, UNCALIBRATED, Floats, OnnxShiftDC, Prompts, until_end
 
 #: Harmless requests; the first ones are asked about a picture, all of them without one.
 REQUESTS = (
@@ -97,10 +97,6 @@ def as_prompts(inputs: Inputs) -> Prompts:
     if "pixel_attention_mask" in arrays:
         arrays["pixel_attention_mask"] = arrays["pixel_attention_mask"] > 0
     return Prompts(ids, mask, {k: v for k, v in arrays.items() if k.startswith("pixel_") or k == GRID})
-
-
-def until_end(ids: Sequence[int], eos: Sequence[int]) -> list[int]:
-    return list(ids[: next((i for i, t in enumerate(ids) if t in eos), len(ids))])
 
 
 def _caption(vlm: VLM, word: str) -> list[int]:

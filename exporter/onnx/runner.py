@@ -197,7 +197,7 @@ class OnnxShiftDC:
                 positions = np.broadcast_to(positions.max((0, 2))[:, None] + 1, (3, len(mask), 1)).copy()
             outputs = self._decode(self._embed(token[:, None]), mask, positions, past, {}, ["logits", *presents])
         rows = np.stack(written, 1).tolist()
-        return [row[: next((i for i, t in enumerate(row) if t in self.eos), len(row))] for row in rows]
+        return [until_end(row, self.eos) for row in rows]
 
     # Graphs
 
@@ -258,6 +258,11 @@ class OnnxShiftDC:
         inputs = {i.name: i for i in self.sessions[DECODER].get_inputs()}
         dtypes: dict[str, type[np.floating]] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
         return {n: ((inputs[n].shape[1], 0, inputs[n].shape[3]), dtypes[inputs[n].type]) for n in past_names(layers)}
+
+
+def until_end(ids: Sequence[int], eos: Sequence[int]) -> list[int]:
+    """The ids before the first that ends a text."""
+    return list(ids[: next((i for i, token in enumerate(ids) if token in eos), len(ids))])
 
 
 def blank(pixels: Array, value: float) -> Array:

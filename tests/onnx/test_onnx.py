@@ -47,7 +47,7 @@ from exporter.onnx.interface import (
     graph_file,
 )
 from exporter.onnx.parity import as_prompts
-from exporter.onnx.runner import BAKED, UNCALIBRATED, Correction, OnnxShiftDC
+from exporter.onnx.runner import BAKED, UNCALIBRATED, Correction, OnnxShiftDC, until_end
 from exporter.runtime.marker import mark
 
 #: `position_ids` that hold no message.
@@ -253,7 +253,7 @@ def test_every_reference_and_rule_replies_as_pytorch(runner, vlm, images, prompt
     monkeypatch.setattr(runner, "settings", {**runner.settings, **settings})
     inputs = vlm.encode(REQUESTS, images)
     out = vlm.model.generate(**inputs, max_new_tokens=6, do_sample=False)
-    expected = [onnx_parity.until_end(row, runner.eos) for row in out[:, inputs["input_ids"].shape[1] :].tolist()]
+    expected = [until_end(row, runner.eos) for row in out[:, inputs["input_ids"].shape[1] :].tolist()]
     assert runner.generate(prompts, runner.correction(prompts), 6) == expected
 
 
@@ -347,7 +347,7 @@ def test_a_folder_of_somebody_else_is_left_alone(checkpoint, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["onnx", "{}", "--precision", "fp32,int3"], "--precision: 'int3' is none"),
+        (["onnx", "{}", "--precision", "fp32,int3"], "--precision: 'int3' is not a precision"),
         (["onnx", "{}/onnx", "--quiet"], "has no shiftdc_report.json"),
         (["generate", "{}/onnx", "--image", "{}/picture.png", "--prompt", "a", "--precision", "q4"], "precisions there: fp32"),
     ],

@@ -17,8 +17,8 @@ from exporter.models.conversation import user_turn
 from exporter.models.recipe import load_recipe, recipe_names
 from exporter.onnx.export import export_onnx
 from exporter.onnx.families import FAMILIES
-from exporter.onnx.parity import as_prompts, until_end
-from exporter.onnx.runner import BAKED, UNCALIBRATED, OnnxShiftDC
+from exporter.onnx.parity import as_prompts
+from exporter.onnx.runner import BAKED, UNCALIBRATED, OnnxShiftDC, until_end
 from exporter.pipeline.export import export
 from exporter.pipeline.plan import make_plan
 
