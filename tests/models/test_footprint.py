@@ -12,6 +12,7 @@ import torch
 from exporter.data.builtin import builtin
 from exporter.directions import fit as directions
 from exporter.directions.fit import fit_directions
+from exporter.errors import InputError
 from exporter.models.footprint import IMAGE_TOKENS, LIBRARIES, footprint, is_quantised
 from exporter.models.recipe import load_recipe
 from exporter.pipeline import plan as planning
@@ -94,6 +95,12 @@ def test_statistics_grow_with_layers_and_rows():
     assert stated(layers=6).resume == 2 * stated().resume
     assert stated(rows={"held_out": 5, "all": 51}).resume - stated().resume == 4 * STATE
     assert stated(rows={"held_out": 6, "all": 50}).statistics - stated().statistics == 16 * STATE
+
+
+@pytest.mark.parametrize("size", [None, "128", [128]])
+def test_a_configuration_without_a_width_is_refused(size):
+    with pytest.raises(InputError, match=r"hidden_size in config\.json is .*, expected a whole number; restore it"):
+        stated(text={"hidden_size": size})
 
 
 def test_it_is_said_in_gigabytes():
