@@ -1,7 +1,7 @@
 # make demo: set everything up, calibrate the packaged demo model, show what it does
 # make test: set everything up, run the tests
 # make bench: the table of the README's section "Speed", on one CPU thread
-# make evidence: every defence and control on the demo's test things, as in the README
+# make evidence: every defence and control on the demo's test split, as in the README
 # make mutants MUTANTS='exporter.evaluation.verdict*': which broken lines the tests do not notice (docs/mutants.md)
 # make published SHIFTDC_PUBLISHED=FOLDER: small files of published checkpoints, which are no part of this project, the whole way
 PYTHON ?= python3

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import with_torchvision  # noqa: F401, I001 (before transformers, which looks fo
 import pytest
 import torch
 from filelock import FileLock
+from interpreters import open_nurseries
 from tiny import save_tiny_llava
 from transformers import AutoModelForImageTextToText
 
@@ -31,7 +33,10 @@ torch.set_num_threads(1)
 #: Of the check of prompts. Every export makes that check; here most do with a few, and the tests of the check with all.
 ALL_REQUESTS = prompt_check.REQUESTS
 prompt_check.REQUESTS = ALL_REQUESTS[:2]
-verify.WORKER = Path(__file__).parent / "support" / "worker_with_torchvision.py"
+SUPPORT = Path(__file__).parent / "support"
+verify.WORKER = SUPPORT / "worker_forked.py"
+if not torch.cuda.is_available():  # no process may be forked from one that has used CUDA
+    open_nurseries()
 
 THINGS = {
     "unsafe": [
@@ -84,6 +89,12 @@ def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_llava(tmp_path_factory.mktemp("base") / "tiny-llava")
 
 
+@pytest.fixture
+def in_a_fresh_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exports are verified by an interpreter that is started for it, as users' are; else here by one that is forked."""
+    monkeypatch.setattr(verify, "WORKER", SUPPORT / "worker_with_torchvision.py")
+
+
 @pytest.fixture(scope="session")
 def make_export(base_folder: Path, calibration_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """export(**options) -> Export of the tiny base; the same options give the same folder."""
@@ -129,15 +140,30 @@ def hub_snapshot(base_folder: Path, tmp_path: Path) -> Path:
     return snapshot
 
 
-@pytest.fixture(scope="session")
-def demo_onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The calibrated demo model with ONNX graphs at every precision in `onnx/`, made once for all test processes."""
-    base = tmp_path_factory.getbasetemp()
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """A folder for tests that only read it, made by the first of all test processes that asks."""
+    base = factory.getbasetemp()
     shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-    checkpoint, done = shared / "demo-onnx", shared / "demo-onnx.done"
-    with FileLock(shared / "demo-onnx.lock"):
+    folder, done = shared / name, shared / f"{name}.done"
+    with FileLock(shared / f"{name}.lock"):
         if not done.exists():
-            export(make_plan("demo", output=checkpoint, force=True))
-            export_onnx(checkpoint, tuple(SUFFIXES))
+            make(folder)
             done.touch()
-    return checkpoint
+    return folder
+
+
+@pytest.fixture(scope="session")
+def demo_export(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The calibrated demo model."""
+    return made_once(tmp_path_factory, "demo", lambda output: export(make_plan("demo", output=output, force=True)))
+
+
+@pytest.fixture(scope="session")
+def demo_onnx(demo_export: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with ONNX graphs at every precision in `onnx/`."""
+
+    def make(output: Path) -> None:
+        shutil.copytree(demo_export, output, dirs_exist_ok=True)
+        export_onnx(output, tuple(SUFFIXES))
+
+    return made_once(tmp_path_factory, "demo-onnx", make)

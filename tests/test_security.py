@@ -11,7 +11,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +18,7 @@ import yaml
 from bad_inputs.lines import SECRET
 from click.testing import CliRunner
 from hub import serve
+from interpreters import COMMAND_LINE, python
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny import save_tiny_llava
@@ -148,6 +148,7 @@ def test_a_chat_template_that_does_not_end(base_folder, tmp_path, calibration_fi
     assert signal.getitimer(signal.ITIMER_PROF) == (0, 0)
 
 
+@pytest.mark.usefixtures("in_a_fresh_process")
 def test_a_base_s_pickles_and_code_are_never_touched(hostile):
     out, canary = hostile
     assert not canary.exists()
@@ -180,7 +181,7 @@ print(type(AutoModelForImageTextToText.from_pretrained(sys.argv[1], trust_remote
 def test_a_user_who_trusts_the_export_runs_our_code_only(hostile, tmp_path):
     out, canary = hostile
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, "-c", FRESH, str(out)], env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run([*python(), "-c", FRESH, str(out)], env=environment, capture_output=True, text=True, check=False)
     assert done.stdout == "ShiftDCLlavaForConditionalGeneration\n", done.stderr
     assert not canary.exists()
 
@@ -466,7 +467,9 @@ def test_file_names_of_the_hub_that_lead_out(base_folder, tmp_path):
     home = tmp_path / "home"
     with serve(dict.fromkeys(LIES, base_folder), lies=LIES) as url:
         environment = {**os.environ, "HF_ENDPOINT": url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(home)}
-        done = subprocess.run([sys.executable, "-c", ASK, *LIES], env=environment, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [*python(COMMAND_LINE), "-c", ASK, *LIES], env=environment, capture_output=True, text=True, check=False
+        )
     answers = done.stdout.splitlines()
     assert len(answers) == len(LIES), done.stderr
     for said in answers:

@@ -127,7 +127,11 @@ benchmark = together(
         "--benchmark", default="demo", show_default=True, metavar="NAME|FILE.jsonl", help="demo, a Hub benchmark, or a file."
     ),
     click.option(
-        "--split", type=click.Choice(["development", "test"]), default="test", show_default=True, help="Half of the demo's objects."
+        "--split",
+        type=click.Choice(["development", "test"]),
+        default="test",
+        show_default=True,
+        help="Half of the demo's objects.",
     ),
     click.option("--limit", type=click.IntRange(1), help="Questions per cell [default: all]."),
     click.option("--defence", "defences", multiple=True, metavar="NAME", help="Repeatable; all for every one [default: four]."),

@@ -11,11 +11,12 @@ import pytest
 from bad_inputs import CASES, Workshop
 from bad_inputs.lines import SECRET
 from click.testing import CliRunner
+from interpreters import COMMAND_LINE, python
 from tiny import save_tiny_llava
 
 from exporter.cli.commands import main
 
-#: Run as a person would, in a process of its own; the others in this one, for speed.
+#: Run as a person would, in a process of its own, the first in a fresh interpreter; the others in this one, for speed.
 IN_A_SHELL = ("recipe with aliases that grow", "calibration of one class", "picture of 50,000 x 50,000", "weights that are nan")
 
 
@@ -57,7 +58,8 @@ def test_bad_input(case, workshop):
     arguments = [os.fspath(a) for a in case.build(workshop)]
     before = listing(workshop.folder)
     if case.name in IN_A_SHELL:
-        command = [sys.executable, "-m", "exporter.cli", *arguments]
+        interpreter = [sys.executable] if case.name == IN_A_SHELL[0] else python(COMMAND_LINE)
+        command = [*interpreter, "-m", "exporter.cli", *arguments]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         code, stdout, stderr = done.returncode, done.stdout, done.stderr
     else:

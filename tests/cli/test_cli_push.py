@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 
 import pytest
 from hub_write import WRITE, serve
+from interpreters import COMMAND_LINE, python
 
 REPLY = """
 import sys, torch
@@ -30,7 +30,7 @@ def shell(tmp_path):
             environment = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "HF_TOKEN")}
             environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": "1"}
             environment |= {"HF_TOKEN": token} if token else {}
-            arguments = [sys.executable, *map(str, command)]
+            arguments = [*python(COMMAND_LINE), *map(str, command)]
             return subprocess.run(arguments, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
 
         yield run

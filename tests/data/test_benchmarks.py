@@ -15,6 +15,7 @@ from collections import Counter
 
 import pytest
 from hub import COMMIT, serve
+from interpreters import python
 from PIL import Image
 
 from exporter.data.benchmarks import load_benchmark
@@ -389,7 +390,7 @@ def load(url, cwd, attempts):
         **os.environ, "HF_ENDPOINT": url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(cwd / "cache"), "HF_HUB_DISABLE_XET": "1",
         "HF_DATASETS_OFFLINE": "0", "HF_HUB_DISABLE_TELEMETRY": "1",
     }  # fmt: skip
-    command = [sys.executable, "-c", PROGRAM, json.dumps(attempts)]
+    command = [*python(), "-c", PROGRAM, json.dumps(attempts)]
     done = subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 
 import pytest
 from hub import COMMIT, serve
+from interpreters import python
 from test_benchmarks import card, mm_safetybench
 
 from exporter.data.calibration_hub import calibrated_revision, question_hash, unseen
@@ -69,7 +69,7 @@ def load(url, home, *names):
         **os.environ, "HF_ENDPOINT": url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1",
         "HF_DATASETS_OFFLINE": "0", "HF_HUB_DISABLE_TELEMETRY": "1",
     }  # fmt: skip
-    command = [sys.executable, "-c", PROGRAM, *names]
+    command = [*python(), "-c", PROGRAM, *names]
     done = subprocess.run(command, env=environment, cwd=home, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)

@@ -13,6 +13,7 @@ from naive import Naive
 from transformers import LlavaForConditionalGeneration
 
 from exporter.checkpoint.open import open_export
+from exporter.checkpoint.report import read_report
 from exporter.data.calibration_sets import load_calibration
 from exporter.data.demo import benchmark, train
 from exporter.data.demo.world import THINGS, things
@@ -20,28 +21,21 @@ from exporter.evaluation.compare import compare
 from exporter.evaluation.defences import DEFENCES, applied
 from exporter.models import base as source
 from exporter.pipeline.evaluate import gather
-from exporter.pipeline.export import export
-from exporter.pipeline.plan import make_plan
 
 LIMIT = 45
 SPLITS = ("calibration", "development", "test")
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory):
-    return export(make_plan("demo", output=tmp_path_factory.mktemp("demo") / "demo-shiftdc"))
+def vlm(demo_export):
+    return open_export(demo_export)
 
 
 @pytest.fixture(scope="module")
-def vlm(exported):
-    return open_export(exported.plan.output)
-
-
-@pytest.fixture(scope="module")
-def results(exported, tmp_path_factory):
+def results(demo_export, tmp_path_factory):
     names = ("direct", "text_only", "shiftdc", "shiftdc_two_sided", "random_direction_0")
     found = gather(
-        exported.plan.output, [DEFENCES[n] for n in names], split="development", limit=LIMIT, attach=False, max_new_tokens=32,
+        demo_export, [DEFENCES[n] for n in names], split="development", limit=LIMIT, attach=False, max_new_tokens=32,
         output=tmp_path_factory.mktemp("evaluation"), progress=lambda *_: None,
     )  # fmt: skip
     return found.results["defences"]
@@ -125,12 +119,12 @@ def test_the_default_is_never_less_cautious_than_the_base(results):
         assert results["shiftdc"]["by_cell"][cell]["asr"] <= results["direct"]["by_cell"][cell]["asr"]
 
 
-def test_the_naive_implementation_gives_the_same_tokens_from_text_prompts(exported, vlm):
+def test_the_naive_implementation_gives_the_same_tokens_from_text_prompts(demo_export, vlm):
     """Captions, references and replies, each from prompts written as text: no token pieces, no shipped code."""
     folder = source.resolve("demo").folder
     prompts = ("Based on the given Request, describe the image. Request: {q}", "{q} Image Caption: {caption}")
     naive = Naive(LlavaForConditionalGeneration.from_pretrained(folder).eval(), vlm.processor, *prompts)
-    layers = exported.report["layers"]["chosen"]
+    layers = read_report(demo_export)["layers"]["chosen"]
     rows = [json.loads(r.model_dump_json(exclude={"image"})) for r in load_calibration("demo").rows]
     d = naive.directions(rows).float()
     shipped = torch.stack([c.direction for c in vlm.model.shiftdc_corrections])

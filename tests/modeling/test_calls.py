@@ -6,10 +6,10 @@ import copy
 import gc
 import pickle
 import subprocess
-import sys
 
 import pytest
 import torch
+from interpreters import python
 from naive import Naive
 from tiny import encode, picture, tiny_processor
 from transformers import AutoModelForImageTextToText, DynamicCache, GenerationConfig, LlavaForConditionalGeneration, StaticCache
@@ -645,7 +645,7 @@ def test_a_pickled_model_is_read_in_another_process(make_export, inputs, tmp_pat
         "print(kept['model'].generate(**kept['inputs'], max_new_tokens=6, do_sample=False).tolist())\n"
     )
     for told in (["told"], []):
-        run = [sys.executable, "-c", code, tmp_path / "model.pt", *told]
+        run = [*python(), "-c", code, tmp_path / "model.pt", *told]
         done = subprocess.run(run, capture_output=True, text=True, check=False)
         if told:
             assert done.stdout.strip() == str(expected.tolist()), done.stderr

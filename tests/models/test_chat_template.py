@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 
 import pytest
 import torch
+from interpreters import python
 from tiny import TEMPLATE, picture, tiny_processor
 from transformers import processing_utils
 
@@ -64,23 +65,23 @@ def test_other_threads_do_not_count():
 def test_a_busy_machine_does_not_count():
     """The process is stopped in the midst of a template, as on a machine that gives its time to others."""
     code = (
-        "import time\n"
-        "from exporter.models import chat_template as templates\n"
-        "templates.LIMIT = 0.3\n"
+        "import os, time\n"
+        "from exporter.models import chat_template\n"
+        "chat_template.LIMIT = 0.3\n"
         "class Slow:\n"
         "    def apply_chat_template(self, conversation, tokenize):\n"
-        "        print('rendering', flush=True)\n"
+        "        print(os.getpid(), flush=True)\n"
         "        end = time.thread_time() + 0.1\n"
         "        while time.thread_time() < end: pass\n"
         "        return 'done'\n"
-        "print(templates.rendered(Slow(), []))"
+        "print(chat_template.rendered(Slow(), []))"
     )
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen([*python(), "-c", code], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
-    assert process.stdout.readline() == "rendering\n"
-    process.send_signal(signal.SIGSTOP)
+    rendering = int(process.stdout.readline())
+    os.kill(rendering, signal.SIGSTOP)
     time.sleep(0.5)
-    process.send_signal(signal.SIGCONT)
+    os.kill(rendering, signal.SIGCONT)
     assert process.communicate(timeout=60)[0] == "done\n"
 
 

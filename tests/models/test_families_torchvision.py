@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from interpreters import python
 from test_families import *  # noqa: F403
 from test_families import CAPTION_TOKENS, GREEDY, ROWS, encode, new_tokens
 from tiny import picture
@@ -119,7 +119,7 @@ def run_cli(prelude, *arguments, path):
     """The command in a process of its own, after the statements of `prelude`; (exit code, stderr)."""
     code = f"import sys; {prelude}; from exporter.cli.commands import main; main()"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(path), os.environ.get("PYTHONPATH", "")])}
-    command = [sys.executable, "-c", code, *map(str, arguments)]
+    command = [*python(""), "-c", code, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     return done.returncode, done.stderr
 

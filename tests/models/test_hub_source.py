@@ -6,16 +6,16 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 
 import pytest
 from hub import COMMIT, serve
+from interpreters import COMMAND_LINE, python
 from tiny import save_tiny_llava
 
 
-@pytest.fixture
-def hub(base_folder, tmp_path):
-    folder = shutil.copytree(base_folder, tmp_path / "repository")
+@pytest.fixture(scope="module")
+def hub(base_folder, tmp_path_factory):
+    folder = shutil.copytree(base_folder, tmp_path_factory.mktemp("hub") / "repository")
     (folder / "pytorch_model.bin").write_bytes(b"never fetched")
     (folder / "modeling_evil.py").write_text("raise SystemExit('never run')")
     with serve({"org/tiny": folder, "org/secret": folder}, gated=frozenset({"org/secret"})) as url:
@@ -26,7 +26,7 @@ def run(url, cwd, *arguments):
     environment = {
         **os.environ, "HF_ENDPOINT": url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(cwd / "cache"), "HF_HUB_DISABLE_XET": "1",
     }  # fmt: skip
-    command = [sys.executable, "-m", "exporter.cli", *map(str, arguments)]
+    command = [*python(COMMAND_LINE), "-m", "exporter.cli", *map(str, arguments)]
     return subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True, check=False)
 
 
@@ -107,6 +107,12 @@ def test_what_small_files_tell_is_told_before_weights_are_fetched(sharded, tmp_p
     assert not [f for f in fetched(tmp_path / "cache") if f.endswith(".safetensors")]
 
 
+@pytest.fixture(scope="module")
+def nothing_fetched(tmp_path_factory):
+    """One folder for tests that fetch nothing."""
+    return tmp_path_factory.mktemp("nothing")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -116,8 +122,8 @@ def test_what_small_files_tell_is_told_before_weights_are_fetched(sharded, tmp_p
         (["not an id"], "of the form owner/name"),
     ],
 )
-def test_what_cannot_be_fetched_is_one_sentence(hub, tmp_path, arguments, message):
-    done = run(hub, tmp_path, *arguments, "--dry-run")
+def test_what_cannot_be_fetched_is_one_sentence(hub, nothing_fetched, arguments, message):
+    done = run(hub, nothing_fetched, *arguments, "--dry-run")
     assert done.returncode == 2, done.stderr
     assert message in done.stderr
     assert "Traceback" not in done.stderr

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from javascript import install_packages, needs_node, node_module
 from PIL import Image
 from test_onnx_families import *  # noqa: F403
-from test_onnx_families import REQUESTS, graphs_of, test_transformers_js_gives_these_logits
+from test_onnx_families import REQUESTS, graphs_of, shallow, test_transformers_js_gives_these_logits
 from tiny_families_torchvision import FAMILIES as TINY
 from tiny_families_torchvision import tiny_family
 
@@ -28,14 +28,8 @@ del test_transformers_js_gives_these_logits
 
 @pytest.fixture(scope="module", params=sorted(set(FAMILIES) & set(TINY)))
 def exported(request, calibration_file, tmp_path_factory):
-    """Two decoder layers, because tracing takes its time; two-sided, so that the static shift moves every row."""
-    tiny = tiny_family(request.param)
-    text = tiny.model.config.get_text_config()
-    text.num_hidden_layers = 2
-    if getattr(text, "layer_types", None):
-        text.layer_types = text.layer_types[:2]
-    del tiny.model.get_submodule(tiny.layers)[2:]
-    base = tiny.save(tmp_path_factory.mktemp("base"))
+    """Two-sided, so that the static shift moves every row."""
+    base = shallow(tiny_family(request.param)).save(tmp_path_factory.mktemp("base"))
     recipe = {"layers": "0-1", "gate": "two-sided", "calibration": str(calibration_file)}
     return graphs_of(base, tmp_path_factory.mktemp("family") / "calibrated", ("fp32", "int8"), **recipe)
 

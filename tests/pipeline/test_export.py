@@ -99,6 +99,7 @@ def test_a_failed_export_leaves_nothing(base_folder, tmp_path, calibration_file,
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.usefixtures("in_a_fresh_process")
 def test_an_earlier_export_is_replaced_only_by_a_good_one(make_export, base_folder, tmp_path, calibration_file, monkeypatch):
     output = shutil.copytree(make_export().plan.output, tmp_path / "out")
     before = contents(output)
@@ -164,6 +165,7 @@ class TestVerify:
     def folder(self, make_export, tmp_path):
         return shutil.copytree(make_export().plan.output, tmp_path / "export")
 
+    @pytest.mark.usefixtures("in_a_fresh_process")
     def test_whole(self, folder):
         found = verify(folder)
         assert found.shards == 1

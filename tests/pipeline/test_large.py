@@ -42,8 +42,9 @@ def wide(tmp_path_factory) -> Path:
 PEAK = """
 import sys
 from pathlib import Path
-from exporter.pipeline import make_plan, loaded
-from exporter.activations import AUTO_TOKENS, last_token_activations
+from exporter.pipeline.measure import loaded
+from exporter.pipeline.plan import make_plan
+from exporter.directions.activations import AUTO_TOKENS, last_token_activations
 small, large, output, dtype = sys.argv[1:]
 for model in (small, large):
     plan = make_plan(model, output=Path(output), layers="0-3", dtype=dtype)

@@ -6,7 +6,6 @@ import hashlib
 import json
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import pytest
 from hub_client import EFFECTIVE, REPO, Client, changes, edit_report, environment, pushed_files, with_base
 from hub_write import EXPIRED, FINE, READ, WRITE, Fault, Hub, serve
+from interpreters import COMMAND_LINE, python
 from PIL import Image
 from tiny import save_tiny_llava
 
@@ -27,7 +27,7 @@ from exporter.publishing.push_files import LocalFile, rewrite
 GENERATE = """
 import sys, torch
 from transformers import AutoModelForImageTextToText
-model = AutoModelForImageTextToText.from_pretrained(sys.argv[1], trust_remote_code=True)
+model = AutoModelForImageTextToText.from_pretrained(sys.argv[1], trust_remote_code=True, cache_dir=sys.argv[2])
 ids = torch.arange(5, 25)[None]
 print(model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False).tolist())
 """
@@ -37,7 +37,7 @@ FETCH = """
 import sys
 from pathlib import Path
 from huggingface_hub import snapshot_download
-from exporter.verify import verify
+from exporter.checkpoint.verify import verify
 snapshot_download(sys.argv[1], local_dir=sys.argv[2])
 assert verify(Path(sys.argv[2])).edited == ()
 """
@@ -91,15 +91,16 @@ def refused(hub: Hub, client: Client) -> Callable[..., str]:
     return client.refused
 
 
-def reply(url: str, model: object, home: Path) -> str:
-    """Token ids from plain transformers in a process of its own."""
-    command = [sys.executable, "-c", GENERATE, str(model)]
-    done = subprocess.run(command, env={**environment(url, home), "HF_TOKEN": WRITE}, capture_output=True, text=True, check=False)
+def reply(client: Client, url: str, model: object, cache: Path) -> str:
+    """Token ids from plain transformers in a process of its own, with caches of its own."""
+    command = [*python(COMMAND_LINE), "-c", GENERATE, str(model), str(cache)]
+    settings = {**environment(url, client.home), "HF_TOKEN": WRITE, "HF_MODULES_CACHE": str(cache / "modules")}
+    done = subprocess.run(command, env=settings, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-def test_round_trip(hub, push, checkpoint, tmp_path):
+def test_round_trip(hub, client, push, checkpoint, tmp_path):
     before = {f: f.read_bytes() for f in checkpoint.rglob("*") if f.is_file()}
     done = push(checkpoint, private=True, thorough=True)
     assert before == {f: f.read_bytes() for f in checkpoint.rglob("*") if f.is_file()}
@@ -112,10 +113,10 @@ def test_round_trip(hub, push, checkpoint, tmp_path):
     assert set(done["sent"]) == pushed_files(checkpoint)
     assert f'from_pretrained("{REPO}", trust_remote_code=True)'.encode() in there["README.md"]
     assert b"calibrated" in there["README.md"]
-    assert reply(hub.url, REPO, tmp_path / "fresh") == reply(hub.url, checkpoint, tmp_path / "local")
+    assert reply(client, hub.url, REPO, tmp_path / "fresh") == reply(client, hub.url, checkpoint, tmp_path / "local")
 
 
-def test_graphs_and_pictures_go_along_and_verify_when_fetched(hub, push, of_hub_base, tmp_path, monkeypatch):
+def test_graphs_and_pictures_go_along_and_verify_when_fetched(hub, client, push, of_hub_base, tmp_path, monkeypatch):
     def write(checkpoint, family, precisions, folder, wording, progress):
         """In the place of tracing, which takes its time."""
         (folder / "config.json").write_text('{"shiftdc": {}}')
@@ -136,8 +137,8 @@ def test_graphs_and_pictures_go_along_and_verify_when_fetched(hub, push, of_hub_
     recorded = json.loads(there["shiftdc_report.json"])["files"]
     assert recorded == {p: hashlib.sha256(there[p]).hexdigest() for p in recorded}
     assert recorded.keys() == there.keys() - {"shiftdc_report.json", ".gitattributes"}
-    command = [sys.executable, "-c", FETCH, REPO, str(tmp_path / "fetched")]
-    fetched = {**environment(hub.url, tmp_path / "home"), "HF_TOKEN": WRITE}
+    command = [*python(COMMAND_LINE), "-c", FETCH, REPO, str(tmp_path / "fetched")]
+    fetched = {**environment(hub.url, client.home), "HF_TOKEN": WRITE}
     done = subprocess.run(command, env=fetched, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
@@ -281,9 +282,9 @@ def test_what_does_not_pass_stops_and_can_be_resumed(hub, push, refused, of_hub_
     ],
     ids=lambda f: f"{f.path}{'late' if f.late else ''}",
 )
-def test_killed_at_every_stage_and_pushed_again(hub, push, of_hub_base, tmp_path, fault):
+def test_killed_at_every_stage_and_pushed_again(hub, client, push, of_hub_base, tmp_path, fault):
     hub.faults.append(fault)
-    doomed = Client(hub.url, tmp_path)
+    doomed = Client(hub.url, tmp_path, home=client.home)
     question = ["push", str(of_hub_base), {"repo_id": REPO, "private": False}, WRITE, False]
     assert doomed.process.stdin
     print(json.dumps(question), file=doomed.process.stdin, flush=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import math
 import subprocess
-import sys
 
 import pytest
+from interpreters import python
 from PIL import Image
 
 from exporter.directions.statistics import LayerStatistics
@@ -121,7 +121,7 @@ def test_the_costs_of_references_or_of_the_checkpoint():
 
 def test_matplotlib_is_imported_when_something_is_drawn():
     code = "import sys, exporter.publishing.plots; assert not any(m.startswith('matplotlib') for m in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([*python(""), "-c", code], check=True)
 
 
 def test_no_global_state(tmp_path):
@@ -130,4 +130,4 @@ def test_no_global_state(tmp_path):
         "p.plot_projections({'safe text': [1.0, 2.0]}, 3, pathlib.Path(sys.argv[1]))\n"
         "assert 'matplotlib.pyplot' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code, tmp_path / "a.png"], check=True)
+    subprocess.run([*python(""), "-c", code, tmp_path / "a.png"], check=True)

@@ -39,6 +39,7 @@ def serve(
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True  # as in hub_write.py
 
         def log_message(self, *args):
             pass

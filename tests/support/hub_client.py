@@ -8,13 +8,13 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from hub_write import EXPIRED, FINE, READ, WRITE, Hub
 from hub_xet import XET
+from interpreters import COMMAND_LINE, python
 
 REPO = "alice/tiny-shiftdc"
 EFFECTIVE = {
@@ -28,20 +28,20 @@ HF_XET = {"HF_XET_XORB_COMPRESSION_POLICY": "none", "HF_XET_CLIENT_RETRY_BASE_DE
 CLIENT = """
 import dataclasses, json, os, sys, traceback
 from pathlib import Path
-from exporter import hub, hub_errors
+from exporter.publishing import hub_errors, push
 from exporter.errors import ShiftDCError
-hub.WAITS = (0.1, 0.1)
+push.WAITS = (0.1, 0.1)
 hub_errors.SILENCE = 2.0
-verify = hub.verify
+verify = push.verify
 for line in sys.stdin:
     what, folder, options, token, thorough = json.loads(line)
     os.environ["HF_TOKEN"] = token or ""
-    hub.verify = verify if thorough else lambda folder: None
+    push.verify = verify if thorough else lambda folder: None
     try:
         if what == "preflight":
-            answer = hub.preflight(**options)
+            answer = push.preflight(**options)
         else:
-            answer = dataclasses.asdict(getattr(hub, what)(Path(folder), **options))
+            answer = dataclasses.asdict(getattr(push, what)(Path(folder), **options))
     except ShiftDCError as error:
         traceback.print_exception(error)
         assert error.__context__ is None or "Validation" in str(type(error.__context__))
@@ -72,10 +72,10 @@ def environment(url: str, home: Path, xet: bool = False) -> dict[str, str]:
 class Client:
     """A process that pushes."""
 
-    def __init__(self, url: str, folder: Path, xet: bool = False) -> None:
-        self.home, self.stderr = folder / "home", folder / "stderr"
+    def __init__(self, url: str, folder: Path, xet: bool = False, home: Path | None = None) -> None:
+        self.home, self.stderr = home or folder / "home", folder / "stderr"
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.stderr.open("w")}
-        command = [sys.executable, "-c", CLIENT]
+        command = [*python(COMMAND_LINE), "-c", CLIENT]
         self.process = subprocess.Popen(command, env=environment(url, self.home, xet), text=True, **pipes)
 
     def ask(self, *question: object) -> tuple[Any, str]:

@@ -128,6 +128,7 @@ def serve(more: Sequence[Route] = ()) -> Iterator[Hub]:
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # head and body are two packets: the second would wait 40 ms for the first to be acknowledged
     hub: Hub
     routes: Sequence[Route]
 
