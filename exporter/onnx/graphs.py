@@ -95,7 +95,7 @@ class Embedding(nn.Module):
 
 
 @dataclass
-class Calibration:
+class Corrections:
     """How the rows of one forward are corrected; goes through the layers as a keyword argument.
 
     rows, kind [batch]; target, directions, shifts [batch or 1, layers, ...] float32; coordinates are collected on the way.
@@ -131,12 +131,12 @@ def _calibrated(
     layer: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: torch.Tensor | tuple[torch.Tensor, ...]
 ) -> torch.Tensor | tuple[torch.Tensor, ...] | None:
     """Forward hook of a calibrated layer."""
-    calibration = kwargs.get("shiftdc_graph")
-    if not isinstance(calibration, Calibration):
+    corrections = kwargs.get("shiftdc_graph")
+    if not isinstance(corrections, Corrections):
         return None
     if isinstance(output, tuple):
-        return (calibration.correct(output[0]), *output[1:])
-    return calibration.correct(output)
+        return (corrections.correct(output[0]), *output[1:])
+    return corrections.correct(output)
 
 
 class Decoder(nn.Module):
@@ -180,7 +180,7 @@ class Decoder(nn.Module):
         counted = (attended.cumsum(1) - 1).clamp(min=0)[:, -time:]
         image = (flag > IMAGE_FLAG / 2) & (flag < (IMAGE_FLAG + END_FLAG) / 2)
         positions, kind, target = self.read(position_ids, counted, mode, target)
-        calibration = Calibration(
+        corrections = Corrections(
             rows=image.any(-1),
             kind=kind,
             target=target,
@@ -198,13 +198,13 @@ class Decoder(nn.Module):
             past_key_values=cache,
             use_cache=True,
             shiftdc=False,
-            shiftdc_graph=calibration,
+            shiftdc_graph=corrections,
         ).last_hidden_state
         logits = self.head(states).float()
         # transformers.js stops when all rows end in the same step: one that has ended goes on ending
         ended = (flag > (IMAGE_FLAG + END_FLAG) / 2).all(1)
         logits = torch.where(ended[:, None, None], self.end_logits, logits)
-        coordinates = torch.stack(calibration.coordinates, 1)
+        coordinates = torch.stack(corrections.coordinates, 1)
         presents = [t for layer in cache.layers for t in (layer.keys, layer.values)]
         presents[0] = with_padding_zeroed(presents[0], attended)
         return logits, coordinates, *self.messages(coordinates), *presents
