@@ -21,8 +21,9 @@ from torch import nn
 from exporter.checkpoint.layout import ADAPTER_FILES
 from exporter.checkpoint.report import AdapterRecord
 from exporter.errors import InputError, ShiftDCError
-from exporter.models.base import INDEX, BaseCheckpoint
+from exporter.models.base import BaseCheckpoint
 from exporter.models.hub_snapshot import download
+from exporter.models.shards import INDEX
 from exporter.runtime.hashing import sha256
 from exporter.runtime.linking import clone_or_copy, symlink_or_copy
 from exporter.runtime.reading import UnreadableError, read_json

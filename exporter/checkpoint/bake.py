@@ -19,8 +19,9 @@ from exporter.checkpoint.layout import ADAPTER, ADAPTER_FILES, SHARD, buffer_key
 from exporter.errors import InputError
 from exporter.modeling.modeling_shiftdc_config import FORMAT_VERSION
 from exporter.modeling.modeling_shiftdc_correction import buffers_sha256
-from exporter.models.base import INDEX, SINGLE, BaseCheckpoint
+from exporter.models.base import BaseCheckpoint
 from exporter.models.families import Family, family
+from exporter.models.shards import INDEX, SINGLE
 from exporter.runtime.hashing import HashOf, sha256
 from exporter.runtime.linking import link_or_copy, symlink_or_copy
 from exporter.runtime.reading import read_json

@@ -22,8 +22,9 @@ from exporter.checkpoint.verify_worker import libraries
 from exporter.data.images import typographic_image
 from exporter.directions.activations import last_token, last_token_activations
 from exporter.models.chat_template import DAY, rendered
+from exporter.models.conversation import user_turn
 from exporter.models.processors import ODD_TEXT, tokenizers
-from exporter.models.vlm import VLM, user_turn
+from exporter.models.vlm import VLM
 
 #: What a decoder layer gives, and what a hook makes of it.
 Output = torch.Tensor | tuple[torch.Tensor, ...]

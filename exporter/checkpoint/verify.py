@@ -20,8 +20,8 @@ from exporter.checkpoint.manifest import differences
 from exporter.checkpoint.report import Parity, Report, read_report
 from exporter.checkpoint.staging import scratch
 from exporter.errors import InputError, VerificationError
-from exporter.models.base import INDEX, SINGLE
 from exporter.models.families import family
+from exporter.models.shards import INDEX, SINGLE
 from exporter.runtime.reading import UnreadableError, read_json
 from exporter.runtime.safetensors_header import TensorHeader, read_header
 from exporter.runtime.temporary import temporary

@@ -17,14 +17,14 @@ if TYPE_CHECKING:  # none of these is needed to print the help
     from exporter.evaluation.comparison import Comparison
     from exporter.models.base import SmallFiles
     from exporter.models.check import Check
-    from exporter.models.footprint import Needs
+    from exporter.models.footprint import Footprint
     from exporter.models.recipe import Recipe
     from exporter.pipeline.export import Export
     from exporter.pipeline.plan import Plan
     from exporter.publishing.push import Pushed, PushPlan
 
 
-def plan_document(plan: Plan, needed: Needs, repo_id: str | None) -> dict[str, Any]:
+def plan_document(plan: Plan, needed: Footprint, repo_id: str | None) -> dict[str, Any]:
     """What an export is going to do."""
     return {
         "model": plan.base.name,
@@ -71,7 +71,7 @@ def check_text(document: dict[str, Any]) -> str:
     return "\n".join([*(f"{key + ':':16}{printable(str(value))}" for key, value in facts.items() if value is not None), *notes])
 
 
-def plan_text(plan: Plan, needed: Needs, repo_id: str | None) -> str:
+def plan_text(plan: Plan, needed: Footprint, repo_id: str | None) -> str:
     facts = {**plan_document(plan, needed, repo_id), "peak memory": needed, "disk": needed.disk_text()}
     if (adapter := facts["adapter"]) is not None:
         facts["adapter"] = f"{adapter['id']}, {'merged' if adapter['merged'] else 'kept apart'}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 
 from exporter import __version__
@@ -34,6 +33,6 @@ def _demo(split: str) -> Benchmark:
         raise InputError(f"--benchmark: demo has no split {split!r}; give development or test.")
     items = [item for cell in benchmark.CELLS for item in benchmark.items(split, cell)]  # type: ignore[arg-type]
     questions = tuple(
-        Question(i.id, i.request, i.label, i.cell, i.category, i.image_kind, i.answer, partial(benchmark.image, i)) for i in items
+        Question(i.id, i.request, i.label, i.cell, i.category, i.image_kind, i.answer, benchmark.Drawing(i)) for i in items
     )
     return Benchmark("demo", questions, f"shiftdc-export {__version__}, {split} split")

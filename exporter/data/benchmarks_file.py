@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from exporter.data.jsonl import LineError, read_jsonl
-from exporter.data.pictures import PictureError, path_as_text, picture_below
-from exporter.data.questions import ATTACKS, Benchmark, Cell, Kind, Question, picture_of
+from exporter.data.pictures import PictureError, PictureFile, path_as_text, picture_below
+from exporter.data.questions import ATTACKS, Benchmark, Cell, Kind, Question
 from exporter.errors import InputError
 from exporter.runtime.reading import TEXT_CHARACTERS, NoFileError, UnreadableError
 
@@ -57,7 +56,7 @@ def read_benchmark(file: Path) -> Benchmark:
 
 def _question(row: _Row, file: Path, number: int) -> Question:
     where = f"{file}, line {number}"
-    image = partial(picture_of, _below(file.parent, row.image, where), where)
+    image = PictureFile(_below(file.parent, row.image, where), f"--benchmark: {where}: the image")
     name = f"{file.stem}-{number:05d}"
     return Question(name, row.prompt, row.kind, row.where, row.category, row.image_kind, row.answer, image)
 

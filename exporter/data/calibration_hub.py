@@ -10,16 +10,17 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from PIL import Image
 
 from exporter.data.benchmarks import load_benchmark
-from exporter.data.benchmarks_hub import MM_SAFETYBENCH_8, hub_errors, need_datasets
+from exporter.data.benchmarks_hub import MM_SAFETYBENCH_8
 from exporter.data.calibration import CalibrationRow, CalibrationSet, Source
 from exporter.data.calibration_record import CalibrationRecord
+from exporter.data.hub_datasets import hub_errors, need_datasets
+from exporter.data.pictures import Picture
 from exporter.data.questions import Benchmark, Question
 from exporter.errors import InputError
 
@@ -58,7 +59,7 @@ def mm_safetybench() -> CalibrationSet:
                 CalibrationRow(
                     label="unsafe",
                     request=question.request,
-                    image=partial(_picture, question.image),
+                    image=_CalibrationPicture(question.image),
                     category=question.category,
                     split=_split(index),
                 )
@@ -69,9 +70,18 @@ def mm_safetybench() -> CalibrationSet:
     return CalibrationSet(MM_SAFETYBENCH, tuple(rows), _digest(rows), (source,), tuple(dict.fromkeys(seen)))
 
 
-def _picture(load: Callable[[], Image.Image]) -> Image.Image:
-    with _calibration_errors():
-        return load()
+@dataclass(frozen=True)
+class _CalibrationPicture(Picture):
+    """A benchmark's picture, whose errors name the option of the calibration set."""
+
+    picture: Picture
+
+    def load(self) -> Image.Image:
+        with _calibration_errors():
+            return self.picture.load()
+
+    def identity(self) -> str:
+        return self.picture.identity()
 
 
 def question_hash(benchmark: str, question: Question) -> str:

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import atexit
 import hashlib
 import json
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 from exporter.data.builtin import BUILTIN, builtin
-from exporter.data.calibration import MINIMUM, CalibrationRow, CalibrationSet
+from exporter.data.calibration import MINIMUM, CalibrationLine, CalibrationRow, CalibrationSet
 from exporter.data.jsonl import LineError, read_jsonl
-from exporter.data.pictures import PictureError, picture_below
+from exporter.data.pictures import PictureError, PictureFile, picture_below
 from exporter.errors import InputError
 from exporter.runtime.reading import NoFileError, UnreadableError
-from exporter.runtime.temporary import temporary
 
 HARMLESS = "harmless"
 
@@ -70,7 +67,7 @@ def _joined(one: CalibrationSet, other: CalibrationSet) -> CalibrationSet:
 def read_calibration(file: Path) -> CalibrationSet:
     """Read a set strictly; errors name the line. Raises InputError."""
     try:
-        lines = read_jsonl(file, CalibrationRow)
+        lines = read_jsonl(file, CalibrationLine)
     except NoFileError as error:
         raise InputError(
             f"--calibration: there is no file {file}; give builtin, demo, harmless, UNSAFE+SAFE, or an existing .jsonl file."
@@ -79,7 +76,7 @@ def read_calibration(file: Path) -> CalibrationSet:
         raise InputError(f"--calibration: {file} cannot be read as UTF-8 text ({error}); give a JSONL file.") from error
     except LineError as error:
         raise InputError(f"--calibration: {error}; correct the line.") from error
-    rows = [_found_image(row, f"{file}, line {number}", file.parent) for number, row in lines.rows]
+    rows = [_row(row, f"{file}, line {number}", file.parent) for number, row in lines.rows]
     divided = not any("split" in row.model_fields_set for row in rows)
     if divided:
         rows = _divided(rows, file.parent)
@@ -101,21 +98,22 @@ def _divided(rows: Sequence[CalibrationRow], folder: Path) -> list[CalibrationRo
 
 
 def _hash(row: CalibrationRow, folder: Path) -> str:
-    image = row.image.relative_to(folder.resolve()).as_posix() if isinstance(row.image, Path) else None
+    image = row.image.path.relative_to(folder.resolve()).as_posix() if isinstance(row.image, PictureFile) else None
     return hashlib.sha256(json.dumps([row.label, row.request, row.caption, image]).encode()).hexdigest()
 
 
-def _found_image(row: CalibrationRow, where: str, folder: Path) -> CalibrationRow:
-    """The row with the path of its image, checked."""
-    if row.image is None:
-        if not row.caption:
-            raise InputError(f"--calibration: {where}: the row has neither caption nor image; add one of them.")
-        return row
-    assert isinstance(row.image, Path)  # JSON holds no functions
+def _row(line: CalibrationLine, where: str, folder: Path) -> CalibrationRow:
+    if line.image is None and not line.caption:
+        raise InputError(f"--calibration: {where}: the row has neither caption nor image; add one of them.")
+    return CalibrationRow.of(line, None if line.image is None else _picture(folder, line.image, where))
+
+
+def _picture(folder: Path, path: Path, where: str) -> PictureFile:
     try:
-        return row.model_copy(update={"image": picture_below(folder, row.image)})
+        image = picture_below(folder, path)
     except PictureError as error:
         raise InputError(f"--calibration: {where}: {error}.") from error
+    return PictureFile(image, f"--calibration: the image {image}")
 
 
 def _checked(calibration: CalibrationSet, where: str) -> CalibrationSet:
@@ -153,13 +151,7 @@ def _keys(calibration: CalibrationSet, label: str) -> set[tuple[str, str, object
 
 
 def _demo() -> CalibrationSet:
-    """The demo's set with its drawings, written to a temporary folder that lasts as long as the process."""
-    from exporter.data.demo.benchmark import write_calibration
+    """The demo's set, its pictures drawn when they are needed."""
+    from exporter.data.demo.benchmark import calibration_rows, calibration_text
 
-    folder = _until_exit.enter_context(temporary("demo"))
-    calibration = read_calibration(write_calibration(folder))
-    return CalibrationSet("demo", calibration.rows, calibration.sha256)
-
-
-_until_exit = ExitStack()
-atexit.register(_until_exit.close)
+    return CalibrationSet("demo", tuple(calibration_rows()), hashlib.sha256(calibration_text().encode()).hexdigest())

@@ -1,13 +1,18 @@
-"""Pictures that come from others: upright RGB, checked on the header before any pixel is decoded."""
+"""Pictures of requests, and the reading of files that come from others: upright RGB, checked before any pixel is decoded."""
 
 from __future__ import annotations
 
 import struct
 import warnings
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 
 from PIL import Image, ImageOps
+
+from exporter.errors import InputError
+from exporter.runtime.hashing import sha256
 
 #: Decoders that are used; others of Pillow start programs (EPS: Ghostscript) or are rarely looked at.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
@@ -17,8 +22,48 @@ WHITE = 65_535
 _DAMAGED = (OSError, ValueError, SyntaxError, EOFError, struct.error, LookupError, TypeError, AttributeError, ArithmeticError)
 
 
+class Picture(ABC):
+    """What a request shows, loaded when it is needed. Equal where it is the same file, drawing or row."""
+
+    @abstractmethod
+    def load(self) -> Image.Image:
+        """RGB. Raises InputError."""
+
+    @abstractmethod
+    def identity(self) -> str:
+        """What tells its pixels from others', in every run: a hash, or a row of a dataset at one commit. Raises InputError."""
+
+
+@dataclass(frozen=True)
+class PictureFile(Picture):
+    """A file of the user's. `subject`: what an error begins with, as "--benchmark: a.jsonl, line 3: the image"."""
+
+    path: Path
+    subject: str
+
+    def load(self) -> Image.Image:
+        return loaded(self.path, self.subject)
+
+    def identity(self) -> str:
+        """By content: what was computed serves on where the file was moved."""
+        try:
+            return sha256(self.path)
+        except OSError as error:
+            raise InputError(f"{self.subject} cannot be read ({error.strerror}); replace it.") from error
+
+
 class PictureError(ValueError):
     """The message of `read_picture` continues "the image ..."; that of `picture_below` is a whole clause."""
+
+
+def loaded(source: Path | BytesIO, subject: str) -> Image.Image:
+    """As `read_picture`. Raises InputError, which begins with `subject`."""
+    try:
+        return read_picture(source)
+    except FileNotFoundError as error:
+        raise InputError(f"{subject} is gone; replace it.") from error
+    except PictureError as error:
+        raise InputError(f"{subject} {error}; replace it.") from error
 
 
 def read_picture(source: Path | BytesIO) -> Image.Image:

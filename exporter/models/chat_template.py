@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from datetime import datetime, tzinfo
-from typing import Any
+from typing import TYPE_CHECKING, overload
 
 from jinja2 import TemplateError
 from transformers.utils import chat_template_utils
 
 from exporter.errors import InputError, refusing
+from exporter.models.conversation import Conversation, GivenConversation
 from exporter.runtime.time_limit import limited
+
+if TYPE_CHECKING:
+    from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
 #: Seconds of computing for the text of one batch of prompts, which takes milliseconds.
 LIMIT = 10.0
@@ -21,8 +25,28 @@ DAY = "2025-01-01"
 _AS_RENDERED = "{{ messages[0]['rendered'] }}"
 
 
-def rendered(processor: Any, conversation: Sequence[Any], what: str = "MODEL", **options: Any) -> Any:
-    """What the chat template of a processor or a tokenizer makes of one conversation, or of a list. Raises InputError.
+@overload
+def rendered(
+    processor: ProcessorMixin | PreTrainedTokenizerBase, conversation: GivenConversation, what: str = ..., **options: object
+) -> str: ...
+
+
+@overload
+def rendered(
+    processor: ProcessorMixin | PreTrainedTokenizerBase,
+    conversation: Sequence[GivenConversation],
+    what: str = ...,
+    **options: object,
+) -> list[str]: ...
+
+
+def rendered(
+    processor: ProcessorMixin | PreTrainedTokenizerBase,
+    conversation: GivenConversation | Sequence[GivenConversation],
+    what: str = "MODEL",
+    **options: object,
+) -> str | list[str]:
+    """What a chat template makes of one conversation, or of each of a list. Raises InputError.
 
     what: whose template it is, for the message.
     """
@@ -31,7 +55,7 @@ def rendered(processor: Any, conversation: Sequence[Any], what: str = "MODEL", *
         return processor.apply_chat_template(conversation, tokenize=False, **options)
 
 
-def encoded(processor: Any, conversations: Sequence[Sequence[dict[str, Any]]], **options: Any) -> Any:
+def encoded(processor: ProcessorMixin, conversations: Sequence[Conversation], **options: object) -> BatchFeature:
     """The inputs that a processor makes of conversations, with the generation prompt at their end. Raises InputError.
 
     All but the template's own rendering, which alone is limited, is `apply_chat_template`'s.

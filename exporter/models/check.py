@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
 from exporter.errors import InputError, refusing
 from exporter.modeling.modeling_shiftdc_prompts import PromptFrame
@@ -90,5 +89,5 @@ def skeleton(base: BaseFiles, recipe: Recipe) -> VLM:
     with refusing(f"MODEL: {base.name} cannot be set up as {recipe.family}", "restore its config.json"):
         config = AutoConfig.from_pretrained(base.folder, trust_remote_code=False)
         with torch.device("meta"):
-            model: Any = AutoModelForImageTextToText.from_config(config)
+            model: PreTrainedModel = AutoModelForImageTextToText.from_config(config)
     return VLM(model, load_processor(base.folder, recipe), composed_text=recipe.chat_template is not None)

@@ -54,7 +54,7 @@ def parse_layers(text: str) -> range:
     return layers
 
 
-class Prompts(BaseModel):
+class Wording(BaseModel):
     """Wording of the two extra prompts of the method."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -87,7 +87,7 @@ class Recipe(BaseModel):
     models: tuple[str, ...] = Field(description="checkpoints that the recipe is written for")
     decoder_layers: str = Field(description="path of the decoder layers' ModuleList in the loaded model")
     chat_template: str | None = Field(None, description="Jinja template for families whose checkpoints have none")
-    prompts: Prompts = Field(description="wording of the method's two extra prompts")
+    prompts: Wording = Field(description="wording of the method's two extra prompts")
     calibration: str = Field("builtin", description="builtin, demo, harmless, UNSAFE+SAFE, or a JSONL file")
     benchmark: str = Field("mm-safetybench", description="what --evaluate runs")
     layers: Annotated[str, AfterValidator(_layers)] = Field("auto", description="auto, or A-B: from 0, both ends included")
@@ -102,7 +102,7 @@ class Recipe(BaseModel):
     notes: tuple[str, ...] = Field((), description="what does not work, or works in another way, and why")
 
     @property
-    def wording(self) -> Prompts:
+    def wording(self) -> Wording:
         """The prompts, with that of the caption style as `caption`."""
         if self.caption_style == "request":
             return self.prompts
@@ -123,7 +123,7 @@ def _validated(values: object, where: str) -> Recipe:
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        key, message = first_complaint(error, below=Prompts.model_fields)
+        key, message = first_complaint(error, below=Wording.model_fields)
         found = reprlib.repr(error.errors()[0]["input"])  # it may be as long as the file
         raise InputError(f"Recipe: {key} in {where} is wrong: {message}, found {found}; correct it.") from error
 

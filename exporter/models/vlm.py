@@ -5,17 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
 from torch import nn
 
-from exporter.data.images import blank_image
 from exporter.errors import InputError
 from exporter.modeling.modeling_shiftdc_prompts import PromptComposer, PromptFrame, TokenizerCodec
 from exporter.models.chat_template import composing, encoded, rendered
+from exporter.models.conversation import Conversation, has_image, user_turn, with_blank_image
 from exporter.models.families import Family, family
+from exporter.runtime.padding import left_padded
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 Inputs = dict[str, torch.Tensor]
 
@@ -49,8 +53,8 @@ class VLM:
     `notices`: what transformers said while it loaded them.
     """
 
-    model: Any
-    processor: Any
+    model: PreTrainedModel
+    processor: ProcessorMixin
     composed_text: bool = False
     composer: PromptComposer | None = None
     notices: tuple[str, ...] = ()
@@ -67,7 +71,7 @@ class VLM:
         return family(self.model.config.model_type.removeprefix("shiftdc_"))
 
     @property
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> PreTrainedTokenizerBase:
         return self.processor.tokenizer
 
     @property
@@ -84,9 +88,9 @@ class VLM:
         """Where inputs go: of an offloaded model, the device on which its embeddings run."""
         embeddings = self.model.get_input_embeddings()
         hook = getattr(embeddings, "_hf_hook", None)
-        place = getattr(hook, "execution_device", None)
-        found = embeddings.weight.device if place is None else torch.device(place)
-        return torch.device("cpu") if found.type == "meta" else found  # a model without weights is never run
+        execution = getattr(hook, "execution_device", None)
+        device = embeddings.weight.device if execution is None else torch.device(execution)
+        return torch.device("cpu") if device.type == "meta" else device  # a model without weights is never run
 
     def decoder_layers(self, path: str) -> nn.ModuleList:
         """The decoder layers at `path`, checked against the config. Raises InputError."""
@@ -109,7 +113,7 @@ class VLM:
         conversations = [[user_turn(r, p)] for r, p in zip(requests, pictures, strict=True)]
         return self.encode_conversations(conversations)
 
-    def encode_conversations(self, conversations: Sequence[list[dict[str, Any]]]) -> Inputs:
+    def encode_conversations(self, conversations: Sequence[Conversation]) -> Inputs:
         if self.composed_text and not any(has_image(c) for c in conversations):
             return self.pad([self._without_image(c) for c in conversations])
         if self.composer is not None and not any(has_image(c) for c in conversations):
@@ -118,11 +122,11 @@ class VLM:
         inputs = encoded(self.processor, conversations, return_tensors="pt", processor_kwargs=padding)
         return {k: v.to(self.device) for k, v in inputs.items() if isinstance(v, torch.Tensor) and k != "labels"}
 
-    def _without_image(self, conversation: list[dict[str, Any]]) -> list[int]:
+    def _without_image(self, conversation: Conversation) -> list[int]:
         ids = self.encode_conversations([with_blank_image(conversation)])["input_ids"][0].tolist()
         return [i for i in ids if i != self.image_token_id]
 
-    def _image_taken_out(self, conversation: list[dict[str, Any]], composer: PromptComposer) -> list[int]:
+    def _image_taken_out(self, conversation: Conversation, composer: PromptComposer) -> list[int]:
         text = rendered(self.processor, with_blank_image(conversation), add_generation_prompt=True)
         return composer.text_prompt(self.tokenized(text, composer.frame))
 
@@ -141,30 +145,9 @@ class VLM:
 
     def pad(self, prompts: Sequence[list[int]]) -> Inputs:
         """Left-padded prompts without images: input_ids and attention_mask, int64 [batch, time], and what the family adds."""
-        width = max(map(len, prompts))
-        pad = self.tokenizer.pad_token_id or 0
-        ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts])
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+        ids, mask = map(torch.tensor, left_padded(prompts, self.tokenizer.pad_token_id or 0))
         added = self.family.model.shiftdc_token_inputs(ids, self.image_token_id, {})
         return {k: v.to(self.device) for k, v in {"input_ids": ids, "attention_mask": mask, **added}.items()}
 
     def decode(self, ids: Sequence[int] | torch.Tensor) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
-
-
-def user_turn(request: str, *images: Image.Image | None) -> dict[str, Any]:
-    """One user message in the form that chat templates take."""
-    pictures = [{"type": "image", "image": image} for image in images if image is not None]
-    return {"role": "user", "content": [*pictures, {"type": "text", "text": request}]}
-
-
-def has_image(conversation: list[dict[str, Any]]) -> bool:
-    return any(part["type"] == "image" for turn in conversation for part in turn["content"])
-
-
-def with_blank_image(conversation: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """With a neutral image before the first request."""
-    index = next(i for i, turn in enumerate(conversation) if turn["role"] == "user")
-    first = conversation[index]
-    shown = {**first, "content": [{"type": "image", "image": blank_image()}, *first["content"]]}
-    return [*conversation[:index], shown, *conversation[index + 1 :]]

@@ -118,7 +118,7 @@ def evaluate(plan: Plan, show: Show) -> dict[str, Any]:
 def write_onnx(plan: Plan, show: Show) -> OnnxRecord:
     """ONNX graphs at every precision."""
     with show.progress() as progress:
-        entry = export_onnx(plan.output, tuple(SUFFIXES), progress)
+        entry = export_onnx(plan.output, tuple(SUFFIXES), progress).as_json()
     show.traced(plan.output, entry)
     return OnnxRecord.model_validate(entry)
 

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import json
 import stat
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import yaml
 
@@ -24,6 +24,10 @@ HEADER_BYTES = 32_000_000
 NUMBER_CHARACTERS = 100
 #: Longest request, prompt or caption, in characters.
 TEXT_CHARACTERS = 32_768
+
+
+#: What JSON can hold.
+Json: TypeAlias = "dict[str, Json] | list[Json] | str | int | float | bool | None"
 
 
 class UnreadableError(ValueError):
@@ -75,11 +79,17 @@ def parse_json(text: str | bytes, *, unique: bool = False) -> Any:
         raise UnreadableError(str(error)) from error
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
     found = dict(pairs)
     if len(found) < len(pairs):
         raise UnreadableError("a key stands twice in one object")
     return found
+
+
+def member(value: Mapping[str, Json], key: str) -> Mapping[str, Json]:
+    """The object at `key`; an empty one where there is none, or something else."""
+    found = value.get(key)
+    return found if isinstance(found, dict) else {}
 
 
 def read_json(file: Path, *, unique: bool = False) -> Any:

@@ -15,8 +15,9 @@ from exporter.checkpoint.report import read_report
 from exporter.data import benchmarks_file, calibration_sets
 from exporter.errors import InputError
 from exporter.evaluation.replies import ReplyLog
-from exporter.models.base import INDEX, BaseCheckpoint, resolve
+from exporter.models.base import BaseCheckpoint, resolve
 from exporter.models.recipe import load_recipe
+from exporter.models.shards import INDEX
 from exporter.publishing.card_metadata import inherit
 from exporter.runtime.resources import resource
 from exporter.runtime.safetensors_header import read_header
