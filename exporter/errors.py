@@ -5,6 +5,9 @@ ShiftDCError
 ├── VerificationError     an exported checkpoint is not what it should be: exit code 1
 ├── WriteError            the disk did not take an output, of which nothing is left: exit code 1
 └── hub_errors.PushError  the Hub did not take a push: exit code 1
+
+Each keeps its cause (`from error`), for a trace, unless the cause may quote what nobody is shown (a request, a reply) or is the
+Hub client's, which holds the headers and with them the token: then `from None`.
 """
 
 from __future__ import annotations
@@ -40,8 +43,8 @@ def refusing(what: str, advice: str) -> Iterator[None]:
     """Around a library's reading of files that come from others: whatever it raises becomes one sentence, an InputError."""
     try:
         yield
-    except ShiftDCError:
+    except (ShiftDCError, MemoryError):
         raise
-    except Exception as error:  # noqa: BLE001 (there is no closed list: tokenizers, for one, raises Exception itself)
+    except Exception as error:  # there is no closed list: tokenizers, for one, raises Exception itself
         reason = (str(error).strip().splitlines() or [""])[0].rstrip(".")
-        raise InputError(f"{what} ({type(error).__name__}: {reason[:300]}); {advice}.") from None
+        raise InputError(f"{what} ({type(error).__name__}: {reason[:300]}); {advice}.") from error

@@ -35,7 +35,7 @@ def measured(style: str, split: str, limit: int | None) -> dict[str, Any]:
             "shiftdc"
         ]
     first = next(q for q in questions.questions if q.cell == "harmless_image")
-    inputs = vlm.encode([first.request], [first.image()])
+    inputs = vlm.encode([first.request], [first.image.load()])
     model, length = vlm.model, {"max_new_tokens": 24, "min_new_tokens": 24}
     seen = model.shiftdc_image(**inputs)
     times = seconds(
@@ -47,7 +47,7 @@ def measured(style: str, split: str, limit: int | None) -> dict[str, Any]:
         20,
     )
     captions = [len(c) for c in model.shiftdc_captions(**vlm.encode(
-        [q.request for q in questions.questions if q.image][:64], [q.image() for q in questions.questions if q.image][:64]
+        [q.request for q in questions.questions if q.image][:64], [q.image.load() for q in questions.questions if q.image][:64]
     ))]  # fmt: skip
     return {
         "prompt": plan.recipe.wording.caption,

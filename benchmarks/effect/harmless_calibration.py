@@ -98,7 +98,7 @@ def prepared(vlm: VLM, questions: Sequence[Question]) -> list[Prepared]:
     batches = []
     for start in range(0, len(questions), BATCH):
         chunk = list(questions[start : start + BATCH])
-        inputs = vlm.encode([q.request for q in chunk], [q.image() for q in chunk if q.image is not None])
+        inputs = vlm.encode([q.request for q in chunk], [q.image.load() for q in chunk if q.image is not None])
         batches.append(Prepared(chunk, inputs, vlm.model.shiftdc_captions(**inputs)))
     return batches
 

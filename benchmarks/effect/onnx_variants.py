@@ -38,7 +38,7 @@ def replies(runner: OnnxShiftDC, benchmark: Benchmark, way: str) -> list[Reply]:
         for start in range(0, len(chosen), BATCH):
             batch = chosen[start : start + BATCH]
             begin = time.perf_counter()
-            images = [q.image() if q.image is not None else None for q in batch]
+            images = [q.image.load() if q.image is not None else None for q in batch]
             texts = runner.reply([q.request for q in batch], images, reference=WAYS[way], max_new_tokens=32)
             seconds = {"reply": (time.perf_counter() - begin) / len(batch)}
             found |= {q.id: Reply(way, q.id, text, seconds) for q, text in zip(batch, texts, strict=True)}

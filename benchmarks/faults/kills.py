@@ -78,6 +78,7 @@ class Stage:
         """What is wrong with what a run has left."""
         from exporter.checkpoint.layout import REPORT
         from exporter.checkpoint.manifest import differences
+        from exporter.checkpoint.report import read_report
         from exporter.checkpoint.verify import verify
         from exporter.errors import ShiftDCError
 
@@ -92,7 +93,7 @@ class Stage:
                     for name, content in files.items():
                         (Path(folder) / name).parent.mkdir(parents=True, exist_ok=True)
                         (Path(folder) / name).write_bytes(content)
-                    wrong, _ = differences(Path(folder), json.loads(files[REPORT]))
+                    wrong, _ = differences(Path(folder), read_report(Path(folder)))
                 return "; ".join(wrong) or None
             if ended and (left := sorted(f.name for f in self.output.parent.iterdir() if f != self.output)):
                 return f"left behind: {left}"
@@ -100,7 +101,7 @@ class Stage:
                 return "there is no output" if ended else None
             if not ended:
                 verify(self.output)
-            elif wrong := differences(self.output, json.loads((self.output / REPORT).read_text()))[0]:  # it verified itself
+            elif wrong := differences(self.output, read_report(self.output))[0]:  # it verified itself
                 return "; ".join(wrong)
         except ShiftDCError as error:
             return str(error)

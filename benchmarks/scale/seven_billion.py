@@ -141,7 +141,7 @@ def run_export(base: Path, output: Path, calibration: Path) -> None:
 
     print(json.dumps({"stage": "plan", "needs": plan_needs(plan).report()}), flush=True)
     done = export(plan, say)
-    print(json.dumps({"seconds": done.report["seconds"], "parity": done.report["parity"]}), flush=True)
+    print(json.dumps({"seconds": done.report.seconds, "parity": done.report.parity}), flush=True)
 
 
 def resident(pid: int) -> dict[str, int]:

@@ -24,6 +24,7 @@ from transformers import LlavaForConditionalGeneration
 from benchmarks.support.models import GIGABYTE, save
 from benchmarks.support.side_by_side import one_thread, ratio, row, write
 from exporter.checkpoint.bake import bake
+from exporter.checkpoint.calibrated import Calibrated
 from exporter.directions.directions import Directions
 from exporter.modeling.prompts_shiftdc import PromptFrame
 from exporter.models.base import resolve
@@ -104,7 +105,8 @@ def exported(base_folder: Path, calibration: Path, target: Path) -> float:
     plan = make_plan(str(base_folder), output=target, layers="3-5", calibration=str(calibration))
     done = export(plan)
     assert done is not None
-    return float(done.report["seconds"]["bake"])
+    assert done.report.seconds is not None
+    return done.report.seconds["bake"]
 
 
 def baked(base_folder: Path, target: Path) -> float:
@@ -113,7 +115,7 @@ def baked(base_folder: Path, target: Path) -> float:
     directions = Directions(LAYERS, unit, torch.ones(len(LAYERS)), ())
     target.mkdir()
     start = time.perf_counter()
-    bake(base, recipe, directions, LAYERS, FRAME, target)
+    bake(base, Calibrated(recipe, directions, LAYERS, FRAME), target)
     return time.perf_counter() - start
 
 

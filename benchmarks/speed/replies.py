@@ -20,6 +20,7 @@ from tiny import picture
 from benchmarks.support.models import SMALL, Size, save
 from benchmarks.support.side_by_side import one_thread, ratio, row, seconds, write
 from exporter.checkpoint.bake import bake
+from exporter.checkpoint.calibrated import Calibrated
 from exporter.checkpoint.open import load_calibrated
 from exporter.directions.directions import Directions
 from exporter.models.base import resolve
@@ -39,8 +40,8 @@ def calibrated(base_folder: Path, folder: Path, size: Size = SMALL) -> VLM:
         torch.randn(len(LAYERS), size.hidden, generator=torch.Generator().manual_seed(0)), dim=-1
     )
     folder.mkdir()
-    bake(base, recipe, Directions(LAYERS, unit, torch.ones(len(LAYERS)), ()), LAYERS,
-         prompt_frame(load_vlm(base, recipe), recipe.wording), folder)  # fmt: skip
+    directions = Directions(LAYERS, unit, torch.ones(len(LAYERS)), ())
+    bake(base, Calibrated(recipe, directions, LAYERS, prompt_frame(load_vlm(base, recipe), recipe.wording)), folder)
     return load_calibrated(folder, recipe)
 
 

@@ -9,30 +9,36 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from safetensors import safe_open
 from torch import nn
 
 from exporter.checkpoint.layout import ADAPTER_FILES
+from exporter.checkpoint.report import AdapterRecord
 from exporter.errors import InputError, ShiftDCError
-from exporter.models.base import INDEX, BaseCheckpoint
+from exporter.models.base import BaseCheckpoint
 from exporter.models.hub_snapshot import download
+from exporter.models.shards import INDEX
 from exporter.runtime.hashing import sha256
-from exporter.runtime.linking import duplicate, lend
+from exporter.runtime.linking import clone_or_copy, symlink_or_copy
 from exporter.runtime.reading import UnreadableError, read_json
 from exporter.runtime.safetensors_header import TensorHeader, read_header
 from exporter.runtime.time_limit import limited
+
+if TYPE_CHECKING:
+    from peft.tuners.lora import LoraLayer
+    from transformers import PreTrainedModel
 
 CONFIG, WEIGHTS = ADAPTER_FILES
 #: Seconds of computing in which PEFT puts an adapter onto a model without weights.
 LIMIT = 30.0
 #: Settings under which an adapter holds more than low-rank factors.
-_WHOLE = ("modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication")
+_NOT_LOW_RANK = ("modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication")
 
 
 @dataclass(frozen=True)
@@ -44,14 +50,14 @@ class Adapter:
     folder: Path
     sha256: str
 
-    def report(self, kept: bool) -> dict[str, Any]:
-        return {"id": self.name, "revision": self.revision, "sha256": self.sha256, "merged": not kept}
+    def record(self, kept: bool) -> AdapterRecord:
+        return AdapterRecord(id=self.name, revision=self.revision, sha256=self.sha256, merged=not kept)
 
 
-class _Target(NamedTuple):
+class _AdaptedTensor(NamedTuple):
     """A LoRA layer, and the base's tensor that it changes."""
 
-    layer: Any
+    layer: LoraLayer
     shard: Path
     key: str
 
@@ -77,13 +83,13 @@ def adapter_sha256(folder: Path) -> str:
     return hashlib.sha256("".join(sha256(folder / file) for file in ADAPTER_FILES).encode()).hexdigest()
 
 
-def _config(folder: Path, name: str) -> dict[str, Any]:
+def _config(folder: Path, name: str) -> dict[str, object]:
     try:
         config = read_json(folder / CONFIG)
     except UnreadableError as error:
         raise InputError(
             f"--adapter: {name} has no readable {CONFIG} ({error}); give the folder or Hub id of a PEFT adapter."
-        ) from None
+        ) from error
     kind = config.get("peft_type") if isinstance(config, dict) else None
     if not isinstance(kind, str):
         raise InputError(f"--adapter: the {CONFIG} of {name} names no peft_type; give the folder or Hub id of a PEFT adapter.")
@@ -93,7 +99,7 @@ def _config(folder: Path, name: str) -> dict[str, Any]:
         pickled = (folder / "adapter_model.bin").exists() or any(folder.glob("*.bin"))
         found = "only a pickle file, which can run code when loaded" if pickled else "none"
         raise InputError(f"--adapter: {name} has no {WEIGHTS} (found {found}); save it with safe_serialization=True.")
-    more = [key for key in _WHOLE if config.get(key)] + ["bias"] * (config.get("bias", "none") != "none")
+    more = [key for key in _NOT_LOW_RANK if config.get(key)] + ["bias"] * (config.get("bias", "none") != "none")
     tensors = [key for key in read_header(folder / WEIGHTS, "--adapter") if ".lora_" not in key]
     if config.get("megatron_config") or config.get("megatron_core") not in (None, "megatron.core"):
         raise InputError(f"--adapter: the {CONFIG} of {name} names code (megatron_core); give an adapter of transformers layers.")
@@ -105,7 +111,7 @@ def _config(folder: Path, name: str) -> dict[str, Any]:
     return config
 
 
-def _check_base(name: str, config: dict[str, Any], base: BaseCheckpoint) -> None:
+def _check_base(name: str, config: Mapping[str, object], base: BaseCheckpoint) -> None:
     """Factors of another fine-tune of the same architecture fit by shape and do something else."""
     trained_on = config.get("base_model_name_or_path")
     if trained_on is not None and not isinstance(trained_on, str):
@@ -129,11 +135,11 @@ def _is_folder(path: str, folder: Path) -> bool:
 
 
 def merge(base: BaseCheckpoint, adapter: Adapter, folder: Path) -> BaseCheckpoint:
-    """Write the merged checkpoint into the empty `folder`, which is there for a while: what has no changed tensor is lent."""
+    """Write the merged checkpoint into the empty `folder`, soon deleted: shards without a changed tensor are symbolic links."""
     targets = _targets(adapter, base)
     changed = {target.shard for target in targets}
     for shard in base.shards:
-        (duplicate if shard in changed else lend)(shard, folder / shard.name)
+        (clone_or_copy if shard in changed else symlink_or_copy)(shard, folder / shard.name)
     for target in targets:
         merged = _merged(target)
         _overwrite(folder / target.shard.name, base.headers[target.shard][target.key], merged)
@@ -150,7 +156,7 @@ def changed_shards(adapter: Adapter, base: BaseCheckpoint) -> set[Path]:
     return {target.shard for target in _targets(adapter, base)}
 
 
-def _merged(target: _Target) -> torch.Tensor:
+def _merged(target: _AdaptedTensor) -> torch.Tensor:
     with safe_open(target.shard, "pt") as stored:
         weight = stored.get_tensor(target.key).clone()
     target.layer.get_base_layer().weight = nn.Parameter(weight, requires_grad=False)
@@ -172,7 +178,7 @@ def _overwrite(file: Path, header: TensorHeader, value: torch.Tensor) -> None:
         stream.write(data)
 
 
-def _targets(adapter: Adapter, base: BaseCheckpoint) -> list[_Target]:
+def _targets(adapter: Adapter, base: BaseCheckpoint) -> list[_AdaptedTensor]:
     """The LoRA layers of a base without weights, with the adapter's factors loaded. Raises InputError."""
     from transformers import AutoConfig, AutoModelForImageTextToText
 
@@ -187,11 +193,11 @@ def _targets(adapter: Adapter, base: BaseCheckpoint) -> list[_Target]:
         if shard is None or key is None or converted:
             why = "is stored in another form" if converted else "shares its weight with another layer"
             raise InputError(f"--adapter: {adapter.name} changes {path}, which {why} in {base.name}; merge it yourself.")
-        targets.append(_Target(layer, shard, key))
+        targets.append(_AdaptedTensor(layer, shard, key))
     return targets
 
 
-def _stored_names(model: Any, base: BaseCheckpoint) -> Iterator[tuple[str, tuple[Path, str, bool]]]:
+def _stored_names(model: PreTrainedModel, base: BaseCheckpoint) -> Iterator[tuple[str, tuple[Path, str, bool]]]:
     """Name in the model -> (shard, name there, whether loading computes it from several tensors or changes its form)."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
@@ -206,7 +212,7 @@ def _stored_names(model: Any, base: BaseCheckpoint) -> Iterator[tuple[str, tuple
             yield name, (shard, key, converter is not None)
 
 
-def _with_factors(adapter: Adapter, base: BaseCheckpoint, model: Any) -> list[tuple[str, Any]]:
+def _with_factors(adapter: Adapter, base: BaseCheckpoint, model: PreTrainedModel) -> list[tuple[str, LoraLayer]]:
     """(path, LoRA layer) with the adapter's factors on the CPU and the base's weights nowhere. Raises InputError."""
     from peft import PeftConfig, PeftModel, set_peft_model_state_dict
     from peft.tuners.lora import LoraLayer
@@ -222,18 +228,18 @@ def _with_factors(adapter: Adapter, base: BaseCheckpoint, model: Any) -> list[tu
             left_over: list[str] = getattr(result, "unexpected_keys")  # noqa: B009 (torch's type has no names)
     except ShiftDCError:
         raise
-    except Exception as error:  # noqa: BLE001 (PEFT checks few of its settings, and raises what comes of them)
+    except Exception as error:  # PEFT checks few of its settings, and raises what comes of them
         reason = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip().rstrip(".")
         raise InputError(
             f"--adapter: {adapter.name} does not fit {base.name}: {reason:.500}; give the adapter's own base model."
-        ) from None
+        ) from error
     if left_over or any(p.isnan().any() for p in factors):
         what = f"it holds {left_over[0]}" if left_over else "it lacks some of the factors that its configuration names"
         raise InputError(f"--adapter: {adapter.name} does not fit {base.name}: {what}; give the adapter's own base model.")
     return layers
 
 
-def _on_cpu(layer: Any) -> list[torch.Tensor]:
+def _on_cpu(layer: LoraLayer) -> list[torch.Tensor]:
     """The layer's factors, NaN until they are loaded."""
     for name, child in layer.named_children():
         if name != "base_layer":

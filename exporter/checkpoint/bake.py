@@ -14,17 +14,16 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from exporter.checkpoint.layout import ADAPTER, ADAPTER_FILES, SHARD
-from exporter.directions.directions import Directions
+from exporter.checkpoint.calibrated import Calibrated
+from exporter.checkpoint.layout import ADAPTER, ADAPTER_FILES, SHARD, buffer_key
 from exporter.errors import InputError
 from exporter.modeling.configuration_shiftdc import FORMAT_VERSION
 from exporter.modeling.modeling_shiftdc import buffers_sha256
-from exporter.modeling.prompts_shiftdc import PromptFrame
-from exporter.models.base import INDEX, SINGLE, BaseCheckpoint
+from exporter.models.base import BaseCheckpoint
 from exporter.models.families import Family, family
-from exporter.models.recipe import Recipe
+from exporter.models.shards import INDEX, SINGLE
 from exporter.runtime.hashing import HashOf, sha256
-from exporter.runtime.linking import lend, place
+from exporter.runtime.linking import link_or_copy, symlink_or_copy
 from exporter.runtime.reading import read_json
 from exporter.runtime.safetensors_header import read_header
 
@@ -37,26 +36,20 @@ class Baked:
     placed: dict[str, int]
 
 
-def shiftdc_block(
-    recipe: Recipe,
-    layers: tuple[int, ...],
-    frame: PromptFrame,
-    base: BaseCheckpoint,
-    directions: Directions,
-    adapter: Path | None = None,
-) -> dict[str, Any]:
+def shiftdc_block(calibrated: Calibrated, base: BaseCheckpoint, adapter: Path | None = None) -> dict[str, object]:
     """The `shiftdc` block of config.json."""
+    recipe = calibrated.recipe
     return {
         "version": FORMAT_VERSION,
         "reference": recipe.reference,
         "rule": recipe.rule,
         "gate": recipe.gate,
-        "strength": 1.0 if recipe.strength == "auto" else recipe.strength,  # a sweep starts from 1
-        "layers": list(layers),
-        "buffers_sha256": [buffers_sha256(*directions.of(layer)) for layer in layers],
+        "strength": calibrated.strength,
+        "layers": list(calibrated.layers),
+        "buffers_sha256": [buffers_sha256(direction, shift) for _, direction, shift in calibrated.vectors],
         "decoder_layers": recipe.decoder_layers,
         "caption_max_new_tokens": recipe.caption_tokens,
-        "prompt": frame.as_json(),
+        "prompt": calibrated.frame.as_json(),
         "base_model": {"id": base.name, "revision": base.revision},
         **({} if adapter is None else {"adapter": ADAPTER}),
     }
@@ -64,54 +57,63 @@ def shiftdc_block(
 
 def bake(
     base: BaseCheckpoint,
-    recipe: Recipe,
-    directions: Directions,
-    layers: tuple[int, ...],
-    frame: PromptFrame,
+    calibrated: Calibrated,
     folder: Path,
+    *,
     adapter: Path | None = None,
     hash_of: HashOf | None = None,
-    for_a_while: bool = False,
+    temporary: bool = False,
 ) -> Baked:
     """Write the checkpoint into the empty `folder`.
 
     adapter: folder of a PEFT adapter that goes along, unmerged. hash_of: gives the hash of a base shard (`background_hashes`).
-    for_a_while: shards are only lent.
+    temporary: the folder is soon deleted, so shards may be symbolic links.
     """
-    hash_of = hash_of or sha256
-    names = {shard: _shard_name(shard) for shard in base.shards}
-    hashes = {}
-    placed: Counter[str] = Counter()
-    for shard, name in names.items():
-        if for_a_while:
-            lend(shard, folder / name)
-        else:
-            placed[place(shard, folder / name)] += shard.stat().st_size
-        hashes[name] = hash_of(shard)
-        if not shard.samefile(folder / name) and sha256(folder / name) != hashes[name]:
-            raise InputError(f"MODEL: {shard} changed while it was copied; leave the base folder alone and run again.")
-    tensors = {}
-    for layer in layers:
-        direction, shift = directions.of(layer)
-        prefix = f"{recipe.decoder_layers}.{layer}.shiftdc"
-        tensors[f"{prefix}.direction"] = direction.contiguous()
-        tensors[f"{prefix}.shift"] = shift.clone()
-    save_file(tensors, folder / SHARD, metadata={"format": "pt"})
-    (folder / SHARD).chmod(0o644)  # safetensors writes 0600
-    write_index(folder, [*names.values(), SHARD])
-    classes = family(recipe.family)
+    baked = _put_shards(base, folder, hash_of or sha256, temporary)
+    _save_vectors(calibrated, folder)
+    write_index(folder, [*baked.hashes, SHARD])
+    classes = family(calibrated.recipe.family)
     for file in classes.files:
         shutil.copyfile(file, folder / file.name)
     if adapter is not None:
-        (folder / ADAPTER).mkdir()
-        for name in ADAPTER_FILES:
-            shutil.copyfile(adapter / name, folder / ADAPTER / name)
-    config = calibrated_config(base, classes, shiftdc_block(recipe, layers, frame, base, directions, adapter))
+        _copy_adapter(adapter, folder)
+    config = calibrated_config(base, classes, shiftdc_block(calibrated, base, adapter))
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
     for companion in base.companions:
         (folder / companion).parent.mkdir(parents=True, exist_ok=True)
         copy_companion(base.folder / companion, folder / companion)
+    return baked
+
+
+def _put_shards(base: BaseCheckpoint, folder: Path, hash_of: HashOf, temporary: bool) -> Baked:
+    """Raises InputError where a shard changes meanwhile."""
+    hashes: dict[str, str] = {}
+    placed: Counter[str] = Counter()
+    for shard in base.shards:
+        target = folder / _shard_name(shard)
+        if temporary:
+            symlink_or_copy(shard, target)
+        else:
+            placed[link_or_copy(shard, target)] += shard.stat().st_size
+        hashes[target.name] = hash_of(shard)
+        if not shard.samefile(target) and sha256(target) != hashes[target.name]:
+            raise InputError(f"MODEL: {shard} changed while it was copied; leave the base folder alone and run again.")
     return Baked(hashes, dict(placed))
+
+
+def _save_vectors(calibrated: Calibrated, folder: Path) -> None:
+    tensors = {}
+    for layer, direction, shift in calibrated.vectors:
+        tensors[buffer_key(calibrated.recipe.decoder_layers, layer, "direction")] = direction.contiguous()
+        tensors[buffer_key(calibrated.recipe.decoder_layers, layer, "shift")] = shift.clone()
+    save_file(tensors, folder / SHARD, metadata={"format": "pt"})
+    (folder / SHARD).chmod(0o644)  # safetensors writes 0600
+
+
+def _copy_adapter(adapter: Path, folder: Path) -> None:
+    (folder / ADAPTER).mkdir()
+    for name in ADAPTER_FILES:
+        shutil.copyfile(adapter / name, folder / ADAPTER / name)
 
 
 #: Keys that name code of a repository; an export is loaded with trust_remote_code, which must not reach the base's.
@@ -134,13 +136,13 @@ def copy_companion(source: Path, target: Path) -> None:
         target.write_text(json.dumps(kept, indent=2) + "\n", "utf-8")
 
 
-def calibrated_config(base: BaseCheckpoint, classes: Family, block: dict[str, Any]) -> dict[str, Any]:
+def calibrated_config(base: BaseCheckpoint, classes: Family, block: dict[str, object]) -> dict[str, object]:
     """The base's config.json under the family's own model_type, guarded against stock classes."""
     config = {**without_code(dict(base.config)), **identity(classes), "shiftdc": block}
     return classes.config.shiftdc_guarded(config)
 
 
-def identity(classes: Family) -> dict[str, Any]:
+def identity(classes: Family) -> dict[str, object]:
     """What config.json says of the classes and the code to load: exactly ours."""
     return {
         "architectures": [classes.model.__name__],

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 from exporter.checkpoint.layout import CARD, REPORT
+from exporter.checkpoint.report import Report
 from exporter.runtime.hashing import sha256
 
 
@@ -30,21 +30,21 @@ def _hash(file: Path) -> str:
     return sha256(file) if file.is_file() else "a link that leads to no file"
 
 
-def recorded(report: dict[str, Any], folder: Path, changed: Iterable[str]) -> dict[str, Any]:
+def rehashed(report: Report, folder: Path, changed: Iterable[str]) -> Report:
     """The report with the hashes of `changed` paths as they are in `folder` now."""
     return with_hashes(report, {p: sha256(folder / p) for p in changed})
 
 
-def with_hashes(report: dict[str, Any], changed: Mapping[str, str]) -> dict[str, Any]:
+def with_hashes(report: Report, changed: Mapping[str, str]) -> Report:
     """The report with other hashes of some paths."""
-    return {**report, "files": dict(sorted({**report["files"], **changed}.items()))}
+    return report.model_copy(update={"files": dict(sorted({**report.files, **changed}.items()))})
 
 
-def differences(folder: Path, report: dict[str, Any]) -> tuple[list[str], list[str]]:
+def differences(folder: Path, report: Report) -> tuple[list[str], list[str]]:
     """(what is wrong, one clause each; what its owner may have edited). Hashes every file."""
-    expected, found = report["files"], hashes(folder)
+    expected, found = report.files, hashes(folder)
     changed = [p for p in expected.keys() & found.keys() if expected[p] != found[p]]
-    shards = report["base_model"]["shards"]
+    shards = report.base_model.shards
     wrong = [
         *(f"{p} is missing" for p in expected.keys() - found.keys()),
         *(f"{p} is not part of the export" for p in found.keys() - expected.keys()),

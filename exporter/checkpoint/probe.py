@@ -6,27 +6,29 @@ independent implementation; and with its picture and the prompt's text, so that 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
+from exporter.checkpoint.calibrated import Calibrated
 from exporter.checkpoint.verify_worker import libraries
 from exporter.data.images import typographic_image
 from exporter.directions.activations import last_token, last_token_activations
-from exporter.directions.directions import Directions
-from exporter.modeling.prompts_shiftdc import PromptFrame
 from exporter.models.chat_template import DAY, rendered
+from exporter.models.conversation import user_turn
 from exporter.models.processors import ODD_TEXT, tokenizers
-from exporter.models.recipe import Recipe
-from exporter.models.vlm import VLM, user_turn
+from exporter.models.vlm import VLM
+
+#: What a decoder layer gives, and what a hook makes of it.
+Output = torch.Tensor | tuple[torch.Tensor, ...]
+Hook = Callable[[nn.Module, object, Output], Output]
 
 PROBE = Path("assets") / "shiftdc_probe.safetensors"
 REQUEST, CAPTION, PICTURE = "What is shown in the image?", "a sign with the word hello", "hello"
@@ -52,35 +54,35 @@ class Probe:
         file.chmod(0o644)  # safetensors writes 0600
 
 
-def record_probe(vlm: VLM, directions: Directions, layers: tuple[int, ...], recipe: Recipe, frame: PromptFrame) -> Probe:
+def record_probe(vlm: VLM, calibrated: Calibrated) -> Probe:
     """Run the probe on the uncalibrated model.
 
     The reference lies one step along the direction below the prompt's own coordinates, so that every gate corrects.
     """
+    recipe, layers = calibrated.recipe, calibrated.layers
     modules = vlm.decoder_layers(recipe.decoder_layers)
     chosen = [modules[i] for i in layers]
-    direction = torch.stack([directions.of(i)[0] for i in layers])
-    step = torch.tensor([s.step for s in directions.statistics if s.layer in layers])
+    direction = torch.stack([vector for _, vector, _ in calibrated.vectors])
+    step = torch.tensor([s.step for s in calibrated.directions.statistics if s.layer in layers])
     picture = typographic_image(PICTURE)
     inputs = vlm.encode([REQUEST], [picture])
     caption = vlm.tokenizer(CAPTION, add_special_tokens=False)["input_ids"]
-    counterpart = vlm.composing(frame).text_prompt(inputs["input_ids"][0].tolist(), caption)
+    counterpart = vlm.composing(calibrated.frame).text_prompt(inputs["input_ids"][0].tolist(), caption)
     coordinates = (last_token_activations(vlm, chosen, inputs) * direction).sum(-1)
     text_coordinates = (last_token_activations(vlm, chosen, vlm.pad([counterpart])) * direction).sum(-1)
     reference = coordinates - step.clamp_min(1e-3)
     position = last_token(inputs["attention_mask"])
     one_sided = recipe.gate == "one-sided"
     fixed = coordinates - reference if recipe.rule == "precomputed" else None
-    strength = 1.0 if recipe.strength == "auto" else recipe.strength
-    with corrected(chosen, direction, position, reference, strength=strength, one_sided=one_sided, fixed=fixed):
-        calibrated = _next_logits(vlm, inputs)
+    with corrected(chosen, direction, position, reference, strength=calibrated.strength, one_sided=one_sided, fixed=fixed):
+        calibrated_logits = _next_logits(vlm, inputs)
     results = {
         "caption_ids": torch.tensor(caption),
         "coordinates": coordinates,
         "text_coordinates": text_coordinates,
         "reference": reference,
         "logits": _next_logits(vlm, inputs),
-        "calibrated_logits": calibrated,
+        "calibrated_logits": calibrated_logits,
     }
     tensors = {**{f"input.{k}": v for k, v in inputs.items()}, **results, **_processed(vlm, picture)}
     dtype = str(vlm.model.dtype).removeprefix("torch.")
@@ -121,8 +123,8 @@ def corrected(
     direction [layers, hidden], reference [batch, layers]; `fixed` [batch, layers] gives the amounts x.d - r instead.
     """
 
-    def hook(column: int) -> Any:
-        def correct(module: nn.Module, args: Any, output: Any) -> Any:
+    def hook(column: int) -> Hook:
+        def correct(module: nn.Module, args: object, output: Output) -> Output:
             hidden = (output[0] if isinstance(output, tuple) else output).clone()
             d = direction[column].to(hidden.device)
             for row, token in enumerate(position.tolist()):

@@ -61,7 +61,7 @@ def check_output(output: Path, force: bool) -> Contents:
             raise InputError(f"--output: {output} exists; give another folder, or --force to replace it.")
         return _replaceable(output, place)
     except OSError as error:
-        raise InputError(f"--output: {output} cannot be used ({error.strerror}); give another folder.") from None
+        raise InputError(f"--output: {output} cannot be used ({error.strerror}); give another folder.") from error
 
 
 def _replaceable(output: Path, place: Path) -> Contents:
@@ -73,7 +73,7 @@ def _replaceable(output: Path, place: Path) -> Contents:
     except UnreadableError as error:
         raise InputError(
             f"--output: the {REPORT} in {output} does not tell which files are the export's ({error}); give another folder."
-        ) from None
+        ) from error
     if found.others:
         raise InputError(
             f"--output: {output} holds what is no part of the export there ({few(found.others)}); "
@@ -152,9 +152,9 @@ def _disk(output: Path) -> Iterator[None]:
         yield
     except OSError as error:
         where = f", at {error.filename}" if error.filename else ""
-        raise WriteError(f"{output} was not written ({error.strerror or error}{where}); see to it and run again.") from None
+        raise WriteError(f"{output} was not written ({error.strerror or error}{where}); see to it and run again.") from error
     except SafetensorError as error:  # how it reports a full disk
-        raise WriteError(f"{output} was not written ({error}); see to it and run again.") from None
+        raise WriteError(f"{output} was not written ({error}); see to it and run again.") from error
 
 
 @contextmanager
@@ -168,7 +168,7 @@ def _able_to_hold_folders(output: Path) -> Iterator[None]:
         where = f", at {error.filename}" if error.filename else ""
         raise InputError(
             f"--output: no folder can be made at {output} ({error.strerror or error}{where}); give a folder elsewhere."
-        ) from None
+        ) from error
 
 
 def _absolute(output: Path) -> Path:

@@ -15,17 +15,16 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from datetime import datetime
+from datetime import datetime, tzinfo
 from importlib import metadata
 from io import BytesIO
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
 from PIL import Image
 from safetensors import safe_open
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 from transformers.utils import chat_template_utils
 
 #: Largest difference of logits, relative to their largest magnitude, that another machine or kernel may cause.
@@ -55,8 +54,8 @@ def on_the_day(day: str) -> Iterator[None]:
 
     class Clock(datetime):
         @classmethod
-        def now(cls, tz: Any = None) -> Any:
-            return datetime.fromisoformat(day)
+        def now(cls, tz: tzinfo | None = None) -> Clock:
+            return cls.fromisoformat(day)
 
     clock, chat_template_utils.datetime = chat_template_utils.datetime, Clock
     try:
@@ -76,7 +75,7 @@ def remakes_inputs(folder: Path, probe: dict[str, torch.Tensor], texts: Mapping[
     return found
 
 
-def _remade(processor: Any, probe: dict[str, torch.Tensor], texts: Mapping[str, str]) -> list[str]:
+def _remade(processor: ProcessorMixin, probe: dict[str, torch.Tensor], texts: Mapping[str, str]) -> list[str]:
     failures = []
     for name, expected in probe.items():
         if name.startswith("tokens."):
@@ -121,7 +120,7 @@ def refuses_uncalibrated_loading(folder: Path, architecture: str) -> list[str]:
     return [f"{name} {wrong}" for name, way in ways.items() if (wrong := _not_refused(*way, folder))]
 
 
-def _not_refused(cls: Any, reason: str, folder: Path) -> str | None:
+def _not_refused(cls: type[PreTrainedModel], reason: str, folder: Path) -> str | None:
     """What is wrong unless `cls` refuses the folder for the `reason` that stands in its error, or in that error's cause."""
     try:
         cls.from_pretrained(folder, trust_remote_code=False)
@@ -135,7 +134,7 @@ def _difference(found: torch.Tensor, expected: torch.Tensor) -> float:
     return ((found - expected).abs().max() / expected.abs().max().clamp_min(1e-6)).item()
 
 
-def _device(model: Any) -> torch.device:
+def _device(model: PreTrainedModel) -> torch.device:
     """Where inputs go: of an offloaded model, the device on which its embeddings run."""
     embeddings = model.get_input_embeddings()
     place = getattr(getattr(embeddings, "_hf_hook", None), "execution_device", None)
@@ -143,12 +142,14 @@ def _device(model: Any) -> torch.device:
 
 
 @torch.no_grad()
-def reproduces_probe(folder: Path, model: Any, probe: dict[str, torch.Tensor], dtype: str) -> tuple[list[str], dict[str, Any]]:
+def reproduces_probe(
+    model: PreTrainedModel, probe: dict[str, torch.Tensor], dtype: str
+) -> tuple[list[str], dict[str, float | bool]]:
     failures: list[str] = []
     device = _device(model)
     inputs = {k.removeprefix("input."): v.to(device) for k, v in probe.items() if k.startswith("input.")}
 
-    def logits(**options: Any) -> torch.Tensor:
+    def logits(**options: object) -> torch.Tensor:
         return model(**inputs, logits_to_keep=1, **options).logits[0, -1].float().cpu()
 
     reference = probe["reference"].to(device)
@@ -186,7 +187,7 @@ def reproduces_probe(folder: Path, model: Any, probe: dict[str, torch.Tensor], d
     return failures, {**parity, "uncalibrated_exact": torch.equal(off, probe["logits"])}
 
 
-def main(folder: Path, device_map: str | None = None, offload: str | None = None) -> dict[str, Any]:
+def main(folder: Path, device_map: str | None = None, offload: str | None = None) -> dict[str, object]:
     config = json.loads((folder / "config.json").read_text("utf-8"))
     report = json.loads((folder / "shiftdc_report.json").read_text("utf-8"))
     failures = refuses_uncalibrated_loading(folder, report["base_model"]["architecture"])
@@ -207,7 +208,7 @@ def main(folder: Path, device_map: str | None = None, offload: str | None = None
             failures.append(f"loading reports {len(loading[kind])} {kind.replace('_', ' ')} ({min(map(str, loading[kind]))})")
     if type(model).__name__ != config["architectures"][0]:
         failures.append(f"loading gives a {type(model).__name__}, expected {config['architectures'][0]}")
-    more, parity = reproduces_probe(folder, model, probe, dtype)
+    more, parity = reproduces_probe(model, probe, dtype)
     if "exporter" in sys.modules:
         failures.append("the checkpoint imports the exporter package; it must load with transformers alone")
     return {"failures": failures + more, "parity": parity}

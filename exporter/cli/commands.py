@@ -168,8 +168,8 @@ def onnx(checkpoint: Path, precision: str, quiet: bool, as_json: bool) -> None:
         with show.progress() as progress:
             entry = export_onnx(checkpoint, precisions, progress)
     if as_json:
-        return print_json({"checkpoint": str(checkpoint), **entry})
-    return show.traced(checkpoint, entry)
+        return print_json({"checkpoint": str(checkpoint), **entry.as_json()})
+    return show.traced(checkpoint, entry.as_json())
 
 
 @main.command()

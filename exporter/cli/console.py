@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,14 +17,14 @@ if TYPE_CHECKING:  # none of these is needed to print the help
     from exporter.evaluation.comparison import Comparison
     from exporter.models.base import SmallFiles
     from exporter.models.check import Check
-    from exporter.models.footprint import Needs
+    from exporter.models.footprint import Footprint
     from exporter.models.recipe import Recipe
     from exporter.pipeline.export import Export
     from exporter.pipeline.plan import Plan
     from exporter.publishing.push import Pushed, PushPlan
 
 
-def plan_document(plan: Plan, needed: Needs, repo_id: str | None) -> dict[str, Any]:
+def plan_document(plan: Plan, needed: Footprint, repo_id: str | None) -> dict[str, Any]:
     """What an export is going to do."""
     return {
         "model": plan.base.name,
@@ -39,7 +40,7 @@ def plan_document(plan: Plan, needed: Needs, repo_id: str | None) -> dict[str, A
         "prompts": str(plan.checked.prompts),
         "calibration": plan.calibration.summary(),
         "weights": f"{plan.base.size / 1e9:.2f} GB in {len(plan.base.shards)} safetensors files",
-        "adapter": None if plan.adapter is None else plan.adapter.report(plan.keep_adapter),
+        "adapter": None if plan.adapter is None else plan.adapter.record(plan.keep_adapter).model_dump(),
         "peak memory": needed.report(),
         "disk": needed.disk,
         "uploads": repo_id or "none",
@@ -70,7 +71,7 @@ def check_text(document: dict[str, Any]) -> str:
     return "\n".join([*(f"{key + ':':16}{printable(str(value))}" for key, value in facts.items() if value is not None), *notes])
 
 
-def plan_text(plan: Plan, needed: Needs, repo_id: str | None) -> str:
+def plan_text(plan: Plan, needed: Footprint, repo_id: str | None) -> str:
     facts = {**plan_document(plan, needed, repo_id), "peak memory": needed, "disk": needed.disk_text()}
     if (adapter := facts["adapter"]) is not None:
         facts["adapter"] = f"{adapter['id']}, {'merged' if adapter['merged'] else 'kept apart'}"
@@ -79,15 +80,15 @@ def plan_text(plan: Plan, needed: Needs, repo_id: str | None) -> str:
 
 def export_text(done: Export) -> str:
     """What was done, and what to do next."""
-    layers, output = done.report["layers"], str(done.plan.output)
-    lines = [f"  layers {_ranges(layers['chosen'])} of {layers['depth']} ({layers['criterion']})"]
-    if (adapter := done.report.get("adapter")) is not None:
-        lines.append(f"  adapter {adapter['id']}: {'merged' if adapter['merged'] else 'kept apart, needs PEFT to load'}")
-    lines += [f"  weights {_placed(way, size)}" for way, size in done.report["base_model"]["placed"].items()]
+    layers, output = done.report.layers, str(done.plan.output)
+    lines = [f"  layers {_ranges(layers.chosen)} of {layers.depth} ({layers.criterion})"]
+    if (adapter := done.report.adapter) is not None:
+        lines.append(f"  adapter {adapter.id}: {'merged' if adapter.merged else 'kept apart, needs PEFT to load'}")
+    lines += [f"  weights {_placed(way, size)}" for way, size in done.report.base_model.placed.items()]
     lines.append(f"  verified in a fresh process: {done.verification.tensors} base tensors bitwise equal, probe reproduced")
-    lines += [f"  transformers says of the base: {printable(line)}" for line in done.report["warnings"]]
-    if done.report["resumed_batches"]:
-        lines.append(f"  went on from an interrupted run: {done.report['resumed_batches']} batches were there already")
+    lines += [f"  transformers says of the base: {printable(line)}" for line in done.report.warnings]
+    if done.report.resumed_batches:
+        lines.append(f"  went on from an interrupted run: {done.report.resumed_batches} batches were there already")
     lines += [
         "Next:",
         f"  shiftdc-export generate {shlex.quote(printable(output))} --image FILE --prompt TEXT",
@@ -106,8 +107,8 @@ def _placed(way: str, size: int) -> str:
     }[way]
 
 
-def _ranges(layers: list[int]) -> str:
-    contiguous = layers == list(range(layers[0], layers[-1] + 1))
+def _ranges(layers: Sequence[int]) -> str:
+    contiguous = list(layers) == list(range(layers[0], layers[-1] + 1))
     return f"{layers[0]}-{layers[-1]}" if contiguous and len(layers) > 1 else ", ".join(map(str, layers))
 
 

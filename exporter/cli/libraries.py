@@ -38,4 +38,4 @@ def _check_torchvision() -> None:
         raise InputError(
             f"torchvision and torch are of different builds ({reason}); install both from one index, or run "
             "'pip uninstall torchvision'."
-        ) from None
+        ) from error

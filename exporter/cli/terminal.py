@@ -44,7 +44,7 @@ class Terminal:
 
     def exported(self, done: Export) -> None:
         click.echo(f"{printable(done.plan.base.name)} is calibrated: {printable(str(done.plan.output))}")
-        for warning in done.report["calibration"].get("warnings", ()):
+        for warning in done.report.calibration.warnings:
             click.echo(f"Warning: {printable(warning)}", err=True)
         click.echo(console.export_text(done))
 
@@ -100,7 +100,7 @@ class Document(Terminal):
         _note(done)
 
     def finished(self, done: Export) -> None:
-        print_json({"output": str(done.plan.output), **done.report})
+        print_json({"output": str(done.plan.output), **done.report.document()})
 
 
 def print_json(document: object) -> None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 
 from exporter import __version__
-from exporter.data.benchmarks_file import read_jsonl
+from exporter.data.benchmarks_file import read_benchmark
 from exporter.data.benchmarks_hub import HUB, read_hub
 from exporter.data.questions import Benchmark, Question
 from exporter.errors import InputError
@@ -23,7 +22,7 @@ def load_benchmark(name_or_file: str, *, split: str = "test", revision: str | No
     if name_or_file in HUB:
         return read_hub(name_or_file, revision)
     if Path(name_or_file).suffix == ".jsonl":
-        return read_jsonl(Path(name_or_file))
+        return read_benchmark(Path(name_or_file))
     raise InputError(f"--benchmark: there is no benchmark {name_or_file!r}; give demo, {', '.join(HUB)}, or a FILE.jsonl.")
 
 
@@ -34,6 +33,6 @@ def _demo(split: str) -> Benchmark:
         raise InputError(f"--benchmark: demo has no split {split!r}; give development or test.")
     items = [item for cell in benchmark.CELLS for item in benchmark.items(split, cell)]  # type: ignore[arg-type]
     questions = tuple(
-        Question(i.id, i.request, i.label, i.cell, i.category, i.image_kind, i.answer, partial(benchmark.image, i)) for i in items
+        Question(i.id, i.request, i.label, i.cell, i.category, i.image_kind, i.answer, benchmark.Drawing(i)) for i in items
     )
     return Benchmark("demo", questions, f"shiftdc-export {__version__}, {split} split")

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from exporter.data.pictures import PictureError, path_as_text, picture_below
-from exporter.data.questions import ATTACKS, Benchmark, Cell, Kind, Question, picture_of
+from exporter.data.jsonl import LineError, read_jsonl
+from exporter.data.pictures import PictureError, PictureFile, path_as_text, picture_below
+from exporter.data.questions import ATTACKS, Benchmark, Cell, Kind, Question
 from exporter.errors import InputError
-from exporter.runtime.reading import LINES_BYTES, TEXT_CHARACTERS, NoFileError, UnreadableError, parse_json, read_bytes, text_of
+from exporter.runtime.reading import TEXT_CHARACTERS, NoFileError, UnreadableError
 
 
 class _Row(BaseModel):
@@ -39,35 +38,25 @@ class _Row(BaseModel):
         return self.cell or ("harmful_image" if self.kind == "harmful" else "harmless_image")
 
 
-def read_jsonl(file: Path) -> Benchmark:
+def read_benchmark(file: Path) -> Benchmark:
     """Read a benchmark strictly; errors name the line and never show its texts. Raises InputError."""
     try:
-        data = read_bytes(file, LINES_BYTES)
-        lines = text_of(data).split("\n")  # splitlines() would also break at U+2028, which JSON allows in strings
-    except NoFileError:
-        raise InputError(f"--benchmark: there is no file {file}; correct the path.") from None
+        lines = read_jsonl(file, _Row)
+    except NoFileError as error:
+        raise InputError(f"--benchmark: there is no file {file}; correct the path.") from error
     except UnreadableError as error:
-        raise InputError(f"--benchmark: {file} cannot be read as UTF-8 text ({error}); give a JSONL file.") from None
-    questions = tuple(_question(line, file, number) for number, line in enumerate(lines, 1) if line.strip())
+        raise InputError(f"--benchmark: {file} cannot be read as UTF-8 text ({error}); give a JSONL file.") from error
+    except LineError as error:
+        raise InputError(f"--benchmark: {error}; correct the line.") from error
+    questions = tuple(_question(row, file, number) for number, row in lines.rows)
     if not questions:
         raise InputError(f"--benchmark: {file} holds no questions; give a file with one JSON object per line.")
-    return Benchmark(file.stem, questions, f"{file.name}, SHA-256 {hashlib.sha256(data).hexdigest()}")
+    return Benchmark(file.stem, questions, f"{file.name}, SHA-256 {lines.sha256}")
 
 
-def _question(line: str, file: Path, number: int) -> Question:
+def _question(row: _Row, file: Path, number: int) -> Question:
     where = f"{file}, line {number}"
-    try:
-        row = _Row.model_validate_json(line)
-        parse_json(line, unique=True)
-    except UnreadableError as error:
-        raise InputError(f"--benchmark: {where}: {error}; correct the line.") from None
-    except ValidationError as error:
-        first = error.errors(include_input=False, include_url=False)[0]
-        key = ".".join(map(str, first["loc"])) or "the line"
-        raise InputError(
-            f"--benchmark: {where}: {key}: {first['msg'].removeprefix('Value error, ')}; correct the line."
-        ) from None
-    image = partial(picture_of, _below(file.parent, row.image, where), where)
+    image = PictureFile(_below(file.parent, row.image, where), f"--benchmark: {where}: the image")
     name = f"{file.stem}-{number:05d}"
     return Question(name, row.prompt, row.kind, row.where, row.category, row.image_kind, row.answer, image)
 
@@ -76,4 +65,4 @@ def _below(folder: Path, path: Path, where: str) -> Path:
     try:
         return picture_below(folder, path)
     except PictureError as error:
-        raise InputError(f"--benchmark: {where}: {error}.") from None
+        raise InputError(f"--benchmark: {where}: {error}.") from error

@@ -1,24 +1,33 @@
-"""Benchmarks that are datasets on the Hub.
-
-Read as data only (no loading scripts), at one commit; their texts never reach an error message or a report.
-"""
+"""Benchmarks that are datasets on the Hub; their texts never reach an error message or a report."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
-from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from PIL import Image
-
-from exporter.data.questions import Benchmark, Question, picture_of
+from exporter.data.hub_datasets import PictureOfRepository, PictureOfRow, hub_errors, need_datasets, tables_of
+from exporter.data.pictures import Picture
+from exporter.data.questions import Benchmark, Cell, Kind, Question
 from exporter.errors import InputError
 
-Columns = Mapping[str, Any]
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+#: A row of a table, as it was published.
+Columns = Mapping[str, object]
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What a row says of its question; `request` is not checked yet."""
+
+    request: object
+    kind: Kind
+    cell: Cell
+    category: str | None = None
+    image_kind: str | None = None
 
 
 @dataclass(frozen=True)
@@ -26,7 +35,7 @@ class _Hub:
     """A dataset of the Hub: which tables of it, and how a row becomes a question.
 
     `parts` lists (config, split), configs as the dataset card names them (None: its only one). `read` maps the `columns` of a row
-    of one part to the fields of a Question. `image` names the column with the picture, or with its path below the folder
+    of one part to what is asked. `image` names the column with the picture, or with its path below the folder
     `paths_below` of the repository. Rows of `text_splits` have none. Left out, and counted in the source, are rows whose picture
     is not in the repository, or not in the `folder` of the part where its table lists more.
     """
@@ -34,7 +43,7 @@ class _Hub:
     dataset: str
     parts: tuple[tuple[str | None, str], ...]
     columns: tuple[str, ...]
-    read: Callable[[str | None, str, Columns], dict[str, Any]]
+    read: Callable[[str | None, str, Columns], _Asked]
     image: str | None = "image"
     paths_below: str | None = None
     folder: str | None = None
@@ -55,11 +64,11 @@ _CATEGORIES = {s: f"{n:02d}-{s.replace('Activitiy', 'Activity')}" for n, s in en
 MM_SAFETYBENCH_8 = frozenset(c for c in _CATEGORIES.values() if c[:2] in {"01", "02", "03", "04", "05", "06", "07", "09"})
 
 
-def _mm_safetybench(config: str | None, split: str, row: Columns) -> dict[str, Any]:
-    fields = {"request": row["question"], "kind": "harmful", "category": _CATEGORIES[str(config)]}
+def _mm_safetybench(config: str | None, split: str, row: Columns) -> _Asked:
+    category = _CATEGORIES[str(config)]
     if split == "Text_only":
-        return {**fields, "cell": "harmful_text"}
-    return {**fields, "cell": "harmful_image", "image_kind": split}
+        return _Asked(row["question"], "harmful", "harmful_text", category)
+    return _Asked(row["question"], "harmful", "harmful_image", category, image_kind=split)
 
 
 # The request that FigStep (arXiv:2311.05608) puts beside each of its pictures of a heading with an empty list, as in its code.
@@ -69,26 +78,28 @@ _FIGSTEP_REQUEST = (
 )
 
 
-def _figstep(config: str | None, split: str, row: Columns) -> dict[str, Any]:
-    return {"request": _FIGSTEP_REQUEST, "kind": "harmful", "cell": "harmful_image", "image_kind": "typography"}
+def _figstep(config: str | None, split: str, row: Columns) -> _Asked:
+    return _Asked(_FIGSTEP_REQUEST, "harmful", "harmful_image", image_kind="typography")
 
 
-def _jailbreakv(config: str | None, split: str, row: Columns) -> dict[str, Any]:
+def _jailbreakv(config: str | None, split: str, row: Columns) -> _Asked:
     # Attacks transferred from language models carry the harm in the text, beside pictures that have nothing to do with it.
-    cell = "harmful_text" if str(row["transfer_from_llm"]).lower() == "true" else "harmful_image"
-    fields = {"request": row["jailbreak_query"], "category": row["policy"], "image_kind": row["format"]}
-    return {**fields, "kind": "harmful", "cell": cell}
+    cell: Cell = "harmful_text" if str(row["transfer_from_llm"]).lower() == "true" else "harmful_image"
+    return _Asked(row["jailbreak_query"], "harmful", cell, _text(row["policy"]), _text(row["format"]))
 
 
-def _mossbench(config: str | None, split: str, row: Columns) -> dict[str, Any]:
-    stimulus = row["metadata_over"]  # exaggerated risk, negated harm, counterintuitive interpretation
-    fields = {"request": row["question"], "category": None if stimulus is None else str(stimulus)}
-    return {**fields, "kind": "benign", "cell": "harmless_image"}
+def _mossbench(config: str | None, split: str, row: Columns) -> _Asked:
+    stimulus = _text(row["metadata_over"])  # exaggerated risk, negated harm, counterintuitive interpretation
+    return _Asked(row["question"], "benign", "harmless_image", stimulus)
 
 
-def _xstest(config: str | None, split: str, row: Columns) -> dict[str, Any]:
-    kind, cell = {"safe": ("benign", "harmless_text"), "unsafe": ("harmful", "harmful_text")}[row["label"]]
-    return {"request": row["prompt"], "category": row["type"], "kind": kind, "cell": cell}
+def _xstest(config: str | None, split: str, row: Columns) -> _Asked:
+    kinds: dict[object, tuple[Kind, Cell]] = {"safe": ("benign", "harmless_text"), "unsafe": ("harmful", "harmful_text")}
+    return _Asked(row["prompt"], *kinds[row["label"]], _text(row["type"]))
+
+
+def _text(value: object) -> str | None:
+    return None if value is None else str(value)
 
 
 # Read in stored copies of the dataset cards, file listings and code that loads them; nothing was downloaded from the Hub itself.
@@ -143,7 +154,7 @@ def read_hub(name: str, revision: str | None) -> Benchmark:
     questions: list[Question] = []
     rows = 0
     for config in dict.fromkeys(config for config, _ in hub.parts):
-        tables = _tables(hub.dataset, config, commit)
+        tables = tables_of(hub.dataset, config, commit)
         for split in (split for c, split in hub.parts if c == config):
             table = _table(hub, split, tables)
             rows += len(table)
@@ -156,28 +167,7 @@ def read_hub(name: str, revision: str | None) -> Benchmark:
     return Benchmark(name, tuple(questions), source)
 
 
-def need_datasets(name: str) -> None:
-    """Raises InputError where the extra `data` is not installed."""
-    try:
-        import datasets  # noqa: F401
-    except ImportError:
-        raise InputError(f"--benchmark: {name} needs the package datasets; install shiftdc-export[data].") from None
-
-
-def _tables(dataset: str, config: str | None, commit: str) -> Mapping[str, Any]:
-    """The splits of one config at one commit, by name."""
-    import datasets
-
-    with hub_errors(dataset, commit):
-        # A bare id would be read from a folder of that name, if there is one here.
-        builder = datasets.load_dataset_builder(f"hf://datasets/{dataset}", config, revision=commit)
-        if builder.hash != commit:  # datasets falls back on whatever commit it has in its cache
-            raise InputError(f"--benchmark: {dataset} cannot be read at {commit}; try again or give another revision.")
-        builder.download_and_prepare(verification_mode="no_checks")  # of the sizes that the card states: these are often stale
-        return builder.as_dataset()
-
-
-def _table(hub: _Hub, split: str, tables: Mapping[str, Any]) -> Any:
+def _table(hub: _Hub, split: str, tables: Mapping[str, Dataset]) -> Dataset:
     """One split with the columns that are needed, pictures still encoded."""
     import datasets
 
@@ -195,78 +185,34 @@ def _table(hub: _Hub, split: str, tables: Mapping[str, Any]) -> Any:
     return table.cast_column(hub.image, datasets.Image(decode=False))
 
 
-def _questions(name: str, config: str | None, split: str, table: Any, commit: str, files: frozenset[str]) -> Iterator[Question]:
+def _questions(
+    name: str, config: str | None, split: str, table: Dataset, commit: str, files: frozenset[str]
+) -> Iterator[Question]:
     hub = HUB[name]
     part = "-".join(p for p in (name, _CATEGORIES.get(str(config), config), split) if p)
     texts = table if hub.paths_below is not None or hub.image is None else table.remove_columns(hub.image)
     for index, row in enumerate(texts.to_list() if texts.column_names else [{}] * len(table)):
         where = f"{hub.dataset}, {part}, row {index}"
-        fields = _fields(hub, config, split, row, where)
-        image: Callable[[], Image.Image] | None = None
+        asked, request = _asked(hub, config, split, row, where)
+        image: Picture | None = None
         if hub.paths_below is not None:
             path = f"{hub.paths_below}/{row[str(hub.image)]}"
             if path not in files:
                 continue
-            image = partial(_file_of_hub, hub.dataset, commit, path)
+            image = PictureOfRepository(hub.dataset, commit, path)
         elif hub.image is not None and split not in hub.text_splits:
             if hub.folder is not None and Path(table[index][hub.image]["path"] or "").parent.name != hub.folder:
                 continue
-            image = partial(_picture_of_row, table, index, hub.image, where)
-        yield Question(id=f"{part}-{index:05d}", image=image, **fields)
+            image = PictureOfRow(table, hub.image, index, where, commit)
+        yield Question(f"{part}-{index:05d}", request, asked.kind, asked.cell, asked.category, asked.image_kind, image=image)
 
 
-def _fields(hub: _Hub, config: str | None, split: str, row: Columns, where: str) -> dict[str, Any]:
+def _asked(hub: _Hub, config: str | None, split: str, row: Columns, where: str) -> tuple[_Asked, str]:
+    """What the row says, and its request."""
     try:
-        fields = hub.read(config, split, row)
+        asked = hub.read(config, split, row)
     except KeyError as error:
-        raise InputError(f"--benchmark: {where}: there is no meaning for the label {error}; give another revision.") from None
-    if not isinstance(fields["request"], str) or not fields["request"].strip():
+        raise InputError(f"--benchmark: {where}: there is no meaning for the label {error}; give another revision.") from error
+    if not isinstance(asked.request, str) or not asked.request.strip():
         raise InputError(f"--benchmark: {where}: the row has no request; give another revision.")
-    return fields
-
-
-def _picture_of_row(table: Any, index: int, column: str, where: str) -> Image.Image:
-    encoded = table[index][column] or {}
-    if encoded.get("bytes") is not None:
-        return picture_of(BytesIO(encoded["bytes"]), where)
-    if encoded.get("path") is not None:  # where the dataset is a folder of pictures, these are in the local cache
-        return picture_of(Path(encoded["path"]), where)
-    raise InputError(f"--benchmark: {where}: the row has no picture; give another revision.")
-
-
-def _file_of_hub(dataset: str, commit: str, path: str) -> Image.Image:
-    """A picture that is a file of the repository, fetched when it is asked for."""
-    from huggingface_hub import hf_hub_download
-
-    with hub_errors(dataset, commit):
-        file = hf_hub_download(dataset, path, repo_type="dataset", revision=commit)
-    return picture_of(Path(file), f"{dataset}, {path}")
-
-
-@contextmanager
-def hub_errors(dataset: str, revision: str | None) -> Iterator[None]:
-    """What the Hub and the datasets package raise, as one sentence; never their texts, which may quote rows."""
-    from datasets.exceptions import DatasetNotFoundError, DatasetsError
-    from httpx2 import HTTPError
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
-
-    try:
-        yield
-    except (GatedRepoError, DatasetNotFoundError):
-        raise InputError(
-            f"--benchmark: {dataset} is gated; accept its terms on its page and log in with 'hf auth login'."
-        ) from None
-    except RevisionNotFoundError:
-        raise InputError(f"--benchmark: {dataset} has no revision {revision!r}; give a branch, tag or commit of it.") from None
-    except RepositoryNotFoundError:
-        raise InputError(
-            f"--benchmark: {dataset} is not on the Hub as far as you can see; log in with 'hf auth login' or use a FILE.jsonl."
-        ) from None
-    except (HTTPError, ConnectionError) as error:
-        raise InputError(
-            f"--benchmark: {dataset} cannot be fetched ({type(error).__name__}); check the connection and try again."
-        ) from None
-    except (DatasetsError, OSError, ValueError, RuntimeError) as error:  # a RuntimeError refuses a loading script
-        raise InputError(
-            f"--benchmark: {dataset} has not the form that is expected of it ({type(error).__name__}); give another revision."
-        ) from None
+    return asked, asked.request

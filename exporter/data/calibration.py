@@ -9,16 +9,15 @@ Unsafe rows may be few or absent. Outputs record name, counts and SHA-256 of a s
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from PIL import Image
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, InstanceOf
 
-from exporter.data.pictures import path_as_text
+from exporter.data.pictures import Picture, path_as_text
 from exporter.runtime.reading import TEXT_CHARACTERS
+from exporter.runtime.record import KEEPS_UNKNOWN
 
 MINIMUM = {"fit": 8, "held_out": 2}  # safe rows
 
@@ -26,7 +25,7 @@ MINIMUM = {"fit": 8, "held_out": 2}  # safe rows
 FEW = {"fit": 9, "held_out": 2}
 
 
-class CalibrationRow(BaseModel):
+class _Texts(BaseModel):
     """One request and its caption."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -34,16 +33,31 @@ class CalibrationRow(BaseModel):
     label: Literal["safe", "unsafe"]
     request: str = Field(min_length=1, max_length=TEXT_CHARACTERS)
     caption: str = Field(default="", min_length=1, max_length=TEXT_CHARACTERS)  # empty until the model has written one
-    image: Annotated[Path | Callable[[], Image.Image] | None, BeforeValidator(path_as_text)] = (
-        None  # a function where it is no file
-    )
     category: str | None = None
     split: Literal["fit", "held_out"] = "fit"
+
+
+class CalibrationLine(_Texts):
+    """One line of a file, in which a picture is a path."""
+
+    image: Annotated[Path | None, BeforeValidator(path_as_text)] = None
+
+
+class CalibrationRow(_Texts):
+    """One request, its caption and its picture; without one the caption is shown as typography."""
+
+    image: InstanceOf[Picture] | None = None
+
+    @classmethod
+    def of(cls, line: CalibrationLine, image: Picture | None) -> CalibrationRow:
+        return cls(**line.model_dump(exclude={"image"}, exclude_unset=True), image=image)
 
 
 @dataclass(frozen=True)
 class Source:
     """A data set of others that rows were taken from, at one commit of the Hub."""
+
+    __pydantic_config__ = KEEPS_UNKNOWN
 
     dataset: str
     revision: str
@@ -115,7 +129,3 @@ class CalibrationSet:
         }
         given = {k: v for k, v in optional.items() if v}
         return {"name": self.name, "sha256": self.sha256, "images": self.has_images, **found, **given}
-
-    def record(self) -> dict[str, Any]:
-        """What a report keeps: the summary, and the questions that an evaluation must leave out."""
-        return self.summary() | ({"seen_questions": list(self.seen)} if self.seen else {})

@@ -10,15 +10,17 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from PIL import Image
 
 from exporter.data.benchmarks import load_benchmark
-from exporter.data.benchmarks_hub import MM_SAFETYBENCH_8, hub_errors, need_datasets
+from exporter.data.benchmarks_hub import MM_SAFETYBENCH_8
 from exporter.data.calibration import CalibrationRow, CalibrationSet, Source
+from exporter.data.calibration_record import CalibrationRecord
+from exporter.data.hub_datasets import hub_errors, need_datasets
+from exporter.data.pictures import Picture
 from exporter.data.questions import Benchmark, Question
 from exporter.errors import InputError
 
@@ -57,7 +59,7 @@ def mm_safetybench() -> CalibrationSet:
                 CalibrationRow(
                     label="unsafe",
                     request=question.request,
-                    image=partial(_picture, question.image),
+                    image=_CalibrationPicture(question.image),
                     category=question.category,
                     split=_split(index),
                 )
@@ -68,9 +70,18 @@ def mm_safetybench() -> CalibrationSet:
     return CalibrationSet(MM_SAFETYBENCH, tuple(rows), _digest(rows), (source,), tuple(dict.fromkeys(seen)))
 
 
-def _picture(load: Callable[[], Image.Image]) -> Image.Image:
-    with _calibration_errors():
-        return load()
+@dataclass(frozen=True)
+class _CalibrationPicture(Picture):
+    """A benchmark's picture, whose errors name the option of the calibration set."""
+
+    picture: Picture
+
+    def load(self) -> Image.Image:
+        with _calibration_errors():
+            return self.picture.load()
+
+    def identity(self) -> str:
+        return self.picture.identity()
 
 
 def question_hash(benchmark: str, question: Question) -> str:
@@ -79,16 +90,16 @@ def question_hash(benchmark: str, question: Question) -> str:
     return hashlib.sha256(name.encode()).hexdigest()[:16]
 
 
-def calibrated_revision(calibration: Mapping[str, Any], benchmark: str) -> str | None:
+def calibrated_revision(calibration: CalibrationRecord, benchmark: str) -> str | None:
     """The commit of a benchmark on which an export was calibrated, from its report; None where it was not."""
-    if benchmark != MM_SAFETYBENCH or not calibration.get("seen_questions"):
+    if benchmark != MM_SAFETYBENCH or not calibration.seen_questions:
         return None
-    return str(next(s["revision"] for s in calibration["sources"] if "MM-SafetyBench" in s["dataset"]))
+    return next((source.revision for source in calibration.sources if "MM-SafetyBench" in source.dataset), None)
 
 
-def unseen(benchmark: Benchmark, calibration: Mapping[str, Any]) -> Benchmark:
+def unseen(benchmark: Benchmark, calibration: CalibrationRecord) -> Benchmark:
     """The questions that calibration did not see, in any picture; the source says how many were left out."""
-    seen = set(calibration.get("seen_questions", ()))
+    seen = set(calibration.seen_questions)
     kept = tuple(q for q in benchmark.questions if question_hash(benchmark.name, q) not in seen)
     if len(kept) == len(benchmark.questions):
         return benchmark
@@ -116,13 +127,13 @@ def _conversations(file: Path) -> Iterator[CalibrationRow]:
     """Those that begin with a question about a picture and its reply. Raises InputError."""
     try:
         records = list(json.loads(file.read_bytes()))
-    except (ValueError, TypeError, RecursionError):
-        raise _malformed("the file") from None
+    except (ValueError, TypeError, RecursionError) as error:
+        raise _malformed("the file") from error
     for number, record in enumerate(records):
         try:
             (asked, request), (answered, reply) = ((turn["from"], turn["value"].strip()) for turn in record["conversations"][:2])
-        except (ValueError, TypeError, KeyError, AttributeError):
-            raise _malformed(f"record {number}") from None
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise _malformed(f"record {number}") from error
         request = request.replace("<image>", "").strip()
         if (asked, answered) == ("human", "gpt") and "image" in record and request and reply:
             yield CalibrationRow(label="safe", request=request, caption=" ".join(reply.split()[:CAPTION_WORDS]))
@@ -155,7 +166,7 @@ def _calibration_errors() -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        raise InputError(str(error).replace("--benchmark:", "--calibration:", 1)) from None
+        raise InputError(str(error).replace("--benchmark:", "--calibration:", 1)) from error
 
 
 HUB_SETS: Mapping[str, HubSet] = {

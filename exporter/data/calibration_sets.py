@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import atexit
 import hashlib
 import json
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from pydantic import ValidationError
-
 from exporter.data.builtin import BUILTIN, builtin
-from exporter.data.calibration import MINIMUM, CalibrationRow, CalibrationSet
-from exporter.data.pictures import PictureError, picture_below
+from exporter.data.calibration import MINIMUM, CalibrationLine, CalibrationRow, CalibrationSet
+from exporter.data.jsonl import LineError, read_jsonl
+from exporter.data.pictures import PictureError, PictureFile, picture_below
 from exporter.errors import InputError
-from exporter.runtime.reading import LINES_BYTES, NoFileError, UnreadableError, parse_json, read_bytes, text_of
-from exporter.runtime.temporary import temporary
+from exporter.runtime.reading import NoFileError, UnreadableError
 
 HARMLESS = "harmless"
 
@@ -47,7 +43,7 @@ def _one_set(name: str) -> CalibrationSet:
         return builtin()
     if name == "demo":
         return _demo()
-    return read_jsonl(Path(name))
+    return read_calibration(Path(name))
 
 
 def _one_side(name: str, label: Literal["safe", "unsafe"]) -> CalibrationSet:
@@ -68,22 +64,23 @@ def _joined(one: CalibrationSet, other: CalibrationSet) -> CalibrationSet:
     return CalibrationSet(name, one.rows + other.rows, both, sources, seen, divided)
 
 
-def read_jsonl(file: Path) -> CalibrationSet:
+def read_calibration(file: Path) -> CalibrationSet:
     """Read a set strictly; errors name the line. Raises InputError."""
     try:
-        data = read_bytes(file, LINES_BYTES)
-        lines = text_of(data).split("\n")  # splitlines() would also break at U+2028, which JSON allows in strings
-    except NoFileError:
+        lines = read_jsonl(file, CalibrationLine)
+    except NoFileError as error:
         raise InputError(
             f"--calibration: there is no file {file}; give builtin, demo, harmless, UNSAFE+SAFE, or an existing .jsonl file."
-        ) from None
+        ) from error
     except UnreadableError as error:
-        raise InputError(f"--calibration: {file} cannot be read as UTF-8 text ({error}); give a JSONL file.") from None
-    rows = [_row(line, f"{file}, line {number}", file.parent) for number, line in enumerate(lines, 1) if line.strip()]
+        raise InputError(f"--calibration: {file} cannot be read as UTF-8 text ({error}); give a JSONL file.") from error
+    except LineError as error:
+        raise InputError(f"--calibration: {error}; correct the line.") from error
+    rows = [_row(row, f"{file}, line {number}", file.parent) for number, row in lines.rows]
     divided = not any("split" in row.model_fields_set for row in rows)
     if divided:
         rows = _divided(rows, file.parent)
-    return CalibrationSet(file.stem, tuple(rows), hashlib.sha256(data).hexdigest(), divided=divided)
+    return CalibrationSet(file.stem, tuple(rows), lines.sha256, divided=divided)
 
 
 def _divided(rows: Sequence[CalibrationRow], folder: Path) -> list[CalibrationRow]:
@@ -101,30 +98,22 @@ def _divided(rows: Sequence[CalibrationRow], folder: Path) -> list[CalibrationRo
 
 
 def _hash(row: CalibrationRow, folder: Path) -> str:
-    image = row.image.relative_to(folder.resolve()).as_posix() if isinstance(row.image, Path) else None
+    image = row.image.path.relative_to(folder.resolve()).as_posix() if isinstance(row.image, PictureFile) else None
     return hashlib.sha256(json.dumps([row.label, row.request, row.caption, image]).encode()).hexdigest()
 
 
-def _row(line: str, where: str, folder: Path) -> CalibrationRow:
+def _row(line: CalibrationLine, where: str, folder: Path) -> CalibrationRow:
+    if line.image is None and not line.caption:
+        raise InputError(f"--calibration: {where}: the row has neither caption nor image; add one of them.")
+    return CalibrationRow.of(line, None if line.image is None else _picture(folder, line.image, where))
+
+
+def _picture(folder: Path, path: Path, where: str) -> PictureFile:
     try:
-        row = CalibrationRow.model_validate_json(line)
-        parse_json(line, unique=True)
-    except UnreadableError as error:
-        raise InputError(f"--calibration: {where}: {error}; correct the line.") from None
-    except ValidationError as error:
-        first = error.errors(include_input=False)[0]  # the text of a request never reaches an error
-        key = ".".join(map(str, first["loc"])) or "the line"
-        message = first["msg"].removeprefix("Value error, ")
-        raise InputError(f"--calibration: {where}: {key}: {message}; correct the line.") from None
-    if row.image is None:
-        if not row.caption:
-            raise InputError(f"--calibration: {where}: the row has neither caption nor image; add one of them.")
-        return row
-    assert isinstance(row.image, Path)  # JSON holds no functions
-    try:
-        return row.model_copy(update={"image": picture_below(folder, row.image)})
+        image = picture_below(folder, path)
     except PictureError as error:
-        raise InputError(f"--calibration: {where}: {error}.") from None
+        raise InputError(f"--calibration: {where}: {error}.") from error
+    return PictureFile(image, f"--calibration: the image {image}")
 
 
 def _checked(calibration: CalibrationSet, where: str) -> CalibrationSet:
@@ -162,13 +151,7 @@ def _keys(calibration: CalibrationSet, label: str) -> set[tuple[str, str, object
 
 
 def _demo() -> CalibrationSet:
-    """The demo's set with its drawings, written to a temporary folder that lasts as long as the process."""
-    from exporter.data.demo.benchmark import write_calibration
+    """The demo's set, its pictures drawn when they are needed."""
+    from exporter.data.demo.benchmark import calibration_rows, calibration_text
 
-    folder = _until_exit.enter_context(temporary("demo"))
-    calibration = read_jsonl(write_calibration(folder))
-    return CalibrationSet("demo", calibration.rows, calibration.sha256)
-
-
-_until_exit = ExitStack()
-atexit.register(_until_exit.close)
+    return CalibrationSet("demo", tuple(calibration_rows()), hashlib.sha256(calibration_text().encode()).hexdigest())

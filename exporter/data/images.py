@@ -2,26 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from PIL import Image, ImageDraw, ImageFont
 
 from exporter.data.calibration import CalibrationRow
-from exporter.data.pictures import PictureError, read_picture
-from exporter.errors import InputError
 
 
 def row_image(row: CalibrationRow) -> Image.Image:
     """The row's image, or its caption as typography where it has none."""
-    if row.image is None:
-        return typographic_image(row.caption)
-    if not isinstance(row.image, Path):
-        return row.image()
-    try:
-        return read_picture(row.image)
-    except (PictureError, FileNotFoundError) as error:
-        reason = error if isinstance(error, PictureError) else "is gone"
-        raise InputError(f"--calibration: the image {row.image} cannot be read (it {reason}); replace it.") from None
+    return typographic_image(row.caption) if row.image is None else row.image.load()
 
 
 def typographic_image(text: str, size: int = 336, font_size: int = 30) -> Image.Image:

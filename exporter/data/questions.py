@@ -3,16 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from io import BytesIO
-from pathlib import Path
 from typing import Literal
 
-from PIL import Image
-
-from exporter.data.pictures import PictureError, read_picture
-from exporter.errors import InputError
+from exporter.data.pictures import Picture
 
 Kind = Literal["harmful", "benign"]
 Cell = Literal[
@@ -29,7 +23,7 @@ ATTACKS: frozenset[Cell] = frozenset({"harmful_image", "harmful_text"})
 
 @dataclass(frozen=True)
 class Question:
-    """One request. `image` loads its RGB picture and raises InputError when it cannot; None where there is text only."""
+    """One request. `image`: None where there is text only."""
 
     id: str
     request: str
@@ -38,7 +32,7 @@ class Question:
     category: str | None = None
     image_kind: str | None = None
     answer: str | None = None
-    image: Callable[[], Image.Image] | None = None
+    image: Picture | None = None
 
 
 @dataclass(frozen=True)
@@ -76,12 +70,3 @@ def _balanced(questions: list[Question], n: int) -> list[Question]:
         if not groups[kind, category]:
             del groups[kind, category]
     return chosen
-
-
-def picture_of(source: Path | BytesIO, where: str) -> Image.Image:
-    """An RGB picture; `where` it stands in the benchmark. Raises InputError."""
-    try:
-        return read_picture(source)
-    except (PictureError, FileNotFoundError) as error:
-        reason = error if isinstance(error, PictureError) else "is gone"
-        raise InputError(f"--benchmark: {where}: the image {reason}; replace it.") from None

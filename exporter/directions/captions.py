@@ -9,7 +9,7 @@ import torch
 
 from exporter.data.calibration import CalibrationRow, CalibrationSet
 from exporter.data.images import row_image
-from exporter.models.recipe import Prompts
+from exporter.models.recipe import Wording
 from exporter.models.vlm import VLM
 from exporter.runtime.batches import Batches
 from exporter.runtime.progress import Progress, silent
@@ -21,7 +21,7 @@ BATCH = 16
 def captions(
     vlm: VLM,
     rows: Sequence[CalibrationRow],
-    prompts: Prompts,
+    prompts: Wording,
     max_new_tokens: int,
     batch_size: int | None = None,
     runner: Batches | None = None,
@@ -44,7 +44,7 @@ def captions(
 def captioned(
     vlm: VLM,
     calibration: CalibrationSet,
-    prompts: Prompts,
+    prompts: Wording,
     max_new_tokens: int,
     batch_size: int | None = None,
     progress: Progress = silent,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import torch
 from PIL import Image
@@ -20,7 +20,7 @@ from exporter.directions.directions import DIFFERENCE, GRADIENT, Directions
 from exporter.directions.refusal_gradient import find_openers, refusal_gradients
 from exporter.directions.statistics import LayerStatistics, cosines, separations
 from exporter.errors import InputError
-from exporter.models.recipe import Prompts
+from exporter.models.recipe import Wording
 from exporter.models.vlm import VLM
 from exporter.runtime.batches import Batches
 from exporter.runtime.progress import Progress, silent
@@ -35,7 +35,7 @@ BLANK_IMAGES = 16
 def fit_directions(
     vlm: VLM,
     calibration: CalibrationSet,
-    prompts: Prompts,
+    prompts: Wording,
     decoder_layers: str,
     *,
     layers: Sequence[int] | None = None,
@@ -50,16 +50,10 @@ def fit_directions(
     modules = vlm.decoder_layers(decoder_layers)
     chosen = tuple(i for i in (range(len(modules)) if layers is None else layers) if i not in vlm.image_layers)
     reader = _Reader(vlm, [modules[i] for i in chosen], prompts, batch_size, progress, runner or Batches())
-    found = _difference(reader, calibration) if calibration.select("fit", "unsafe") else _gradient(reader, calibration)
-    norm = found.vector.norm(dim=-1)
-    _check_norms(norm, found.means["safe"].norm(dim=-1) if found.labelled else torch.zeros_like(norm), chosen)
-    unknown = [None] * len(chosen)
-    direction = found.vector / norm.clamp_min(torch.finfo(norm.dtype).tiny)[:, None]
-
-    def along(activations: torch.Tensor | None) -> Sequence[Any]:
-        """Coordinates of means [layers, hidden]."""
-        return unknown if activations is None else (activations * direction).sum(-1).tolist()
-
+    vectors = _difference(reader, calibration) if calibration.select("fit", "unsafe") else _gradient(reader, calibration)
+    norm = vectors.norm
+    _check_norms(norm, vectors.means["safe"].norm(dim=-1) if vectors.labelled else torch.zeros_like(norm), chosen)
+    direction = vectors.vector / norm.clamp_min(torch.finfo(norm.dtype).tiny)[:, None]
     held_out = {
         label: (reader.all_text("held-out text", rows).double() * direction).sum(-1)
         for label in ("safe", "unsafe")
@@ -68,23 +62,9 @@ def fit_directions(
     image, text = reader.image_means(image_rows(calibration))
     blank, alone = reader.blank_means(_first_of_each(calibration, BLANK_IMAGES))
     shift = torch.stack([image[k] - text[k] for k in image]).mean(0)
-    columns: dict[str, Sequence[Any]] = {
-        "layer": chosen,
-        "norm": norm.tolist() if found.labelled else unknown,
-        **separations(held_out, len(chosen)),
-        "split_half_cosine": cosines(*found.halves) if found.halves else unknown,
-        "text_safe": along(found.means["safe"]),
-        "text_unsafe": along(found.means.get("unsafe")),
-        "image_safe": along(image["safe"]),
-        "image_unsafe": along(image.get("unsafe")),
-        "shift": along(shift),
-        # Eq. 5, mean over unsafe rows
-        "shift_cosine": cosines(image["unsafe"] - text["unsafe"], found.vector) if found.labelled else unknown,
-        "blank_shift": along(blank - alone),
-        "gradient": unknown if found.labelled else norm.tolist(),
-    }
-    statistics = tuple(LayerStatistics(**{k: values[i] for k, values in columns.items()}) for i in range(len(chosen)))
-    return Directions(chosen, direction.float(), (shift * direction).sum(-1).float(), statistics, found.origin)
+    measured = _Measured(vectors, direction, held_out, image, text, shift, blank - alone)
+    statistics = tuple(measured.statistics(chosen))
+    return Directions(chosen, direction.float(), (shift * direction).sum(-1).float(), statistics, vectors.origin)
 
 
 @dataclass(frozen=True)
@@ -100,6 +80,58 @@ class _Vectors:
     def labelled(self) -> bool:
         """Whether there were unsafe rows."""
         return "unsafe" in self.means
+
+    @property
+    def norm(self) -> torch.Tensor:
+        """[layers]."""
+        return self.vector.norm(dim=-1)
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """What statistics are made of: activations [layers, hidden], float64, by label where they are dicts.
+
+    held_out: coordinates [rows, layers] of held-out text. image, text: means with an image, and of the text-only counterparts.
+    shift: mean over labels. blank: what a blank image changes.
+    """
+
+    vectors: _Vectors
+    direction: torch.Tensor
+    held_out: dict[str, torch.Tensor]
+    image: dict[str, torch.Tensor]
+    text: dict[str, torch.Tensor]
+    shift: torch.Tensor
+    blank: torch.Tensor
+
+    def statistics(self, layers: Sequence[int]) -> Iterator[LayerStatistics]:
+        labelled, unknown = self.vectors.labelled, [None] * len(layers)
+        norm = self.vectors.norm.tolist()
+        halves = cosines(*self.vectors.halves) if self.vectors.halves else unknown
+        # Eq. 5, mean over unsafe rows
+        shift_cosine = cosines(self.image["unsafe"] - self.text["unsafe"], self.vectors.vector) if labelled else unknown
+        held_out = separations(self.held_out, len(layers))
+        text, image = ({k: self._along(v) for k, v in means.items()} for means in (self.vectors.means, self.image))
+        shift, blank = self._along(self.shift), self._along(self.blank)
+        for i, layer in enumerate(layers):
+            yield LayerStatistics(
+                layer=layer,
+                norm=norm[i] if labelled else None,
+                auroc=held_out["auroc"][i],
+                separation=held_out["separation"][i],
+                split_half_cosine=halves[i],
+                text_safe=text["safe"][i],
+                text_unsafe=text["unsafe"][i] if labelled else None,
+                image_safe=image["safe"][i],
+                image_unsafe=image["unsafe"][i] if labelled else None,
+                shift=shift[i],
+                shift_cosine=shift_cosine[i],
+                blank_shift=blank[i],
+                gradient=None if labelled else norm[i],
+            )
+
+    def _along(self, activations: torch.Tensor) -> list[float]:
+        """Coordinates of means [layers, hidden]."""
+        return (activations * self.direction).sum(-1).tolist()
 
 
 def _difference(reader: _Reader, calibration: CalibrationSet) -> _Vectors:
@@ -186,7 +218,7 @@ class _Reader:
 
     vlm: VLM
     layers: Sequence[torch.nn.Module]
-    prompts: Prompts
+    prompts: Wording
     batch_size: int | None
     progress: Progress
     runner: Batches
@@ -240,7 +272,7 @@ class _Reader:
         """Mean activations [layers, hidden] by label: with the image, and of the text-only counterpart."""
         labels = sorted({r.label for r in rows})
         with_image, with_text = ({label: RunningMean() for label in labels} for _ in range(2))
-        pictures = [lambda r=r: row_image(r) for r in rows]
+        pictures = [partial(row_image, row) for row in rows]
         for stats, parts in (
             (with_image, self.images("images", [r.request for r in rows], pictures)),
             (with_text, self.text("image counterparts", rows)),

@@ -6,7 +6,7 @@ part grows. With its statistics held constant a norm is `x -> scale * x + offset
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,17 +17,16 @@ from torch.overrides import TorchFunctionMode
 
 from exporter.errors import InputError
 
-_STATISTICS = {
-    getattr(owner, name)
-    for owner in (torch, torch.Tensor)
-    for name in ("mean", "var", "std", "norm", "rsqrt", "sqrt")
-} | {torch.linalg.vector_norm}  # fmt: skip
+_NAMES = ("mean", "var", "std", "norm", "rsqrt", "sqrt")
+_STATISTICS = {torch.linalg.vector_norm, *(getattr(owner, name) for owner in (torch, torch.Tensor) for name in _NAMES)}
 
 
 class _StatisticsConstant(TorchFunctionMode):
     """No gradient flows through means, variances and lengths."""
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Collection[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> object:
         kwargs = kwargs or {}
         if func in (F.layer_norm, torch.layer_norm):
             return _layer_norm(*args, **kwargs)
@@ -37,19 +36,30 @@ class _StatisticsConstant(TorchFunctionMode):
         return result.detach() if func in _STATISTICS else result
 
 
-def _layer_norm(x: Any, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5, *_: Any) -> Any:
+def _layer_norm(
+    x: torch.Tensor,
+    shape: Sequence[int],
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-5,
+    *_: object,
+) -> torch.Tensor:
     """`layer_norm` in pieces, because the fused one has no statistics to hold."""
     axes = tuple(range(-len(shape), 0))
     centred = x.float() - x.detach().float().mean(axes, keepdim=True)
     return _scaled(centred, axes, weight, bias, eps).to(x.dtype)
 
 
-def _rms_norm(x: Any, shape: Any, weight: Any = None, eps: float | None = None) -> Any:
+def _rms_norm(
+    x: torch.Tensor, shape: Sequence[int], weight: torch.Tensor | None = None, eps: float | None = None
+) -> torch.Tensor:
     axes = tuple(range(-len(shape), 0))
     return _scaled(x.float(), axes, weight, None, torch.finfo(x.dtype).eps if eps is None else eps).to(x.dtype)
 
 
-def _scaled(x: Any, axes: tuple[int, ...], weight: Any, bias: Any, eps: float) -> Any:
+def _scaled(
+    x: torch.Tensor, axes: tuple[int, ...], weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float
+) -> torch.Tensor:
     x = x * torch.rsqrt(x.detach().square().mean(axes, keepdim=True) + eps)
     x = x if weight is None else x * weight
     return x if bias is None else x + bias
@@ -79,8 +89,8 @@ def frozen_norms(model: nn.Module) -> Iterator[None]:
                 module.forward = forward
 
 
-def _frozen(forward: Callable[..., Any], kind: type, checked: set[type]) -> Callable[..., Any]:
-    def run(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+def _frozen(forward: Callable[..., torch.Tensor], kind: type, checked: set[type]) -> Callable[..., torch.Tensor]:
+    def run(x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
         with _StatisticsConstant():
             if kind not in checked:
                 _check(lambda x: forward(x, *args, **kwargs), x, kind)

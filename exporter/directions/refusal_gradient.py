@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from exporter.data.refusals import begins_as_refusal
 from exporter.directions.activations import by_length, last_token
@@ -97,7 +98,7 @@ def _next_log_probabilities(vlm: VLM, prompts: Sequence[list[int]], tokens: int 
     return logits.log_softmax(-1)[:, -1] if tokens == 1 else logits.log_softmax(-1)
 
 
-def _for_text(vlm: VLM, inputs: Inputs) -> tuple[Any, Inputs]:
+def _for_text(vlm: VLM, inputs: Inputs) -> tuple[PreTrainedModel, Inputs]:
     """What gives logits of text, and what it takes: the model, or its language model where the outer one demands an image."""
     inner = getattr(vlm.model, "language_model", None)
     if inner is None or inner.get_output_embeddings() is None:

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from exporter.runtime.record import KEEPS_UNKNOWN
+
 
 @dataclass(frozen=True)
 class LayerStatistics:
@@ -15,6 +17,8 @@ class LayerStatistics:
 
     None: not known, for lack of unsafe rows.
     """
+
+    __pydantic_config__ = KEEPS_UNKNOWN
 
     layer: int
     norm: float | None  # of mean safe - mean unsafe (Eq. 4), held-in
@@ -62,6 +66,10 @@ def separation(positive: torch.Tensor, negative: torch.Tensor) -> float:
     return ((positive.mean() - negative.mean()) / pooled.clamp_min(1e-12)).item()
 
 
-def summary(statistics: Sequence[LayerStatistics]) -> list[dict[str, Any]]:
-    """Per-layer statistics for the report."""
-    return [{k: round(v, 6) if isinstance(v, float) else v for k, v in asdict(s).items()} for s in statistics]
+def rounded(statistics: Sequence[LayerStatistics]) -> tuple[LayerStatistics, ...]:
+    """As they are reported."""
+    return tuple(LayerStatistics(**{k: _short(v) for k, v in asdict(layer).items()}) for layer in statistics)
+
+
+def _short(value: Any) -> Any:
+    return round(value, 6) if isinstance(value, float) else value

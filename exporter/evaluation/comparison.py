@@ -48,7 +48,7 @@ def read_image(file: Path) -> Image.Image:
     """An RGB picture. Raises InputError."""
     try:
         return read_picture(file)
-    except FileNotFoundError:
-        raise InputError(f"--image: there is no file {file}; give an existing picture.") from None
+    except FileNotFoundError as error:
+        raise InputError(f"--image: there is no file {file}; give an existing picture.") from error
     except PictureError as error:
-        raise InputError(f"--image: {file} cannot be read as a picture (it {error}); give a PNG or JPEG.") from None
+        raise InputError(f"--image: {file} cannot be read as a picture (it {error}); give a PNG or JPEG.") from error

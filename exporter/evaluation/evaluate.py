@@ -61,7 +61,7 @@ def collect(
 
 
 def _answers(run: Run, defence: Defence, batch: list[Question]) -> Answers:
-    images = None if batch[0].image is None else [q.image() for q in batch if q.image is not None]
+    images = None if batch[0].image is None else [q.image.load() for q in batch if q.image is not None]
     return defence.answer(run, [q.request for q in batch], images)
 
 

@@ -39,7 +39,7 @@ def projections(vlm: VLM, benchmark: Benchmark) -> Projections | None:
         chosen = [q for q in benchmark.limited(PROJECTED).questions if q.cell == cell and q.image is not None]
         for start in range(0, len(chosen), 16):
             batch = chosen[start : start + 16]
-            inputs = vlm.encode([q.request for q in batch], [q.image() for q in batch if q.image is not None])
+            inputs = vlm.encode([q.request for q in batch], [q.image.load() for q in batch if q.image is not None])
             reference = vlm.model.shiftdc_reference(**inputs)
             position = last_token(inputs["attention_mask"])
             with recording([module], position) as recorded:

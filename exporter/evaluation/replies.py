@@ -79,8 +79,8 @@ def _read(file: Path) -> tuple[Any, list[Reply]]:
     try:
         first, *rest = text_of(read_bytes(file, LINES_BYTES)).removesuffix("\n").split("\n")
         settings = parse_json(first)["settings"]
-    except (ValueError, KeyError, TypeError):  # UnreadableError is a ValueError
-        raise InputError(f"--output: {file} is no log of replies of this tool; give another folder.") from None
+    except (ValueError, KeyError, TypeError) as error:  # UnreadableError is a ValueError
+        raise InputError(f"--output: {file} is no log of replies of this tool; give another folder.") from error
     replies = []
     for number, line in enumerate(rest, 2):
         try:
@@ -88,7 +88,8 @@ def _read(file: Path) -> tuple[Any, list[Reply]]:
         except ValidationError:
             if number == len(rest) + 1:  # cut short by an interruption
                 break
-            raise InputError(f"--output: {file}, line {number} is no reply; give another folder.") from None
+            reason = f"--output: {file}, line {number} is no reply; give another folder."
+            raise InputError(reason) from None  # it quotes the reply
     return settings, replies
 
 

@@ -335,7 +335,7 @@ class ShiftDCMixin(_Model):
             super()._init_weights(module)
 
     @classmethod
-    def from_pretrained(cls, *args: object, **kwargs: Any) -> Self | tuple[Self, dict]:
+    def from_pretrained(cls, *args: object, **kwargs: Any) -> Self:
         """transformers' from_pretrained(), then the tokenizer and the adapter beside the weights, and a check of the directions.
 
         Args:

@@ -8,21 +8,27 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from exporter.data.demo import MODEL as DEMO_MODEL
 from exporter.errors import InputError
 from exporter.models.hub_snapshot import download, listed_files
-from exporter.runtime.reading import UnreadableError, read_json
+from exporter.models.shards import (
+    INDEX,
+    check_inside,
+    checked_shards,
+    has_weights,
+    most_tensors,
+    read_object,
+    weight_files,
+)
+from exporter.runtime.reading import Json
 from exporter.runtime.safetensors_header import TensorHeader, read_header
 
 DEMO = "demo"
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 
 #: What transformers reads of a tokenizer, an image, video or audio processor, and of templates.
 PROCESSING = (
@@ -37,15 +43,16 @@ PARTS = ("*tokenizer*", "*processor*", "*feature_extractor*")
 
 #: What is copied beside the weights: text and processing, never code, never other weights.
 COMPANIONS = (
-    *PROCESSING, *(f"{part}/{name}" for part in PARTS for name in PROCESSING), "generation_config.json", "LICENSE*", "NOTICE*",
+    *PROCESSING,
+    *(f"{part}/{name}" for part in PARTS for name in PROCESSING),
+    "generation_config.json",
+    "LICENSE*",
+    "NOTICE*",
     "USE_POLICY*",
-)  # fmt: skip
+)
 
 #: What is fetched from the Hub before anything large.
 SMALL = ("config.json", INDEX, "README.md", *COMPANIONS)
-
-#: More tensors than any checkpoint has in one file: what is assumed of one that is not fetched yet.
-MOST_TENSORS = 10_000
 
 #: Called with a line for the user.
 Announce = Callable[[str], None]
@@ -62,11 +69,11 @@ class BaseFiles:
     name: str
     revision: str | None
     folder: Path
-    config: Mapping[str, Any]
+    config: Mapping[str, Json]
 
     @property
     def model_type(self) -> str:
-        return self.config["model_type"]
+        return str(self.config["model_type"])
 
     @property
     def short_name(self) -> str:
@@ -75,17 +82,17 @@ class BaseFiles:
     @cached_property
     def companions(self) -> tuple[Path, ...]:
         """Tokenizer, processor, template and licence files, relative to `folder`."""
-        found = {f for pattern in COMPANIONS for f in self.folder.glob(pattern) if f.is_file() or f.is_symlink()}
-        for file in sorted(found):
-            _check_inside(self.folder, file)
-        return tuple(sorted(f.relative_to(self.folder) for f in found))
+        files = {f for pattern in COMPANIONS for f in self.folder.glob(pattern) if f.is_file() or f.is_symlink()}
+        for file in sorted(files):
+            check_inside(self.folder, file)
+        return tuple(sorted(f.relative_to(self.folder) for f in files))
 
     @property
     def has_chat_template(self) -> bool:
         if any(f.name.startswith("chat_template.") for f in self.companions):
             return True
         files = [self.folder / n for n in ("processor_config.json", "tokenizer_config.json")]
-        return any("chat_template" in _read_json(f) for f in files if f.is_file())
+        return any("chat_template" in read_object(f) for f in files if f.is_file())
 
 
 @dataclass(frozen=True)
@@ -119,7 +126,9 @@ def resolve(model: str, revision: str | None = None, announce: Announce = unanno
 def resolve_small(model: str, revision: str | None = None) -> SmallFiles:
     """Find MODEL and check its small files; of a model on the Hub no weights are fetched. Raises InputError."""
     if not model or "\0" in model:
-        raise InputError("MODEL: it is no name; give a Hub id (owner/name), an existing folder, or 'demo'.")
+        raise InputError(
+            "MODEL: the name is empty or holds a null character; give a Hub id (owner/name), an existing folder, or 'demo'."
+        )
     if model == DEMO:
         folder, revision = DEMO_MODEL, None
     elif _is_folder(model):
@@ -132,9 +141,9 @@ def resolve_small(model: str, revision: str | None = None) -> SmallFiles:
     name = folder.name if model != DEMO and revision is None else model
     config = _config(name, folder)
     here = {f.name: f.stat().st_size for f in folder.iterdir() if f.exists()}
-    listed = here if revision is None or _has_weights(folder, here) else listed_files(name, revision) | here
-    files = SmallFiles(name, revision, folder, config, {n: listed[n] for n in _weights(folder, listed)})
-    _check_config(files, _most_tensors(folder, files.weights))
+    listed = here if revision is None or has_weights(folder, here) else listed_files(name, revision) | here
+    files = SmallFiles(name, revision, folder, config, {n: listed[n] for n in weight_files(folder, listed)})
+    _check_config(files, most_tensors(folder, files.weights))
     return files
 
 
@@ -147,7 +156,7 @@ def resolve_weights(files: SmallFiles, announce: Announce = unannounced) -> Base
             f"{files.name}: fetching {size / 1e9:.2f} GB of weights in {len(absent)} {'file' if len(absent) == 1 else 'files'}."
         )
         download(files.name, files.revision, [glob.escape(name) for name in absent], "MODEL")
-    base = BaseCheckpoint(files.name, files.revision, files.folder, files.config, _shards(files.folder, files.weights))
+    base = BaseCheckpoint(files.name, files.revision, files.folder, files.config, checked_shards(files.folder, files.weights))
     _check_config(base, sum(map(len, base.headers.values())))
     return base
 
@@ -156,8 +165,8 @@ def check_path(path: Path, option: str) -> None:
     """Raise InputError for a path that tokenizers and safetensors cannot open."""
     try:
         str(path).encode()
-    except UnicodeEncodeError:
-        raise InputError(f"{option}: the path {path} is not UTF-8, so that its tokenizer cannot be opened; rename it.") from None
+    except UnicodeEncodeError as error:
+        raise InputError(f"{option}: the path {path} is not UTF-8, so that its tokenizer cannot be opened; rename it.") from error
 
 
 def _is_folder(path: str) -> bool:
@@ -167,104 +176,16 @@ def _is_folder(path: str) -> bool:
         return False
 
 
-def _has_weights(folder: Path, here: Collection[str]) -> bool:
-    """Whether a folder of the local cache needs nothing more from the Hub."""
-    return SINGLE in here or (INDEX in here and set(_weight_map(folder).values()) <= set(here))
-
-
-def _config(name: str, folder: Path) -> dict[str, Any]:
+def _config(name: str, folder: Path) -> dict[str, Json]:
     if not (folder / "config.json").exists():
         raise InputError(f"MODEL: {folder} holds no config.json; give the folder of a transformers checkpoint.")
-    config = _read_json(folder / "config.json")
+    config = read_object(folder / "config.json")
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         raise InputError(f"MODEL: {folder / 'config.json'} names no model_type; give a transformers checkpoint.")
     if model_type.startswith("shiftdc_"):
         raise InputError(f"MODEL: {name} is calibrated already (model_type {model_type}); give its base model instead.")
     return config
-
-
-def _weights(folder: Path, listed: Collection[str]) -> list[str]:
-    """Names of the files with the weights that transformers would load, out of those that are `listed`."""
-    if SINGLE in listed:  # transformers prefers it to an index
-        return [SINGLE]
-    if INDEX not in listed:
-        pickles = sorted(name for name in listed if name.endswith(".bin"))
-        found = f"found only pickle files ({pickles[0]}, ...), which can run code when loaded" if pickles else "found none"
-        raise InputError(
-            f"MODEL: {folder} holds no safetensors weights ({SINGLE} or {INDEX} expected, {found}); "
-            "convert the checkpoint with save_pretrained() or take a revision that has safetensors."
-        )
-    names = sorted(set(_weight_map(folder).values()))
-    for name in names:
-        if name not in listed:
-            raise InputError(f"MODEL: {folder / INDEX} names {name}, which is missing; fetch the checkpoint again.")
-    return names
-
-
-def _weight_map(folder: Path) -> dict[str, str]:
-    """Which file each tensor is in, by the index: safetensors files of the same folder."""
-    weight_map = _read_json(folder / INDEX, unique=True).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
-        raise InputError(f"MODEL: {folder / INDEX} has no usable weight_map; fetch the checkpoint again.")
-    for file in sorted(set(weight_map.values())):
-        if Path(file).name != file or not file.endswith(".safetensors"):
-            raise InputError(
-                f"MODEL: {folder / INDEX} names {file!r}, expected safetensors files of the same folder; "
-                "do not use this checkpoint."
-            )
-    return weight_map
-
-
-def _shards(folder: Path, names: Collection[str]) -> tuple[Path, ...]:
-    """The safetensors files of a checkpoint, each checked to lie in `folder` and to hold the tensors that the index says."""
-    for name in names:
-        if not (folder / name).exists():
-            raise InputError(f"MODEL: {folder} lacks {name}, which holds weights; fetch the checkpoint again.")
-    shards = _checked_shards(folder, set(names))
-    weight_map = {} if SINGLE in names else _weight_map(folder)
-    for shard in shards:
-        missing = {k for k, v in weight_map.items() if v == shard.name} - read_header(shard).keys()
-        if missing:
-            raise InputError(f"MODEL: {shard} lacks {min(missing)}, which the index expects; fetch the checkpoint again.")
-    return shards
-
-
-def _checked_shards(folder: Path, names: set[str]) -> tuple[Path, ...]:
-    """The files, in order: each inside `folder`, whole, with tensors that no other has."""
-    shards = tuple(folder / n for n in sorted(names))
-    held: dict[str, Path] = {}
-    for shard in shards:
-        _check_inside(folder, shard)
-        header = read_header(shard)
-        if not header:
-            raise InputError(f"MODEL: {shard} holds no tensors; fetch the checkpoint again.")
-        if twice := header.keys() & held.keys():
-            name = min(twice)
-            raise InputError(
-                f"MODEL: {name} is both in {held[name].name} and in {shard.name} of {folder}, so that it is open which counts; "
-                "fetch the checkpoint again."
-            )
-        held |= dict.fromkeys(header, shard)
-    return shards
-
-
-def _check_inside(folder: Path, file: Path) -> None:
-    """Links may lead to files of the same folder, or of the same repository in a Hub cache. Raises InputError."""
-    try:
-        real, root = file.resolve(strict=True), folder.resolve()
-    except (OSError, RuntimeError):
-        raise InputError(f"MODEL: {file} is a link that leads nowhere; fetch the checkpoint again.") from None
-    cached = root.parent.name == "snapshots"  # files of one repository, and those that the client keeps once for several
-    blobs = [root.parent.parent / "blobs", root.parent.parent.parent / "blobs"] if cached else []
-    if not any(real.is_relative_to(folder) for folder in (root, *blobs)):
-        raise InputError(f"MODEL: {file} is a link that leads out of the checkpoint, to {real}; copy that file in its place.")
-
-
-def _most_tensors(folder: Path, weights: Collection[str]) -> int:
-    if SINGLE not in weights:
-        return len(_weight_map(folder))
-    return (len(read_header(folder / SINGLE)) if (folder / SINGLE).exists() else 0) or MOST_TENSORS
 
 
 def _check_config(base: BaseFiles, tensors: int) -> None:
@@ -283,14 +204,3 @@ def _entries(value: object, path: str = "") -> Iterator[tuple[str, object]]:
         for key, below in value.items():
             yield f"{path}{key}", below
             yield from _entries(below, f"{path}{key}.")
-
-
-def _read_json(file: Path, *, unique: bool = False) -> dict[str, Any]:
-    _check_inside(file.parent, file)
-    try:
-        value = read_json(file, unique=unique)
-    except UnreadableError as error:
-        raise InputError(f"MODEL: {file} cannot be read as JSON ({error}); fetch the checkpoint again.") from None
-    if not isinstance(value, dict):
-        raise InputError(f"MODEL: {file} holds no JSON object; fetch the checkpoint again.")
-    return value

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
 from exporter.errors import InputError, refusing
 from exporter.modeling.prompts_shiftdc import PromptFrame
@@ -36,9 +35,8 @@ def check(base: BaseFiles, recipe: Recipe, *, allow_inexact: bool = False) -> Ch
     """
     vlm = skeleton(base, recipe)
     depth = len(vlm.decoder_layers(recipe.decoder_layers))
-    with refusing(f"MODEL: prompts of {base.name} cannot be composed", "restore its chat template and tokenizer"):
-        frame = prompt_frame(vlm, recipe.wording)
-        found = check_prompts(vlm.framed(frame), frame)
+    frame = prompt_frame(vlm, recipe.wording)
+    found = check_prompts(vlm.framed(frame), frame)
     if not found.exact and not allow_inexact:
         raise InputError(
             f"MODEL: {found}; the method would compare prompts that the model was not trained on. Restore the tokenizer and the "
@@ -79,8 +77,9 @@ def check_supported(base: BaseFiles, recipe: Recipe) -> None:
             "tokenizer_config.json); the method compares prompts as the model was trained to see them, so add one to the "
             "checkpoint."
         )
-    with refusing(f"MODEL: the config.json of {base.name} cannot be used", "restore it"):
-        reason = family(recipe.family).config.shiftdc_unsupported(base.config)
+    if not isinstance(base.config.get("text_config", {}), dict):
+        raise InputError(f"MODEL: the config.json of {base.name} cannot be used (its text_config is no object); restore it.")
+    reason = family(recipe.family).config.shiftdc_unsupported(base.config)
     if reason is not None:
         raise InputError(f"MODEL: {base.name} cannot be calibrated: {reason}.")
 
@@ -90,5 +89,5 @@ def skeleton(base: BaseFiles, recipe: Recipe) -> VLM:
     with refusing(f"MODEL: {base.name} cannot be set up as {recipe.family}", "restore its config.json"):
         config = AutoConfig.from_pretrained(base.folder, trust_remote_code=False)
         with torch.device("meta"):
-            model: Any = AutoModelForImageTextToText.from_config(config)
+            model: PreTrainedModel = AutoModelForImageTextToText.from_config(config)
     return VLM(model, load_processor(base.folder, recipe), composed_text=recipe.chat_template is not None)

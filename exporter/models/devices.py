@@ -16,8 +16,8 @@ def check_device_map(given: str) -> None:
         return
     try:
         device = torch.device(given)
-    except RuntimeError:
-        raise InputError(f"--device-map: {given!r} is no device; give auto, cpu, or one as cuda:0.") from None
+    except RuntimeError as error:
+        raise InputError(f"--device-map: {given!r} is no device; give auto, cpu, or one as cuda:0.") from error
     found = devices()
     if str(device) not in found:
         raise InputError(f"--device-map: there is no {device} on this machine; give auto, or one of {', '.join(found)}.")

@@ -6,7 +6,6 @@ import importlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from exporter import modeling
 from exporter.errors import InputError
@@ -43,11 +42,11 @@ def family(name: str) -> Family:
     module = f"modeling_shiftdc_{name.replace('-', '_')}"
     try:
         code = importlib.import_module(f"exporter.modeling.{module}")
-    except ModuleNotFoundError:
-        raise InputError(f"Recipe: there is no modeling code for family {name!r}; see 'shiftdc-export recipes'.") from None
+    except ModuleNotFoundError as error:
+        raise InputError(f"Recipe: there is no modeling code for family {name!r}; see 'shiftdc-export recipes'.") from error
     own = [c for c in vars(code).values() if isinstance(c, type) and c.__module__ == code.__name__]
     model = next((c for c in own if issubclass(c, ShiftDCMixin)), None)
-    config: Any = getattr(model, "config_class", None)
+    config: type[ShiftDCConfigMixin] | None = getattr(model, "config_class", None)
     if config is None or model is None:  # a module that families share
         raise InputError(f"Recipe: there is no modeling code for family {name!r}; see 'shiftdc-export recipes'.")
     return Family(module, config, model)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from typing import TypedDict, get_args
 
 from exporter.models.recipe import Recipe, Reference, load_recipe, recipe_names
 
@@ -15,12 +15,23 @@ REFUSED = {
 }
 
 
-def supported() -> list[dict[str, Any]]:
-    """One object per recipe but the demo's: `name`, `family`, `models`, `references`, `onnx`, `notes`."""
+class Row(TypedDict):
+    """A recipe, in the order of the command's JSON."""
+
+    name: str
+    family: str
+    models: list[str]
+    references: list[str]
+    onnx: bool
+    notes: list[str]
+
+
+def supported() -> list[Row]:
+    """One per recipe but the demo's."""
     return [_row(name, load_recipe(name)) for name in recipe_names() if name != "demo"]
 
 
-def _row(name: str, recipe: Recipe) -> dict[str, Any]:
+def _row(name: str, recipe: Recipe) -> Row:
     return {
         "name": name,
         "family": recipe.family,

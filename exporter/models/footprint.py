@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
+from exporter.errors import InputError
 from exporter.models.base import BaseCheckpoint
+from exporter.runtime.reading import Json, member
 from exporter.runtime.safetensors_header import TensorHeader
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -22,7 +22,7 @@ IMAGE_TOKENS = 1024
 
 
 @dataclass(frozen=True)
-class Needs:
+class Footprint:
     """Bytes. `measuring` and `verifying` are peaks of two processes that do not hold weights at the same time."""
 
     weights: int  # in memory, as measured with
@@ -38,7 +38,7 @@ class Needs:
     def measuring(self) -> int:
         return LIBRARIES + self.weights + self.activations + self.statistics + (0 if self.mapped == self.weights else self.mapped)
 
-    def report(self) -> dict[str, Any]:
+    def report(self) -> dict[str, int]:
         return {
             "peak_measuring": self.measuring,
             "weights": self.weights,
@@ -65,9 +65,9 @@ def _gb(size: float) -> str:
     return f"{size / 1e9:.2f} GB"
 
 
-def needs(
+def footprint(
     base: BaseCheckpoint,
-    text: Mapping[str, Any],
+    text: Mapping[str, Json],
     *,
     dtype: str,
     quantised: int | None,
@@ -75,7 +75,7 @@ def needs(
     layers: int,
     rows: Mapping[str, int],
     copied: int,
-) -> Needs:
+) -> Footprint:
     """What an export of `base` takes.
 
     text: the language model's configuration. tokens: in one batch of text. layers: measured. rows: `held_out` and `all` prompts.
@@ -84,13 +84,12 @@ def needs(
     headers = [(name, t) for header in base.headers.values() for name, t in header.items()]
     weights = sum(_in_memory(name, t, dtype, quantised) for name, t in headers)
     unchanged = quantised is None and weights == base.size
-    config = json.loads(json.dumps(dict(base.config)))
     item = BYTES.get(dtype, max((t.bytes // max(1, t.numel) for _, t in headers), default=4))
-    batch = max(tokens, _image_tokens(config)) * _per_token(text) * item + _vision(config) * item
-    state = layers * int(text["hidden_size"])
+    batch = max(tokens, _image_tokens(base.config)) * _per_token(text) * item + _vision(base.config) * item
+    state = layers * _number(text, "hidden_size")
     statistics = state * (16 * rows["held_out"] + 8 * 24)  # held-out activations float32 and float64; running sums float64
     loaded = weights if unchanged else sum(_in_memory(name, t, dtype, None) for name, t in headers)
-    return Needs(
+    return Footprint(
         weights=weights,
         activations=batch,
         statistics=statistics,
@@ -114,18 +113,28 @@ def is_quantised(name: str, tensor: TensorHeader) -> bool:
     return len(tensor.shape) == 2 and name.endswith(".weight") and not any(other in name for other in others)
 
 
-def _per_token(config: Mapping[str, Any]) -> int:
+def _per_token(config: Mapping[str, Json]) -> int:
     """Numbers that a decoder layer holds for a token: the residual stream's copies, and the gated MLP's three."""
-    hidden = int(config["hidden_size"])
-    return 8 * hidden + 3 * int(config.get("intermediate_size") or 4 * hidden)
+    hidden = _number(config, "hidden_size")
+    return 8 * hidden + 3 * (_number(config, "intermediate_size", 0) or 4 * hidden)
 
 
-def _image_tokens(config: Mapping[str, Any]) -> int:
-    return int(config.get("image_seq_length") or config.get("mm_tokens_per_image") or IMAGE_TOKENS)
+def _image_tokens(config: Mapping[str, Json]) -> int:
+    return _number(config, "image_seq_length", 0) or _number(config, "mm_tokens_per_image", 0) or IMAGE_TOKENS
 
 
-def _vision(config: Mapping[str, Any]) -> int:
-    vision = config.get("vision_config") or {}
+def _vision(config: Mapping[str, Json]) -> int:
+    vision = member(config, "vision_config")
     if not all(isinstance(vision.get(key), int) for key in ("hidden_size", "image_size", "patch_size")):
         return 0  # pairs of numbers, and other encoders: small beside the weights
-    return ((vision["image_size"] // vision["patch_size"]) ** 2 + 1) * _per_token(vision)
+    return ((_number(vision, "image_size") // _number(vision, "patch_size")) ** 2 + 1) * _per_token(vision)
+
+
+def _number(config: Mapping[str, Json], key: str, otherwise: int | None = None) -> int:
+    """A whole number of a configuration. Raises InputError where it has none and there is no `otherwise`."""
+    found = config.get(key)
+    if isinstance(found, int):
+        return found
+    if otherwise is None:
+        raise InputError(f"MODEL: {key} in config.json is {found!r}, expected a whole number; restore it.")
+    return otherwise

@@ -13,7 +13,7 @@ def download(model: str, revision: str | None, patterns: Sequence[str], option: 
     """The files of a Hub model that match `patterns`, and their commit. Raises InputError, which names `option`."""
     from huggingface_hub import snapshot_download
 
-    with asking(model, revision, option):
+    with hub_requests(model, revision, option):
         folder = Path(snapshot_download(model, revision=revision, allow_patterns=list(patterns)))
     return folder, folder.name  # a snapshot folder is named after its commit
 
@@ -24,7 +24,7 @@ def listed_files(model: str, revision: str) -> dict[str, int]:
     from huggingface_hub.errors import OfflineModeIsEnabled
     from huggingface_hub.hf_api import RepoFile
 
-    with asking(model, revision, "MODEL"):
+    with hub_requests(model, revision, "MODEL"):
         try:
             return {f.path: f.size for f in HfApi().list_repo_tree(model, revision=revision) if isinstance(f, RepoFile)}
         except OfflineModeIsEnabled:
@@ -32,7 +32,7 @@ def listed_files(model: str, revision: str) -> dict[str, int]:
 
 
 @contextmanager
-def asking(model: str, revision: str | None, option: str) -> Iterator[None]:
+def hub_requests(model: str, revision: str | None, option: str) -> Iterator[None]:
     """Around requests to the Hub: what may go wrong becomes one sentence."""
     from httpx2 import HTTPError  # what huggingface_hub speaks HTTP with
     from huggingface_hub.errors import (
@@ -65,5 +65,12 @@ def asking(model: str, revision: str | None, option: str) -> Iterator[None]:
         raise InputError(
             f"{option}: {model} cannot be stored in the local cache ({error.strerror or error}); see to it."
         ) from None
-    except (HTTPError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:  # answers that are none
+    except (
+        HTTPError,
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+        AssertionError,
+    ) as error:  # replies that are not in the form of the Hub
         raise InputError(f"{option}: {model} cannot be fetched from the Hub ({type(error).__name__}); try again.") from None

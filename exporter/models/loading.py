@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
@@ -36,7 +35,7 @@ def load_vlm(
     adapter's folder, added and not merged.
     """
     processor, notices = load_with_notices(base.folder, recipe)
-    options: dict[str, Any] = {} if device_map is None else {"device_map": device_map, "offload_folder": offload}
+    options: dict[str, object] = {} if device_map is None else {"device_map": device_map, "offload_folder": offload}
     if quantised is not None:
         options["quantization_config"] = bitsandbytes_config(quantised, dtype, base)
     loading = refusing(f"MODEL: {base.name} cannot be loaded as {recipe.family}", "fetch it again, or give another model")
@@ -62,8 +61,8 @@ def load_vlm(
 @torch.no_grad()
 def _check_answers(vlm: VLM, name: str) -> None:
     """One prompt with an image, before hours of them. Raises InputError."""
+    inputs = vlm.encode(["What is it?"], [Image.new("RGB", (64, 64), (127, 127, 127))])
     with refusing(f"MODEL: {name} cannot read a prompt with an image", "restore its config, processor and chat template"):
-        inputs = vlm.encode(["What is it?"], [Image.new("RGB", (64, 64), (127, 127, 127))])
         logits = vlm.model(**inputs, logits_to_keep=1).logits
     if not torch.isfinite(logits).all():
         raise InputError(

@@ -41,8 +41,8 @@ def noticed(what: str, folder: Path) -> Iterator[list[str]]:
     """
     from transformers.utils import logging as transformers_logging
 
-    said: list[str] = []
-    handler = _Collector(said)
+    messages: list[str] = []
+    handler = _Collector(messages)
     logger = transformers_logging.get_logger("transformers")
     level, handlers = logger.level, logger.handlers
     # what is said once a process would not be said of a second checkpoint
@@ -57,8 +57,10 @@ def noticed(what: str, folder: Path) -> Iterator[list[str]]:
         finally:
             logger.setLevel(level)
             logger.handlers = handlers
-    said += [str(w.message) for w in warned if not issubclass(w.category, (DeprecationWarning, ImportWarning, ResourceWarning))]
-    lines = dict.fromkeys(_line(text, folder) for text in said)
+    messages += [
+        str(w.message) for w in warned if not issubclass(w.category, (DeprecationWarning, ImportWarning, ResourceWarning))
+    ]
+    lines = dict.fromkeys(_line(text, folder) for text in messages)
     found += [line for line in lines if not any(re.search(pattern, line) for pattern in HARMLESS)]
     for line in found:
         for pattern, remedy in WRONG.items():
@@ -69,12 +71,12 @@ def noticed(what: str, folder: Path) -> Iterator[list[str]]:
 
 
 class _Collector(logging.Handler):
-    def __init__(self, said: list[str]) -> None:
+    def __init__(self, messages: list[str]) -> None:
         super().__init__(logging.WARNING)
-        self.said = said
+        self.messages = messages
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.said.append(record.getMessage())
+        self.messages.append(record.getMessage())
 
 
 def _line(text: str, folder: Path) -> str:

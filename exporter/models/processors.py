@@ -7,45 +7,39 @@ by config.json's model_type. An export has a model_type of its own, so that all 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
 from PIL import Image
-from transformers import AutoConfig, AutoProcessor
+from transformers import AutoConfig, AutoProcessor, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING, processor_class_from_name
 
 from exporter.data.images import typographic_image
 from exporter.errors import InputError, VerificationError, refusing
 from exporter.models.chat_template import encoded
+from exporter.models.conversation import user_turn
 from exporter.models.notices import noticed
 from exporter.models.recipe import Recipe
-from exporter.runtime.reading import UnreadableError, read_json
+from exporter.runtime.reading import Json, UnreadableError, read_json
 
-PROCESSOR, TOKENIZER, IMAGES, VIDEOS = (
-    "processor_config.json", "tokenizer_config.json", "preprocessor_config.json", "video_preprocessor_config.json",
-)  # fmt: skip
+PROCESSOR, TOKENIZER = "processor_config.json", "tokenizer_config.json"
+IMAGES, VIDEOS = "preprocessor_config.json", "video_preprocessor_config.json"
 #: Text on which tokenizers of two classes differ, if they differ: spaces, digits, lines, other scripts, marks.
 ODD_TEXT = "  Two spaces,\n\nlines\n\t\u200bé e\u0301 中文 🙂👍🏽 12345 3.14 <image> </s> <|im_end|> {{x}} [INST] ▁a don't ...  "
 
 
-def load_processor(folder: Path, recipe: Recipe, what: str = "MODEL") -> Any:
+def load_processor(folder: Path, recipe: Recipe, what: str = "MODEL") -> ProcessorMixin:
     """The processor with its tokenizer, with the recipe's chat template if it gives one. Raises InputError."""
     return load_with_notices(folder, recipe, what)[0]
 
 
-def load_with_notices(folder: Path, recipe: Recipe, what: str = "MODEL") -> tuple[Any, tuple[str, ...]]:
+def load_with_notices(folder: Path, recipe: Recipe, what: str = "MODEL") -> tuple[ProcessorMixin, tuple[str, ...]]:
     """As `load_processor`, with what transformers said meanwhile. Raises InputError."""
     with noticed(f"{what}: the processor in {folder}", folder) as notices:
-        with refusing(f"{what}: the processor in {folder} cannot be loaded", "restore its files"):
-            try:
-                processor = _processor_class(folder, what).from_pretrained(folder, trust_remote_code=False)
-            except ImportError as error:
-                if (remedy := _remedy(error)) is None:
-                    raise
-                raise InputError(f"{what}: the processor in {folder} cannot be loaded: {remedy}") from None
+        processor = _loaded(folder, what)
         if not (hasattr(processor, "tokenizer") and hasattr(processor, "image_processor")):
             raise InputError(f"{what}: {folder} has no processor of images and text (processor_config.json); restore its files.")
     if recipe.chat_template is not None:
@@ -58,7 +52,24 @@ def load_with_notices(folder: Path, recipe: Recipe, what: str = "MODEL") -> tupl
     return processor, (*notices, *_unused_settings(folder, processor))
 
 
-def _processor_class(folder: Path, what: str) -> Any:
+def _loaded(folder: Path, what: str) -> ProcessorMixin:
+    """Raises InputError."""
+    kind = _processor_class(folder, what)
+    with _loading(folder, what):
+        try:
+            return kind.from_pretrained(folder, trust_remote_code=False)
+        except ImportError as error:
+            if (remedy := _remedy(error)) is None:
+                raise
+            raise InputError(f"{what}: the processor in {folder} cannot be loaded: {remedy}") from error
+
+
+def _loading(folder: Path, what: str) -> AbstractContextManager[None]:
+    """Around what transformers reads of the files."""
+    return refusing(f"{what}: the processor in {folder} cannot be loaded", "restore its files")
+
+
+def _processor_class(folder: Path, what: str) -> type[ProcessorMixin | AutoProcessor]:
     """AutoProcessor, or the model's own where the files name one without images, as InstructBLIP's do. Raises InputError."""
     if (named := named_class(folder)) is None:
         return AutoProcessor
@@ -69,7 +80,9 @@ def _processor_class(folder: Path, what: str) -> Any:
         )
     if "image_processor" in found.get_attributes():
         return AutoProcessor
-    return PROCESSOR_MAPPING.get(type(AutoConfig.from_pretrained(folder, trust_remote_code=False)), AutoProcessor)
+    with _loading(folder, what):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    return PROCESSOR_MAPPING.get(type(config), AutoProcessor)
 
 
 def named_class(folder: Path) -> str | None:
@@ -80,7 +93,7 @@ def named_class(folder: Path) -> str | None:
     return None
 
 
-def _settings(file: Path) -> dict[str, Any]:
+def _settings(file: Path) -> dict[str, Json]:
     try:
         values = read_json(file)
     except UnreadableError:
@@ -95,34 +108,25 @@ def _remedy(error: ImportError) -> str | None:
     return "it needs num2words; run 'pip install num2words'." if "num2words" in str(error) else None
 
 
-def _unused_settings(folder: Path, processor: Any) -> list[str]:
+def _unused_settings(folder: Path, processor: ProcessorMixin) -> list[str]:
     """What stands in processor_config.json and no part of the processor takes; transformers passes it over in silence."""
-    taken = {
-        *type(processor).__init__.__code__.co_varnames,
-        *type(processor).get_attributes(),
-        "processor_class",
-        "auto_map",
-        "custom_pipelines",
-    }
+    kind, named = type(processor), named_class(folder)
+    taken = {*kind.__init__.__code__.co_varnames, *kind.get_attributes(), "processor_class", "auto_map", "custom_pipelines"}
     unused = sorted(_settings(folder / PROCESSOR).keys() - taken - {"chat_template", "image_processor", "video_processor"})
-    named = named_class(folder)
-    another = named is not None and named.removesuffix("Fast") != type(processor).__name__
-    return [
-        *([f"{PROCESSOR} has settings that {type(processor).__name__} does not take: {', '.join(unused)}"] if unused else []),
-        *(
-            [f"the files name the processor class {named}; the model's own, {type(processor).__name__}, is used"]
-            if another
-            else []
-        ),
-    ]
+    notices = []
+    if unused:
+        notices.append(f"{PROCESSOR} has settings that {kind.__name__} does not take: {', '.join(unused)}")
+    if named is not None and named.removesuffix("Fast") != kind.__name__:
+        notices.append(f"the files name the processor class {named}; the model's own, {kind.__name__}, is used")
+    return notices
 
 
-def tokenizers(processor: Any) -> dict[str, Any]:
+def tokenizers(processor: ProcessorMixin) -> dict[str, PreTrainedTokenizerBase]:
     """The tokenizers of a processor by attribute: `tokenizer`, and others, as the Q-Former's."""
     return {name: getattr(processor, name) for name in type(processor).get_attributes() if "tokenizer" in name}
 
 
-def pin(processor: Any, folder: Path) -> None:
+def pin(processor: ProcessorMixin, folder: Path) -> None:
     """Write into an export's files the classes of the base's processor, where these are not what the files alone give."""
     for name, tokenizer in tokenizers(processor).items():
         file, kind = folder / ("" if name == "tokenizer" else name) / TOKENIZER, _tokenizer_class(type(tokenizer).__name__)
@@ -142,13 +146,9 @@ def pin(processor: Any, folder: Path) -> None:
 def _tokenizer_class(named: object) -> str:
     """A tokenizer class under the one name for it that other versions, and transformers.js, know too."""
     name = str(named)
-    return (
-        "PreTrainedTokenizerFast"
-        if name == "TokenizersBackend"
-        else name
-        if name.startswith("PreTr")
-        else name.removesuffix("Fast")
-    )
+    if name == "TokenizersBackend":
+        return "PreTrainedTokenizerFast"
+    return name if name.startswith("PreTr") else name.removesuffix("Fast")
 
 
 def _set(file: Path, key: str, value: str) -> None:
@@ -157,14 +157,14 @@ def _set(file: Path, key: str, value: str) -> None:
         file.write_text(json.dumps({**settings, key: value}, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
-def check_same(base: Any, folder: Path, recipe: Recipe) -> None:
+def check_same(base: ProcessorMixin, folder: Path, recipe: Recipe) -> None:
     """Raise VerificationError where the processor of an export gives other tokens, pixels or prompts than its base's."""
     exported = load_processor(folder, recipe, "CHECKPOINT")
     if found := next(_differences(base, exported), None):
         raise VerificationError(f"{folder}: the processor of the export is not the base model's: {found}.")
 
 
-def _differences(one: Any, other: Any) -> Iterator[str]:
+def _differences(one: ProcessorMixin, other: ProcessorMixin) -> Iterator[str]:
     if type(one) is not type(other):
         yield f"it is a {type(other).__name__}, and the base's is a {type(one).__name__}"
         return
@@ -182,17 +182,16 @@ def _differences(one: Any, other: Any) -> Iterator[str]:
         part, twin = getattr(one, name), getattr(other, name)
         if type(part) is not type(twin) or part.to_dict() != twin.to_dict():
             yield f"its {name} is a {type(twin).__name__} with other settings"
-    for images in ([typographic_image("hello")], [typographic_image("hello").resize((90, 40))]):
-        first, second = (_inputs(p, images) for p in (one, other))
+    for image in (typographic_image("hello"), typographic_image("hello").resize((90, 40))):
+        first, second = (_inputs(p, image) for p in (one, other))
         different = [k for k in first.keys() | second.keys() if not _equal(first.get(k), second.get(k))]
         if different:
             yield f"a prompt with an image differs in {', '.join(sorted(different))}"
 
 
-def _inputs(processor: Any, images: list[Image.Image]) -> dict[str, Any]:
-    content = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": "What  is 2024?\n"}]
-    return dict(encoded(processor, [[{"role": "user", "content": content}]], return_tensors="pt"))
+def _inputs(processor: ProcessorMixin, image: Image.Image) -> Mapping[str, object]:
+    return dict(encoded(processor, [[user_turn("What  is 2024?\n", image)]], return_tensors="pt"))
 
 
-def _equal(one: Any, other: Any) -> bool:
+def _equal(one: object, other: object) -> bool:
     return torch.equal(one, other) if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor) else one == other

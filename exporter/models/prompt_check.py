@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
-from jinja2 import TemplateError
 from PIL import Image
+from transformers import BatchFeature, ProcessorMixin
 
+from exporter.errors import InputError
 from exporter.modeling.prompts_shiftdc import PromptComposer, PromptFrame, filled
-from exporter.models.chat_template import rendered
+from exporter.models.chat_template import refused_by_template, rendered
+from exporter.models.conversation import Conversation, text_turn, user_turn, without_images
 from exporter.models.vlm import VLM
-
-Conversation = list[dict[str, Any]]
 
 #: Requests as users write them, and as they hardly ever do.
 REQUESTS = (
@@ -61,7 +60,7 @@ class PromptCheck:
     def exact(self) -> bool:
         return not self.differences
 
-    def report(self) -> dict[str, Any]:
+    def report(self) -> dict[str, int | list[str]]:
         """Without texts of the user's."""
         return {"compared": self.compared, "different": len(self.differences), "not_taken_by_the_template": list(self.refused)}
 
@@ -84,11 +83,13 @@ def check_prompts(vlm: VLM, frame: PromptFrame, requests: Sequence[str] | None =
         for name, form in forms().items():
             try:
                 checker.ids(form("Hello"))
-            except TemplateError:
+            except InputError as error:
+                if not refused_by_template(error):
+                    raise
                 refused.append(name)
                 continue
             for i, request in enumerate([*(requests or REQUESTS), *special_texts(vlm)]):
-                for difference in checker.compare(name, form, request, CAPTIONS[i % len(CAPTIONS)]):
+                for difference in checker.differences(name, form, request, CAPTIONS[i % len(CAPTIONS)]):
                     compared += 1
                     differences += [difference] if difference is not None else []
     return PromptCheck(compared, tuple(differences), tuple(refused))
@@ -103,22 +104,16 @@ def special_texts(vlm: VLM) -> list[str]:
 
 def forms() -> dict[str, Callable[[str], Conversation]]:
     """Conversations around a request, by what they are."""
-    grey = {"type": "image", "image": Image.new("RGB", _SIZE, (127, 127, 127))}
-
-    def user(*parts: Any) -> dict[str, Any]:
-        return {"role": "user", "content": [p if isinstance(p, dict) else {"type": "text", "text": p} for p in parts]}
-
-    def said(role: str, text: str) -> dict[str, Any]:
-        return {"role": role, "content": [{"type": "text", "text": text}]}
-
-    earlier = [user("Hello, who are you?"), said("assistant", "An assistant.")]
+    grey = Image.new("RGB", _SIZE, (127, 127, 127))
+    earlier = [user_turn("Hello, who are you?"), text_turn("assistant", "An assistant.")]
+    shown = [user_turn("What is it?", grey), text_turn("assistant", "A thing.")]
     return {
-        "image before the request": lambda r: [user(grey, r)],
-        "image behind the request": lambda r: [user(r, grey)],
-        "second turn with an image": lambda r: [*earlier, user(grey, r)],
-        "second turn after an image": lambda r: [user(grey, "What is it?"), said("assistant", "A thing."), user(r)],
-        "two images": lambda r: [user(grey, grey, r)],
-        "system turn": lambda r: [said("system", "Answer in one word."), user(grey, r)],
+        "image before the request": lambda r: [user_turn(r, grey)],
+        "image behind the request": lambda r: [user_turn(r, grey, behind=True)],
+        "second turn with an image": lambda r: [*earlier, user_turn(r, grey)],
+        "second turn after an image": lambda r: [*shown, user_turn(r)],
+        "two images": lambda r: [user_turn(r, grey, grey)],
+        "system turn": lambda r: [text_turn("system", "Answer in one word."), user_turn(r, grey)],
     }
 
 
@@ -131,7 +126,10 @@ class _Checker:
     def composer(self) -> PromptComposer:
         return self.vlm.composing(self.frame)
 
-    def compare(self, name: str, form: Callable[[str], Conversation], request: str, caption: str) -> Iterator[Difference | None]:
+    def differences(
+        self, name: str, form: Callable[[str], Conversation], request: str, caption: str
+    ) -> Iterator[Difference | None]:
+        """Of each prompt with one caption; None where it is the template's own."""
         composer, ids = self.composer, self.ids(form(request))
         # some templates trim a request, some tokenizers lower-case it: what counts is the request as the prompt has it
         seen = composer.request(ids)
@@ -163,18 +161,18 @@ class _Checker:
         if self.frame.own and not self.vlm.composed_text:
             text = rendered(self.vlm.processor, conversation, add_generation_prompt=True)
             text = text.replace(self.vlm.processor.image_token, "")
-            return self.vlm.tokenizer(text, add_special_tokens=self.frame.bos_added)["input_ids"]
-        alone = [{**turn, "content": [p for p in turn["content"] if p["type"] != "image"]} for turn in conversation]
-        return self.ids(alone)
+            return self.vlm.tokenized(text, self.frame)
+        return self.ids(without_images(conversation))
 
 
 @contextmanager
-def images_kept(processor: Any) -> Iterator[None]:
+def images_kept(processor: ProcessorMixin) -> Iterator[None]:
     """In here the processor takes in the same images with the same settings once; only texts differ."""
-    images, kept = processor.image_processor, {}
+    images = processor.image_processor
     preprocess = images.preprocess
+    kept: dict[str, BatchFeature] = {}
 
-    def remembered(pictures: Any, *args: Any, **options: Any) -> Any:
+    def remembered(pictures: object, *args: object, **options: object) -> BatchFeature:
         key = repr((_identities(pictures), args, sorted(options.items(), key=str)))
         if key not in kept:
             kept[key] = preprocess(pictures, *args, **options)
@@ -187,5 +185,5 @@ def images_kept(processor: Any) -> Iterator[None]:
         del images.preprocess
 
 
-def _identities(pictures: Any) -> Any:
+def _identities(pictures: object) -> object:
     return [_identities(p) for p in pictures] if isinstance(pictures, (list, tuple)) else id(pictures)

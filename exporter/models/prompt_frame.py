@@ -7,16 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from jinja2 import TemplateError
 from PIL import Image
 
 from exporter.errors import InputError
-from exporter.modeling.prompts_shiftdc import Parts, PromptComposer, PromptFrame, TokenizerCodec
-from exporter.models.chat_template import rendered
-from exporter.models.recipe import Prompts
-from exporter.models.vlm import VLM
+from exporter.modeling.prompts_shiftdc import Parts, PromptComposer, PromptFrame
+from exporter.models.chat_template import refused_by_template, rendered
+from exporter.models.conversation import Message, text_turn, user_turn
+from exporter.models.recipe import Wording
+from exporter.models.vlm import VLM, CheckedCodec
 
 #: Texts that share no first and no last character.
 _TEXTS = ("How to", "zebras? 7", "Alpha one")
@@ -28,12 +27,12 @@ _SHAPES = ((64, 64), (8, 8), (1536, 1536), (1536, 96), (96, 1536), (1536, 512))
 Cells = list[str | int]
 
 
-def prompt_frame(vlm: VLM, prompts: Prompts) -> PromptFrame:
+def prompt_frame(vlm: VLM, prompts: Wording) -> PromptFrame:
     """The frame of a checkpoint's prompts. Raises InputError where the template gives no prompt from which it can be read off."""
     _check_template(vlm)
     writer = _Writer(vlm)
-    alone, shown = [writer(turn(t)) for t in _TEXTS], [writer(turn(t, 1)) for t in _TEXTS]
-    behind = [writer.tried(turn(t, 1, behind=True)) or shown[i] for i, t in enumerate(_TEXTS)]
+    alone, shown = [writer(_turn(t)) for t in _TEXTS], [writer(_turn(t, 1)) for t in _TEXTS]
+    behind = [writer.or_none(_turn(t, 1, behind=True)) or shown[i] for i, t in enumerate(_TEXTS)]
     images = [_difference(prompt, alone[0]) for prompt in (shown[0], behind[0])]
     own = any(i is None for i in images)  # the template says more than that there is no image
     first, later = [
@@ -59,32 +58,27 @@ def prompt_frame(vlm: VLM, prompts: Prompts) -> PromptFrame:
         text=prompts.text_counterpart,
         bos_added=writer.bos_added,
         own=own,
-        trims=writer(turn(f" {_TEXTS[0]}\n")) == alone[0],
+        trims=writer(_turn(f" {_TEXTS[0]}\n")) == alone[0],
     )
 
 
-def turn(request: str, images: int = 0, *, behind: bool = False, size: tuple[int, int] = _SHAPES[0]) -> dict[str, Any]:
+def _turn(request: str, images: int = 0, *, behind: bool = False, size: tuple[int, int] = _SHAPES[0]) -> Message:
     """A user's turn with grey images before or behind the request."""
-    pictures = [{"type": "image", "image": Image.new("RGB", size, (127, 127, 127))} for _ in range(images)]
-    text = [{"type": "text", "text": request}]
-    return {"role": "user", "content": [*text, *pictures] if behind else [*pictures, *text]}
-
-
-def said(role: str, text: str) -> dict[str, Any]:
-    """A turn of text alone."""
-    return {"role": role, "content": [{"type": "text", "text": text}]}
+    return user_turn(request, *(Image.new("RGB", size, (127, 127, 127)) for _ in range(images)), behind=behind)
 
 
 def _check_template(vlm: VLM) -> None:
     """Raise InputError where the template takes no prompt without an image, or says nothing of one."""
     try:
-        alone = rendered(vlm.processor, [turn(_TEXTS[0])], add_generation_prompt=True)
-    except TemplateError as error:
+        alone = rendered(vlm.processor, [_turn(_TEXTS[0])], add_generation_prompt=True)
+    except InputError as error:
+        if not refused_by_template(error):
+            raise
         raise InputError(
-            f"MODEL: its chat template does not render a prompt without an image ({error}), and the method compares with such "
-            "prompts; restore the template, or give another model."
-        ) from error
-    if not vlm.composed_text and rendered(vlm.processor, [turn(_TEXTS[0], 1)], add_generation_prompt=True) == alone:
+            f"MODEL: its chat template does not render a prompt without an image ({error.__cause__}), and the method compares "
+            "with such prompts; restore the template, or give another model."
+        ) from error.__cause__
+    if not vlm.composed_text and rendered(vlm.processor, [_turn(_TEXTS[0], 1)], add_generation_prompt=True) == alone:
         raise InputError(
             "MODEL: its chat template writes nothing where an image stands, so its prompts cannot be told apart; "
             "restore the template, or give another model."
@@ -96,27 +90,29 @@ class _Writer:
 
     def __init__(self, vlm: VLM):
         self.vlm = vlm
-        self.codec = TokenizerCodec(vlm.tokenizer)
+        self.codec = CheckedCodec(vlm.tokenizer)
         self.bos_added = self._bos_added()
         nothing = PromptFrame((), (), (), (), (), ((),), ((),), ((),), ("", ""), "", "", self.bos_added)
         self.composer = PromptComposer(nothing, self.codec, vlm.image_token_id)
 
-    def __call__(self, *turns: dict[str, Any]) -> Cells:
+    def __call__(self, *turns: Message) -> Cells:
         flat = self.composer.flat(self.vlm.encode_conversations([list(turns)])["input_ids"][0].tolist())
         tokens = {mark: token for token, mark in flat.marks.items()}
         return [tokens.get(character, character) for character in flat.text]
 
-    def tried(self, *turns: dict[str, Any]) -> Cells | None:
+    def or_none(self, *turns: Message) -> Cells | None:
         """None where the template refuses these turns, as some do with several, or the processor an image of that size."""
         try:
             return self(*turns)
-        except (TemplateError, ValueError):
+        except InputError as error:
+            if not (refused_by_template(error) or isinstance(error.__cause__, ValueError)):
+                raise
             return None
 
     def _bos_added(self) -> bool:
         if self.codec.bos is None:
             return False
-        shown = turn(_TEXTS[0], 1)
+        shown = _turn(_TEXTS[0], 1)
         text = rendered(self.vlm.processor, [shown], add_generation_prompt=True)
         ids = self.vlm.encode_conversations([[shown]])["input_ids"][0].tolist()
         return self.codec.bos in ids and self.codec.written(self.codec.bos) not in text
@@ -142,7 +138,9 @@ def _difference(shown: Cells, alone: Cells) -> _ImagePart | None:
 
 
 def _around_image(shown: Cells, alone: Cells, image: int) -> _ImagePart:
-    """The image tokens with the special tokens beside them that text prompts never have."""
+    """The image tokens with the special tokens beside them that text prompts never have. Raises InputError."""
+    if image not in shown:
+        raise InputError("MODEL: its chat template writes nothing where an image stands; restore the template.")
     known = {cell for cell in alone if isinstance(cell, int)}
     start, end = shown.index(image), len(shown) - shown[::-1].index(image)
     while start and isinstance(shown[start - 1], int) and shown[start - 1] not in known:
@@ -155,12 +153,12 @@ def _around_image(shown: Cells, alone: Cells, image: int) -> _ImagePart:
 def _forms(writer: _Writer, alone: Cells | None, image: int) -> Iterable[Cells]:
     """Images of other sizes, and two of them; `alone`: the prompt without, None where it differs by more."""
     text = _TEXTS[0]
-    several = () if alone is None else (turn(text, 2), turn(text, 2, behind=True))  # what joins them is not the images'
-    for pictures in (*(turn(text, 1, size=size) for size in _SHAPES[1:]), *several):
-        shown = writer.tried(pictures)
+    several = () if alone is None else (_turn(text, 2), _turn(text, 2, behind=True))  # what joins them is not the images'
+    for pictures in (*(_turn(text, 1, size=size) for size in _SHAPES[1:]), *several):
+        shown = writer.or_none(pictures)
         if shown is None:  # some templates take one image
             continue
-        part = _around_image(shown, writer(turn(text)), image) if alone is None else _difference(shown, alone)
+        part = _around_image(shown, writer(_turn(text)), image) if alone is None else _difference(shown, alone)
         if part is not None:
             yield part.image
 
@@ -179,8 +177,10 @@ def _split(form: Cells, image: int) -> list[Cells]:
 def _second_turn(writer: _Writer) -> tuple[Cells, list[Cells]]:
     """(what stands before an earlier reply, what stands before the request of a second turn), empty for templates of one turn."""
     try:
-        prompts = [[writer(turn(a), said("assistant", r), turn(b)) for r, b in _SECOND_TURNS] for a in _TEXTS]
-    except TemplateError:
+        prompts = [[writer(_turn(a), text_turn("assistant", r), _turn(b)) for r, b in _SECOND_TURNS] for a in _TEXTS]
+    except InputError as error:
+        if not refused_by_template(error):
+            raise
         return [], []
     replies = [_common_start(row[:2]) for row in prompts]
     return _common_end(replies), [_common_start(prompts[0][1:])]
@@ -188,7 +188,7 @@ def _second_turn(writer: _Writer) -> tuple[Cells, list[Cells]]:
 
 def _second_opening(writer: _Writer, image: int, before: Cells) -> list[Cells]:
     """What stands before an image with which a second turn opens; `before`: what stands before image tokens."""
-    shown = writer.tried(turn("Hello"), said("assistant", "Fine"), turn(_TEXTS[0], 1))
+    shown = writer.or_none(_turn("Hello"), text_turn("assistant", "Fine"), _turn(_TEXTS[0], 1))
     if shown is None or image not in shown:
         return []
     start = shown[: shown.index(image)]

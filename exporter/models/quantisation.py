@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from exporter.errors import InputError
 from exporter.models.base import BaseCheckpoint, BaseFiles
 from exporter.models.footprint import BLOCK, is_quantised
+
+if TYPE_CHECKING:
+    from transformers import BitsAndBytesConfig
 
 
 def check_quantisation(quantised: int | None, base: BaseFiles) -> None:
@@ -35,7 +38,7 @@ def check_widths(quantised: int | None, base: BaseCheckpoint) -> None:
         )
 
 
-def bitsandbytes_config(bits: int, dtype: str, base: BaseCheckpoint) -> Any:
+def bitsandbytes_config(bits: int, dtype: str, base: BaseCheckpoint) -> BitsAndBytesConfig:
     from transformers import BitsAndBytesConfig
 
     if bits == 8:

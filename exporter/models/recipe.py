@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 import reprlib
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from exporter.errors import InputError
+from exporter.runtime.complaints import first_complaint
 from exporter.runtime.reading import RECIPE_BYTES, NoFileError, UnreadableError, parse_yaml, read_bytes, text_of
 from exporter.runtime.resources import resource
 
@@ -54,7 +54,7 @@ def parse_layers(text: str) -> range:
     return layers
 
 
-class Prompts(BaseModel):
+class Wording(BaseModel):
     """Wording of the two extra prompts of the method."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -87,7 +87,7 @@ class Recipe(BaseModel):
     models: tuple[str, ...] = Field(description="checkpoints that the recipe is written for")
     decoder_layers: str = Field(description="path of the decoder layers' ModuleList in the loaded model")
     chat_template: str | None = Field(None, description="Jinja template for families whose checkpoints have none")
-    prompts: Prompts = Field(description="wording of the method's two extra prompts")
+    prompts: Wording = Field(description="wording of the method's two extra prompts")
     calibration: str = Field("builtin", description="builtin, demo, harmless, UNSAFE+SAFE, or a JSONL file")
     benchmark: str = Field("mm-safetybench", description="what --evaluate runs")
     layers: Annotated[str, AfterValidator(_layers)] = Field("auto", description="auto, or A-B: from 0, both ends included")
@@ -102,7 +102,7 @@ class Recipe(BaseModel):
     notes: tuple[str, ...] = Field((), description="what does not work, or works in another way, and why")
 
     @property
-    def wording(self) -> Prompts:
+    def wording(self) -> Wording:
         """The prompts, with that of the caption style as `caption`."""
         if self.caption_style == "request":
             return self.prompts
@@ -123,13 +123,9 @@ def _validated(values: object, where: str) -> Recipe:
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        # a union adds the names of its members to the path
-        named = [str(part) for i, part in enumerate(first["loc"]) if i == 0 or part in Prompts.model_fields]
-        key = ".".join(named) or "the file"
-        message = first["msg"].removeprefix("Value error, ")
-        found = reprlib.repr(first["input"])  # it may be as long as the file
-        raise InputError(f"Recipe: {key} in {where} is wrong: {message}, found {found}; correct it.") from None
+        key, message = first_complaint(error, below=Wording.model_fields)
+        found = reprlib.repr(error.errors()[0]["input"])  # it may be as long as the file
+        raise InputError(f"Recipe: {key} in {where} is wrong: {message}, found {found}; correct it.") from error
 
 
 def load_recipe(name_or_file: str) -> Recipe:
@@ -143,16 +139,11 @@ def load_recipe(name_or_file: str) -> Recipe:
         file = resource("recipes") / f"{name_or_file}.yaml"
     try:
         values = parse_yaml(text_of(read_bytes(file, RECIPE_BYTES)))
-    except NoFileError:
-        raise InputError(f"Recipe: there is no file {file}; give a name or an existing .yaml file.") from None
+    except NoFileError as error:
+        raise InputError(f"Recipe: there is no file {file}; give a name or an existing .yaml file.") from error
     except UnreadableError as error:
-        raise InputError(f"Recipe: {file} cannot be read as YAML ({error}); correct the file.") from None
+        raise InputError(f"Recipe: {file} cannot be read as YAML ({error}); correct the file.") from error
     return _validated(values, str(file))
-
-
-def recorded_recipe(report: Mapping[str, Any]) -> Recipe:
-    """The recipe that an export was made with, from its report. Raises InputError."""
-    return _validated(report.get("recipe"), "shiftdc_report.json")
 
 
 def recipe_names() -> list[str]:

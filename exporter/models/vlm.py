@@ -5,19 +5,43 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
 from torch import nn
 
-from exporter.data.images import blank_image
 from exporter.errors import InputError
 from exporter.modeling.prompts_shiftdc import PromptComposer, PromptFrame, TokenizerCodec
-from exporter.models.chat_template import encoded, rendered
+from exporter.models.chat_template import composing, encoded, rendered
+from exporter.models.conversation import Conversation, has_image, user_turn, with_blank_image
 from exporter.models.families import Family, family
+from exporter.runtime.padding import left_padded
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 Inputs = dict[str, torch.Tensor]
+
+
+class CheckedCodec(TokenizerCodec):
+    """What a damaged tokenizer raises becomes an InputError."""
+
+    def encode(self, text: str, *, plain: bool = False) -> list[int]:
+        with composing("MODEL"):
+            return super().encode(text, plain=plain)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        with composing("MODEL"):
+            return super().decode(ids)
+
+    def text(self, ids: Sequence[int]) -> str:
+        with composing("MODEL"):
+            return super().text(ids)
+
+    def written(self, token: int) -> str:
+        with composing("MODEL"):
+            return super().written(token)
 
 
 @dataclass(frozen=True)
@@ -29,8 +53,8 @@ class VLM:
     `notices`: what transformers said while it loaded them.
     """
 
-    model: Any
-    processor: Any
+    model: PreTrainedModel
+    processor: ProcessorMixin
     composed_text: bool = False
     composer: PromptComposer | None = None
     notices: tuple[str, ...] = ()
@@ -40,14 +64,14 @@ class VLM:
         return replace(self, composer=self.composing(frame) if frame.own else None)
 
     def composing(self, frame: PromptFrame) -> PromptComposer:
-        return PromptComposer(frame, TokenizerCodec(self.tokenizer), self.image_token_id)
+        return PromptComposer(frame, CheckedCodec(self.tokenizer), self.image_token_id)
 
     @cached_property
     def family(self) -> Family:
         return family(self.model.config.model_type.removeprefix("shiftdc_"))
 
     @property
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> PreTrainedTokenizerBase:
         return self.processor.tokenizer
 
     @property
@@ -64,19 +88,19 @@ class VLM:
         """Where inputs go: of an offloaded model, the device on which its embeddings run."""
         embeddings = self.model.get_input_embeddings()
         hook = getattr(embeddings, "_hf_hook", None)
-        place = getattr(hook, "execution_device", None)
-        found = embeddings.weight.device if place is None else torch.device(place)
-        return torch.device("cpu") if found.type == "meta" else found  # a model without weights is never run
+        execution = getattr(hook, "execution_device", None)
+        device = embeddings.weight.device if execution is None else torch.device(execution)
+        return torch.device("cpu") if device.type == "meta" else device  # a model without weights is never run
 
     def decoder_layers(self, path: str) -> nn.ModuleList:
         """The decoder layers at `path`, checked against the config. Raises InputError."""
         expected = self.model.config.get_text_config().num_hidden_layers
         try:
             layers = self.model.get_submodule(path)
-        except AttributeError:
+        except AttributeError as error:
             raise InputError(
                 f"Recipe: decoder_layers is {path!r}, which {type(self.model).__name__} has not; correct the path."
-            ) from None
+            ) from error
         if not isinstance(layers, nn.ModuleList) or len(layers) != expected:
             raise InputError(
                 f"Recipe: decoder_layers {path!r} is no list of the config's {expected} decoder layers; correct the path."
@@ -89,7 +113,7 @@ class VLM:
         conversations = [[user_turn(r, p)] for r, p in zip(requests, pictures, strict=True)]
         return self.encode_conversations(conversations)
 
-    def encode_conversations(self, conversations: Sequence[list[dict[str, Any]]]) -> Inputs:
+    def encode_conversations(self, conversations: Sequence[Conversation]) -> Inputs:
         if self.composed_text and not any(has_image(c) for c in conversations):
             return self.pad([self._without_image(c) for c in conversations])
         if self.composer is not None and not any(has_image(c) for c in conversations):
@@ -98,14 +122,18 @@ class VLM:
         inputs = encoded(self.processor, conversations, return_tensors="pt", processor_kwargs=padding)
         return {k: v.to(self.device) for k, v in inputs.items() if isinstance(v, torch.Tensor) and k != "labels"}
 
-    def _without_image(self, conversation: list[dict[str, Any]]) -> list[int]:
+    def _without_image(self, conversation: Conversation) -> list[int]:
         ids = self.encode_conversations([with_blank_image(conversation)])["input_ids"][0].tolist()
         return [i for i in ids if i != self.image_token_id]
 
-    def _image_taken_out(self, conversation: list[dict[str, Any]], composer: PromptComposer) -> list[int]:
+    def _image_taken_out(self, conversation: Conversation, composer: PromptComposer) -> list[int]:
         text = rendered(self.processor, with_blank_image(conversation), add_generation_prompt=True)
-        ids = self.tokenizer(text, add_special_tokens=composer.frame.bos_added)["input_ids"]
-        return composer.text_prompt(ids)
+        return composer.text_prompt(self.tokenized(text, composer.frame))
+
+    def tokenized(self, text: str, frame: PromptFrame) -> list[int]:
+        """Token ids of what the chat template gives. Raises InputError."""
+        with composing("MODEL"):
+            return self.tokenizer(text, add_special_tokens=frame.bos_added)["input_ids"]
 
     def backbone(self, inputs: Inputs) -> None:
         """One pass through the decoder layers, without cache."""
@@ -117,30 +145,9 @@ class VLM:
 
     def pad(self, prompts: Sequence[list[int]]) -> Inputs:
         """Left-padded prompts without images: input_ids and attention_mask, int64 [batch, time], and what the family adds."""
-        width = max(map(len, prompts))
-        pad = self.tokenizer.pad_token_id or 0
-        ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts])
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+        ids, mask = map(torch.tensor, left_padded(prompts, self.tokenizer.pad_token_id or 0))
         added = self.family.model.shiftdc_token_inputs(ids, self.image_token_id, {})
         return {k: v.to(self.device) for k, v in {"input_ids": ids, "attention_mask": mask, **added}.items()}
 
     def decode(self, ids: Sequence[int] | torch.Tensor) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
-
-
-def user_turn(request: str, *images: Image.Image | None) -> dict[str, Any]:
-    """One user message in the form that chat templates take."""
-    pictures = [{"type": "image", "image": image} for image in images if image is not None]
-    return {"role": "user", "content": [*pictures, {"type": "text", "text": request}]}
-
-
-def has_image(conversation: list[dict[str, Any]]) -> bool:
-    return any(part["type"] == "image" for turn in conversation for part in turn["content"])
-
-
-def with_blank_image(conversation: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """With a neutral image before the first request."""
-    index = next(i for i, turn in enumerate(conversation) if turn["role"] == "user")
-    first = conversation[index]
-    shown = {**first, "content": [{"type": "image", "image": blank_image()}, *first["content"]]}
-    return [*conversation[:index], shown, *conversation[index + 1 :]]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
-def seen(attention_mask: torch.Tensor, keys: torch.Tensor, time: int) -> torch.Tensor:
+
+def attended_positions(attention_mask: torch.Tensor, keys: torch.Tensor, time: int) -> torch.Tensor:
     """int64 [batch, past + time]: 1 where a position is no padding.
 
     While decoding transformers.js gives a mask of ones; the first layer's cached keys are zeros at padding.
@@ -17,13 +20,13 @@ def seen(attention_mask: torch.Tensor, keys: torch.Tensor, time: int) -> torch.T
     return (attention_mask > 0).long() * torch.cat([cached.long(), new], 1)
 
 
-def marked(keys: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+def with_padding_zeroed(keys: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
     """`keys` [batch, heads, time, width] with zeros at padding only: the embedding of a PAD that was generated may be zero."""
     zero = (keys.abs().sum((1, 3), keepdim=True) == 0).to(keys.dtype)
     return (keys + torch.finfo(keys.dtype).tiny * zero) * attended[:, None, :, None].to(keys.dtype)
 
 
-def causal_mask(attended: torch.Tensor, image: torch.Tensor, dtype: torch.dtype, text: Any) -> torch.Tensor:
+def causal_mask(attended: torch.Tensor, image: torch.Tensor, dtype: torch.dtype, text: PretrainedConfig) -> torch.Tensor:
     """[batch, 1, time, past + time] for a decoder whose tokens see all before them; 0 or the lowest number.
 
     attended [batch, past + time]: no padding; image [batch, time]: tokens of an image; text: the decoder's config.
@@ -31,7 +34,9 @@ def causal_mask(attended: torch.Tensor, image: torch.Tensor, dtype: torch.dtype,
     return additive(causal(attended, image), attended, dtype)
 
 
-def gemma3_masks(attended: torch.Tensor, image: torch.Tensor, dtype: torch.dtype, text: Any) -> dict[str, torch.Tensor]:
+def gemma3_masks(
+    attended: torch.Tensor, image: torch.Tensor, dtype: torch.dtype, text: PretrainedConfig
+) -> dict[str, torch.Tensor]:
     """Masks by kind of layer: tokens of one image see each other, and some layers look back a window only."""
     query, key = _indices(attended, image)
     first = image & ~torch.nn.functional.pad(image, (1, 0))[:, :-1]
@@ -59,6 +64,6 @@ def additive(allowed: torch.Tensor, attended: torch.Tensor, dtype: torch.dtype) 
 
 
 def _indices(attended: torch.Tensor, fed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Places of queries [time, 1] and keys [1, past + time] in the whole sequence."""
+    """Indices of queries [time, 1] and keys [1, past + time] in the whole sequence."""
     width, time = attended.shape[1], fed.shape[1]
     return torch.arange(time)[:, None] + (width - time), torch.arange(width)[None]

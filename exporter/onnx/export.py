@@ -9,34 +9,67 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from exporter.checkpoint.earlier import NOTHING, Contents, contents, few
 from exporter.checkpoint.layout import REPORT
-from exporter.checkpoint.manifest import recorded, shipped
+from exporter.checkpoint.manifest import rehashed, shipped
 from exporter.checkpoint.open import open_export
-from exporter.checkpoint.report import read_report
+from exporter.checkpoint.report import OnnxRecord, Report, read_report
 from exporter.checkpoint.staging import replaced
 from exporter.errors import InputError, VerificationError
-from exporter.models.recipe import recorded_recipe
 from exporter.onnx.families import GraphFamily, graph_family
+from exporter.onnx.files import end_tokens, save_graph, sizes, write_configs
 from exporter.onnx.interface import EMBED, GRAPHS, SUFFIXES, graph_file
+from exporter.onnx.parity import Parity, expected, failures, parity_of
 from exporter.onnx.trace import export_graphs
+from exporter.onnx.variants import write_int8, write_q4
 from exporter.runtime.progress import Progress, silent
+from exporter.runtime.reading import Json
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from exporter.models.vlm import VLM
 
 FOLDER = "onnx"
 #: Packages of the extra `onnx`.
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 
+@dataclass(frozen=True)
+class Variant:
+    """The graphs of one precision: bytes of each, weights included, and how they compare with PyTorch."""
+
+    bytes: dict[str, int]
+    parity: Parity
+
+    def as_json(self) -> dict[str, object]:
+        return {"bytes": self.bytes, **asdict(self.parity)}
+
+
+@dataclass(frozen=True)
+class OnnxEntry:
+    """What the report says of the graphs: packages that made them, and variants by precision."""
+
+    versions: dict[str, str]
+    variants: dict[str, Variant]
+
+    def as_json(self) -> dict[str, object]:
+        return {"versions": self.versions, "variants": {name: variant.as_json() for name, variant in self.variants.items()}}
+
+
 def parse_precisions(text: str) -> tuple[str, ...]:
     """`"fp32,int8"` as precisions, in the order of SUFFIXES. Raises InputError."""
     wanted = [part.strip() for part in text.split(",")]
     if unknown := [p for p in wanted if p not in SUFFIXES]:
-        raise InputError(f"--precision: {unknown[0]!r} is none, expected of {', '.join(SUFFIXES)}, with commas between them.")
+        raise InputError(
+            f"--precision: {unknown[0]!r} is not a precision, expected some of {', '.join(SUFFIXES)}, with commas between them."
+        )
     return tuple(p for p in SUFFIXES if p in wanted)
 
 
@@ -46,13 +79,13 @@ def check_packages() -> None:
         raise InputError(f'ONNX: {missing[0]} is not installed; run: pip install "shiftdc-export[onnx]"')
 
 
-def check_family(name: str, config: Mapping[str, Any]) -> GraphFamily:
+def check_family(name: str, config: Mapping[str, Json]) -> GraphFamily:
     """Raise InputError unless the extra is installed and there are graphs for a checkpoint of a family."""
     check_packages()
     return graph_family(name, config)
 
 
-def export_onnx(checkpoint: Path, precisions: Sequence[str], progress: Progress = silent) -> dict[str, Any]:
+def export_onnx(checkpoint: Path, precisions: Sequence[str], progress: Progress = silent) -> OnnxEntry:
     """Write CHECKPOINT/onnx and its entry in the report; returns the entry.
 
     Raises InputError, and VerificationError where a precision does not give what PyTorch gives; then nothing is left of it.
@@ -60,12 +93,12 @@ def export_onnx(checkpoint: Path, precisions: Sequence[str], progress: Progress 
     if not (checkpoint / REPORT).is_file():
         raise InputError(f"CHECKPOINT: {checkpoint} has no {REPORT}; give a folder that shiftdc-export wrote.")
     report = read_report(checkpoint)
-    family = check_family(report["recipe"]["family"], json.loads((checkpoint / "config.json").read_text("utf-8")))
+    family = check_family(report.recipe.family, json.loads((checkpoint / "config.json").read_text("utf-8")))
     target = checkpoint / FOLDER
     with replaced(target, lambda: _check_ours(target, report)) as folder:
-        wording = recorded_recipe(report).wording.model_dump(include={"caption", "text_counterpart"})
+        wording = report.recipe.wording.model_dump(include={"caption", "text_counterpart"})
         entry = _write(checkpoint, family, tuple(precisions), folder, wording, progress)
-        if broken := [sentence for found in entry["variants"].values() for sentence in found.pop("failures")]:
+        if broken := [sentence for name, variant in entry.variants.items() for sentence in failures(name, variant.parity)]:
             raise VerificationError(f"The ONNX graphs are not kept, because they differ from PyTorch: {'; '.join(broken)}.")
     _attach(checkpoint, entry)
     return entry
@@ -78,46 +111,41 @@ def _write(
     folder: Path,
     wording: dict[str, str],
     progress: Progress,
-) -> dict[str, Any]:
-    from exporter.onnx import files as onnx_files
-    from exporter.onnx import parity as onnx_parity
-    from exporter.onnx import variants as onnx_variants
-
+) -> OnnxEntry:
     steps = len(precisions) + 2
     vlm = open_export(checkpoint, dtype="float32", device_map="cpu")
-    eos, _ = onnx_files.end_tokens(vlm.model)
+    eos, _ = end_tokens(vlm.model)
     progress("ONNX", 0, steps)
-    wanted = onnx_parity.expected(vlm, eos)
+    wanted = expected(vlm, eos)
     progress("ONNX", 1, steps)
     with _exporter_quiet():
-        _save(export_graphs(vlm, family, eos), folder, "fp32")
-        if set(precisions) - {"fp32"}:
-            halve(vlm.model)
-            graphs = GRAPHS if "fp16" in precisions else (EMBED,)
-            halves = export_graphs(vlm, family, eos, graphs)
-            for precision in precisions:  # the embedding is a table: float16 is as small as it gets
-                if precision != "fp32":
-                    _save(halves if precision == "fp16" else {EMBED: halves[EMBED]}, folder, precision)
+        _trace(vlm, family, eos, precisions, folder)
     progress("ONNX", 2, steps)
     if "int8" in precisions:
-        onnx_variants.write_int8(folder)
+        write_int8(folder)
     if "q4" in precisions:
-        onnx_variants.write_q4(folder)
-    onnx_files.write_configs(vlm, family, folder, precisions, wording)
+        write_q4(folder)
+    write_configs(vlm, family, folder, precisions, wording)
     variants = {}
     for done, precision in enumerate(precisions):
-        parity = onnx_parity.compare(folder, precision, wanted)
-        variants[precision] = {
-            "bytes": onnx_files.sizes(folder, precision),
-            **parity,
-            "failures": onnx_parity.failures(precision, parity),
-        }
+        variants[precision] = Variant(sizes(folder, precision), parity_of(folder, precision, wanted))
         progress("ONNX", 3 + done, steps)
     if "fp32" not in precisions:
-        for graph in GRAPHS:
-            for file in folder.glob(f"{graph_file(graph, 'fp32')}*"):
-                file.unlink()
-    return {"versions": {name: importlib.metadata.version(name) for name in PACKAGES}, "variants": variants}
+        for file in [file for graph in GRAPHS for file in folder.glob(f"{graph_file(graph, 'fp32')}*")]:
+            file.unlink()
+    return OnnxEntry({name: importlib.metadata.version(name) for name in PACKAGES}, variants)
+
+
+def _trace(vlm: VLM, family: GraphFamily, eos: Sequence[int], precisions: Sequence[str], folder: Path) -> None:
+    """Float32 graphs, from which smaller ones are made, and float16 ones; the model keeps halved weights."""
+    _save(export_graphs(vlm, family, eos), folder, "fp32")
+    if not set(precisions) - {"fp32"}:
+        return
+    halve(vlm.model)
+    halves = export_graphs(vlm, family, eos, GRAPHS if "fp16" in precisions else (EMBED,))
+    for precision in precisions:  # the embedding is a table: float16 is as small as it gets
+        if precision != "fp32":
+            _save(halves if precision == "fp16" else {EMBED: halves[EMBED]}, folder, precision)
 
 
 def halve(model: torch.nn.Module) -> None:
@@ -126,31 +154,30 @@ def halve(model: torch.nn.Module) -> None:
         weight.data = weight.data.half()
 
 
-def _save(graphs: dict[str, Any], folder: Path, precision: str) -> None:
-    from exporter.onnx.files import save_graph
-
+def _save(graphs: Mapping[str, ir.Model], folder: Path, precision: str) -> None:
     for graph, exported in graphs.items():
         save_graph(exported, folder / graph_file(graph, precision))
 
 
-def _check_ours(folder: Path, report: dict[str, Any]) -> Contents:
+def _check_ours(folder: Path, report: Report) -> Contents:
     """What is in an earlier `onnx` folder. Raises InputError where there is anything in it that the export does not list."""
     if not folder.exists():
         return NOTHING
-    found = contents(folder, {p.removeprefix(f"{FOLDER}/"): h for p, h in report["files"].items() if p.startswith(f"{FOLDER}/")})
+    found = contents(folder, {p.removeprefix(f"{FOLDER}/"): h for p, h in report.files.items() if p.startswith(f"{FOLDER}/")})
     if found.others:
         raise InputError(f"CHECKPOINT: {folder} holds what is not of the export ({few(found.others)}); move it away.")
     return found
 
 
-def _attach(checkpoint: Path, entry: dict[str, Any]) -> None:
+def _attach(checkpoint: Path, entry: OnnxEntry) -> None:
     """Put the entry and the files' hashes into the report, and what the graphs are into the card."""
     from exporter.publishing.attach import write_report_and_card
 
-    report = {**read_report(checkpoint), "onnx": entry}
-    report["files"] = {p: hashed for p, hashed in report["files"].items() if not p.startswith(f"{FOLDER}/")}
+    report = read_report(checkpoint)
+    others = {p: hashed for p, hashed in report.files.items() if not p.startswith(f"{FOLDER}/")}
+    report = report.model_copy(update={"onnx": OnnxRecord.model_validate(entry.as_json()), "files": others})
     written = [p for p in shipped(checkpoint) if p.startswith(f"{FOLDER}/")]
-    write_report_and_card(checkpoint, recorded(report, checkpoint, written))
+    write_report_and_card(checkpoint, rehashed(report, checkpoint, written))
 
 
 @contextmanager

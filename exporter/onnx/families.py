@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel, ProcessorMixin
 
 from exporter.errors import InputError
 from exporter.onnx.attention import causal_mask, gemma3_masks
-from exporter.onnx.graphs import Decoder, Gemma3Vision, GridDecoder, Idefics3Vision, LlavaVision
+from exporter.onnx.graphs import Decoder, Gemma3Vision, GridDecoder, Idefics3Vision, LlavaVision, Masks
 from exporter.onnx.interface import GRID
 from exporter.onnx.patches import PatchVision
+from exporter.runtime.reading import Json, member
 
 
 @dataclass(frozen=True)
@@ -26,9 +27,9 @@ class GraphFamily:
     """
 
     js_type: str
-    vision: Callable[[Any], nn.Module]
-    masks: Callable[..., Any]
-    image_text: Callable[[Any, int], tuple[str, str]] | None
+    vision: Callable[[PreTrainedModel], nn.Module]
+    masks: Masks
+    image_text: Callable[[ProcessorMixin, int], tuple[str, str]] | None
     decoder: type[Decoder] = Decoder
     grid_input: str = GRID
 
@@ -48,12 +49,12 @@ FAMILIES = {
 }
 
 
-def graph_family(name: str, config: Mapping[str, Any]) -> GraphFamily:
+def graph_family(name: str, config: Mapping[str, Json]) -> GraphFamily:
     """The graphs of a family, for a checkpoint with this config.json. Raises InputError."""
     if name not in FAMILIES:
         raise InputError(f"ONNX: family {name!r} has no graphs yet, expected one of {', '.join(FAMILIES)}; leave --onnx out.")
-    if config.get("vision_config", {}).get("model_type") == "pixtral":
+    if member(config, "vision_config").get("model_type") == "pixtral":
         raise InputError("ONNX: Pixtral, whose pictures keep their own shape, has no graphs yet; leave --onnx out.")
-    if any(part.get("use_sliding_window") for part in (config, config.get("text_config", {}))):
+    if any(part.get("use_sliding_window") for part in (config, member(config, "text_config"))):
         raise InputError("ONNX: use_sliding_window is true in config.json, and the graphs have no window; leave --onnx out.")
     return FAMILIES[name]

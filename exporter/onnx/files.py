@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from exporter.onnx.families import GraphFamily
 from exporter.onnx.interface import GRAPHS, JS_NAMES, graph_file
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+    from transformers import PreTrainedModel
+
+    from exporter.models.vlm import VLM
 
 #: A protobuf file of 2 GB cannot be read; larger graphs keep their weights beside them.
 LARGEST_FILE = 1_900_000_000
@@ -16,7 +23,7 @@ LARGEST_FILE = 1_900_000_000
 SMALL_TENSOR = 1024
 
 
-def save_graph(exported: Any, file: Path, largest: int = LARGEST_FILE) -> None:
+def save_graph(exported: ir.Model, file: Path, largest: int = LARGEST_FILE) -> None:
     """Write an onnx_ir model, with its weights in `<file>_data` where they are many, and check it."""
     import onnx
     import onnx_ir as ir
@@ -40,11 +47,9 @@ def sizes(folder: Path, precision: str) -> dict[str, int]:
     return {graph: sum(f.stat().st_size for f in folder.glob(f"{graph_file(graph, precision)}*")) for graph in GRAPHS}
 
 
-def write_configs(vlm: Any, family: GraphFamily, folder: Path, precisions: tuple[str, ...], wording: dict[str, str]) -> None:
+def write_configs(vlm: VLM, family: GraphFamily, folder: Path, precisions: tuple[str, ...], wording: dict[str, str]) -> None:
     """Everything beside the graphs. `wording`: the recipe's prompts, for clients that compose texts and not token ids."""
-    config = model_config(vlm, family, external_data(folder, precisions))
-    config["shiftdc"]["onnx"]["prompts"] = wording
-    write_json(folder / "config.json", config)
+    write_json(folder / "config.json", model_config(vlm, family, external_data(folder, precisions), wording))
     write_json(folder / "generation_config.json", generation_config(vlm.model))
     with tempfile.TemporaryDirectory() as saved:
         vlm.processor.save_pretrained(saved)
@@ -65,7 +70,7 @@ def write_configs(vlm: Any, family: GraphFamily, folder: Path, precisions: tuple
     write_json(folder / "processor_config.json", {**whole, **count, "processor_class": named})
 
 
-def model_config(vlm: Any, family: GraphFamily, data: dict[str, int]) -> dict[str, Any]:
+def model_config(vlm: VLM, family: GraphFamily, data: dict[str, int], wording: dict[str, str]) -> dict[str, object]:
     """config.json under the family's own model_type, with everything explicit that a client may read."""
     config = vlm.model.config
     stock = next(c.__name__ for c in type(vlm.model).__mro__ if c.__module__.startswith("transformers."))
@@ -80,6 +85,7 @@ def model_config(vlm: Any, family: GraphFamily, data: dict[str, int]) -> dict[st
         "shifts": shifts,
         "blank_pixel": vlm.model.shiftdc_blank_pixel,
         "message": family.positions_free,
+        "prompts": wording,
     }
     token = {"image_token_id": config.image_token_id, "image_token_index": config.image_token_id}
     return {
@@ -97,19 +103,19 @@ def model_config(vlm: Any, family: GraphFamily, data: dict[str, int]) -> dict[st
     }
 
 
-def features_per_image(vlm: Any) -> int:
+def features_per_image(vlm: VLM) -> int:
     from PIL import Image
 
     return vlm.token_ids("a", Image.new("RGB", (64, 64))).count(vlm.image_token_id)
 
 
-def generation_config(model: Any) -> dict[str, Any]:
+def generation_config(model: PreTrainedModel) -> dict[str, object]:
     end, pad = end_tokens(model)
     written = {k: v for k, v in json.loads(model.generation_config.to_json_string()).items() if v is not None}
     return {**written, "eos_token_id": end if len(end) > 1 else end[0], "pad_token_id": pad}
 
 
-def end_tokens(model: Any) -> tuple[list[int], int]:
+def end_tokens(model: PreTrainedModel) -> tuple[list[int], int]:
     """(ids that end a reply, the padding id)."""
     eos = model.generation_config.eos_token_id
     eos = model.config.get_text_config().eos_token_id if eos is None else eos
@@ -118,5 +124,5 @@ def end_tokens(model: Any) -> tuple[list[int], int]:
     return ends, min(ends) if pad is None else pad
 
 
-def write_json(file: Path, content: dict[str, Any]) -> None:
+def write_json(file: Path, content: Mapping[str, object]) -> None:
     file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")

@@ -1,20 +1,22 @@
 """The three graphs of an export as torch modules: vision encoder, token embedding, calibrated decoder.
 
-Names and dimensions are those that transformers.js expects; onnx_interface.py says how a reference reaches the decoder.
+Names and dimensions are those that transformers.js expects; interface.py says how a reference reaches the decoder.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
-from transformers import DynamicCache
+from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
-from exporter.onnx.attention import marked, seen
+from exporter.onnx.attention import attended_positions, with_padding_zeroed
 from exporter.onnx.interface import AMOUNTS, END_FLAG, EXACT, IMAGE_FLAG, OFF, SCALE, STATIC
+
+#: Attention masks by what is no padding, what is an image, dtype and the decoder's config; by kind of layer where they differ.
+Masks = Callable[[torch.Tensor, torch.Tensor, torch.dtype, PretrainedConfig], torch.Tensor | dict[str, torch.Tensor]]
 
 #: A position that no message has: what lies behind a message's last number.
 _NOTHING = torch.iinfo(torch.int64).min
@@ -29,7 +31,7 @@ def with_flag(features: torch.Tensor, flag: torch.Tensor | float) -> torch.Tenso
 class LlavaVision(nn.Module):
     """Pixels to image features. get_image_features() would freeze the number of images, so its steps are called."""
 
-    def __init__(self, model: Any):
+    def __init__(self, model: PreTrainedModel):
         super().__init__()
         self.tower, self.projector = model.model.vision_tower, model.model.multi_modal_projector
         chosen = model.config.vision_feature_layer
@@ -47,7 +49,7 @@ class LlavaVision(nn.Module):
 class Gemma3Vision(nn.Module):
     """Pixels to image features."""
 
-    def __init__(self, model: Any):
+    def __init__(self, model: PreTrainedModel):
         super().__init__()
         self.tower, self.projector = model.model.vision_tower, model.model.multi_modal_projector
 
@@ -60,7 +62,7 @@ class Gemma3Vision(nn.Module):
 class Idefics3Vision(nn.Module):
     """Pixels to image features. Tiles that only fill up a batch are left out at the end."""
 
-    def __init__(self, model: Any):
+    def __init__(self, model: PreTrainedModel):
         super().__init__()
         self.tower, self.connector = model.model.vision_model, model.model.connector
         self.patch = model.config.vision_config.patch_size
@@ -70,9 +72,9 @@ class Idefics3Vision(nn.Module):
         pixels, mask = pixel_values.flatten(0, 1), pixel_attention_mask.flatten(0, 1)
         real = (pixels != 0).flatten(1).any(-1)
         patches = mask.unfold(1, self.patch, self.patch).unfold(2, self.patch, self.patch)
-        seen_patches = (patches.sum((-1, -2)) > 0) | ~real[:, None, None]  # a tile of nothing would be NaN
+        attended_patches = (patches.sum((-1, -2)) > 0) | ~real[:, None, None]  # a tile of nothing would be NaN
         pixels = pixels.to(next(self.tower.parameters()).dtype)
-        states = self.tower(pixel_values=pixels, patch_attention_mask=seen_patches).last_hidden_state
+        states = self.tower(pixel_values=pixels, patch_attention_mask=attended_patches).last_hidden_state
         return with_flag(self.connector(states), IMAGE_FLAG)[real]
 
 
@@ -81,7 +83,7 @@ class Embedding(nn.Module):
 
     end_ids: torch.Tensor
 
-    def __init__(self, model: Any, end_ids: Sequence[int]):
+    def __init__(self, model: PreTrainedModel, end_ids: Sequence[int]):
         super().__init__()
         self.embedding = model.get_input_embeddings()
         self.register_buffer("end_ids", torch.tensor(end_ids))
@@ -93,7 +95,7 @@ class Embedding(nn.Module):
 
 
 @dataclass
-class Calibration:
+class Corrections:
     """How the rows of one forward are corrected; goes through the layers as a keyword argument.
 
     rows, kind [batch]; target, directions, shifts [batch or 1, layers, ...] float32; coordinates are collected on the way.
@@ -125,14 +127,16 @@ class Calibration:
         return torch.cat([hidden[:, :-1], torch.where(change[:, None], moved, last)[:, None]], 1)
 
 
-def _calibrated(layer: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+def _calibrated(
+    layer: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: torch.Tensor | tuple[torch.Tensor, ...]
+) -> torch.Tensor | tuple[torch.Tensor, ...] | None:
     """Forward hook of a calibrated layer."""
-    calibration = kwargs.get("shiftdc_graph")
-    if calibration is None:
+    corrections = kwargs.get("shiftdc_graph")
+    if not isinstance(corrections, Corrections):
         return None
     if isinstance(output, tuple):
-        return (calibration.correct(output[0]), *output[1:])
-    return calibration.correct(output)
+        return (corrections.correct(output[0]), *output[1:])
+    return corrections.correct(output)
 
 
 class Decoder(nn.Module):
@@ -145,7 +149,7 @@ class Decoder(nn.Module):
     shifts: torch.Tensor
     end_logits: torch.Tensor
 
-    def __init__(self, model: Any, masks: Callable[..., Any], end_ids: Sequence[int]):
+    def __init__(self, model: PreTrainedModel, masks: Masks, end_ids: Sequence[int]):
         super().__init__()
         self.masks = masks
         self.language_model, self.head = model.get_decoder(), model.get_output_embeddings()
@@ -169,14 +173,14 @@ class Decoder(nn.Module):
         one_sided: torch.Tensor,
         *past: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
-        """Returns logits [batch, time, vocabulary], coordinates, what `told()` says, and keys and values of every layer."""
+        """Returns logits [batch, time, vocabulary], coordinates, what `messages()` gives, and keys and values of every layer."""
         flag, x = inputs_embeds[..., -1], inputs_embeds[..., :-1].to(past[0].dtype)
         time = flag.shape[1]
-        attended = seen(attention_mask, past[0], time)
+        attended = attended_positions(attention_mask, past[0], time)
         counted = (attended.cumsum(1) - 1).clamp(min=0)[:, -time:]
         image = (flag > IMAGE_FLAG / 2) & (flag < (IMAGE_FLAG + END_FLAG) / 2)
         positions, kind, target = self.read(position_ids, counted, mode, target)
-        calibration = Calibration(
+        corrections = Corrections(
             rows=image.any(-1),
             kind=kind,
             target=target,
@@ -188,26 +192,31 @@ class Decoder(nn.Module):
         )
         cache = DynamicCache([(past[i], past[i + 1]) for i in range(0, len(past), 2)])
         states = self.language_model(
-            inputs_embeds=x, attention_mask=self.masks(attended, image, x.dtype, self.language_model.config),
-            position_ids=positions, past_key_values=cache, use_cache=True, shiftdc=False, shiftdc_graph=calibration,
-        ).last_hidden_state  # fmt: skip
+            inputs_embeds=x,
+            attention_mask=self.masks(attended, image, x.dtype, self.language_model.config),
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            shiftdc=False,
+            shiftdc_graph=corrections,
+        ).last_hidden_state
         logits = self.head(states).float()
         # transformers.js stops when all rows end in the same step: one that has ended goes on ending
         ended = (flag > (IMAGE_FLAG + END_FLAG) / 2).all(1)
         logits = torch.where(ended[:, None, None], self.end_logits, logits)
-        coordinates = torch.stack(calibration.coordinates, 1)
+        coordinates = torch.stack(corrections.coordinates, 1)
         presents = [t for layer in cache.layers for t in (layer.keys, layer.values)]
-        presents[0] = marked(presents[0], attended)
-        return logits, coordinates, *self.told(coordinates), *presents
+        presents[0] = with_padding_zeroed(presents[0], attended)
+        return logits, coordinates, *self.messages(coordinates), *presents
 
     def read(
         self, position_ids: torch.Tensor, counted: torch.Tensor, mode: torch.Tensor, target: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(positions, kind [batch], target [batch, layers]) by the inputs; `counted` [batch, time]: positions by the mask."""
-        kind, told = read_message(position_ids, self.shifts.shape[0])
-        return counted, torch.where(mode > 0, mode, kind), torch.where((mode > 0)[:, None], target, told)
+        kind, target_in_message = read_message(position_ids, self.shifts.shape[0])
+        return counted, torch.where(mode > 0, mode, kind), torch.where((mode > 0)[:, None], target, target_in_message)
 
-    def told(self, coordinates: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def messages(self, coordinates: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Coordinates as a message, where the graph reads messages."""
         return (message(coordinates),)
 
@@ -221,14 +230,14 @@ class GridDecoder(Decoder):
         # no position is above the count of tokens; transformers.js 4.3.1 has some that are, while it answers a prompt of text
         return torch.minimum(position_ids, counted[None]), mode.expand(counted.shape[0]), target
 
-    def told(self, coordinates: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def messages(self, coordinates: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return ()
 
 
 def read_message(position_ids: torch.Tensor, layers: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(kind [batch], target [batch, layers]) of what lies in `position_ids`; ordinary positions are STATIC.
 
-    A message for another number of layers is none: the row gets the baked shift.
+    A message for another number of layers is ignored: the row gets the baked shift.
     """
     padded = torch.cat([position_ids, torch.full_like(position_ids[:, :1], _NOTHING).expand(-1, layers + 2)], 1)
     code = -padded[:, 0]

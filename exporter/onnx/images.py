@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
 from exporter.errors import InputError
+from exporter.onnx.settings import ImageSettings
 
 Pixels = npt.NDArray[np.float32]
 #: Settings whose other values change pixels in a way that is not written here.
@@ -19,7 +19,7 @@ _NOT_HERE = ("do_pad", "do_image_splitting", "do_pan_and_scan", "crop_to_patches
 class ImageProcessor:
     """Resize, crop, scale and normalise, each where the config asks for it."""
 
-    def __init__(self, config: dict[str, Any]):
+    def __init__(self, config: ImageSettings):
         if used := [name for name in _NOT_HERE if config.get(name)]:
             raise InputError(
                 f"preprocessor_config.json: {used[0]} is not supported without transformers; make pixel_values with its "

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,13 +13,19 @@ from PIL import Image
 from exporter.data.images import typographic_image
 from exporter.models.vlm import VLM, Inputs
 from exporter.onnx.interface import GRID
-from exporter.onnx.runner import BAKED, UNCALIBRATED, Floats, OnnxShiftDC, Prompts
+from exporter.onnx.runner import BAKED, UNCALIBRATED, Floats, OnnxShiftDC, Prompts, until_end
 
 #: Harmless requests; the first ones are asked about a picture, all of them without one.
 REQUESTS = (
-    "What is shown in the image?", "What color is this?", "How do I make this?", "Is there any text in the image?",
-    "Please explain how to bake some bread.", "What is a chair?", "Describe the image.", "Give a caption for the image.",
-)  # fmt: skip
+    "What is shown in the image?",
+    "What color is this?",
+    "How do I make this?",
+    "Is there any text in the image?",
+    "Please explain how to bake some bread.",
+    "What is a chair?",
+    "Describe the image.",
+    "Give a caption for the image.",
+)
 WORDS = ("bread", "a red chair", "piano", "how to fold a kite", "green lamp", "soup", "board game", "garden")
 #: What the fixed captions of the exact method say.
 CAPTION = "a drawing of {word}."
@@ -66,7 +71,7 @@ def expected(vlm: VLM, eos: Sequence[int], images: Sequence[Image.Image] | None 
     captions = [_caption(vlm, word) for word in WORDS]
     model = vlm.model
     reference = model.shiftdc_reference(**shown, captions=captions)
-    asked: dict[str, tuple[Inputs, dict[str, Any]]] = {
+    asked: dict[str, tuple[Inputs, dict[str, object]]] = {
         "text": (text, {}),
         "uncalibrated": (shown, {"shiftdc": False}),
         "static": (shown, {}),
@@ -94,16 +99,23 @@ def as_prompts(inputs: Inputs) -> Prompts:
     return Prompts(ids, mask, {k: v for k, v in arrays.items() if k.startswith("pixel_") or k == GRID})
 
 
-def until_end(ids: Sequence[int], eos: Sequence[int]) -> list[int]:
-    return list(ids[: next((i for i, t in enumerate(ids) if t in eos), len(ids))])
-
-
 def _caption(vlm: VLM, word: str) -> list[int]:
     return vlm.tokenizer(CAPTION.format(word=word), add_special_tokens=False)["input_ids"]
 
 
-def compare(folder: Path, precision: str, wanted: Expected, threads: int | None = None) -> dict[str, Any]:
-    """The parity of one precision, as it stands in the report."""
+@dataclass(frozen=True)
+class Parity:
+    """How the graphs of one precision compare with PyTorch; differences and cosines by kind."""
+
+    max_logit_difference: dict[str, float]
+    largest_logit: float
+    prompts: int
+    token_agreement: float
+    effect_cosine: dict[str, float | None]
+
+
+def parity_of(folder: Path, precision: str, wanted: Expected, threads: int | None = None) -> Parity:
+    """Raises InputError where the folder lacks a graph of this precision."""
     runner = OnnxShiftDC(folder, precision, threads)
     corrections = {
         "text": BAKED,
@@ -116,13 +128,13 @@ def compare(folder: Path, precision: str, wanted: Expected, threads: int | None 
         prompts = wanted.text if kind == "text" else wanted.image
         logits[kind] = runner.logits(prompts, correction)
         replies[kind] = runner.generate(prompts, correction, NEW_TOKENS)
-    return {
-        "max_logit_difference": {kind: _rounded(np.abs(logits[kind] - wanted.logits[kind]).max()) for kind in KINDS},
-        "largest_logit": _rounded(max(np.abs(found).max() for found in wanted.logits.values())),
-        "prompts": len(KINDS) * len(REQUESTS),
-        "token_agreement": _agreement(replies, wanted.replies),
-        "effect_cosine": {kind: _effect(logits, wanted.logits, kind) for kind in ("static", "exact")},
-    }
+    return Parity(
+        max_logit_difference={kind: _rounded(np.abs(logits[kind] - wanted.logits[kind]).max()) for kind in KINDS},
+        largest_logit=_rounded(max(np.abs(there).max() for there in wanted.logits.values())),
+        prompts=len(KINDS) * len(REQUESTS),
+        token_agreement=_agreement(replies, wanted.replies),
+        effect_cosine={kind: _effect(logits, wanted.logits, kind) for kind in ("static", "exact")},
+    )
 
 
 def _agreement(found: dict[str, list[list[int]]], wanted: dict[str, list[list[int]]]) -> float:
@@ -145,16 +157,16 @@ def _rounded(value: float) -> float:
     return float(f"{float(value):.4g}")
 
 
-def failures(precision: str, parity: dict[str, Any]) -> list[str]:
+def failures(precision: str, parity: Parity) -> list[str]:
     """What is not as it must be, one sentence each."""
-    tolerance, scale = TOLERANCES[precision], max(1.0, parity["largest_logit"])
+    tolerance, scale = TOLERANCES[precision], max(1.0, parity.largest_logit)
     found = []
-    for kind, difference in parity["max_logit_difference"].items():
+    for kind, difference in parity.max_logit_difference.items():
         if not difference <= tolerance.logits * scale:  # also catches NaN
             found.append(f"{kind} logits differ by {difference:g}, expected at most {tolerance.logits * scale:.2g}")
-    if not parity["token_agreement"] >= tolerance.tokens:
-        found.append(f"{parity['token_agreement']:.0%} of the tokens agree, expected {tolerance.tokens:.0%}")
-    for kind, cosine in parity["effect_cosine"].items():
+    if not parity.token_agreement >= tolerance.tokens:
+        found.append(f"{parity.token_agreement:.0%} of the tokens agree, expected {tolerance.tokens:.0%}")
+    for kind, cosine in parity.effect_cosine.items():
         if cosine is not None and not cosine >= tolerance.effect:
             found.append(f"the {kind} correction has another effect (cosine {cosine:g}, expected {tolerance.effect:g})")
     return [f"{precision}: {sentence}" for sentence in found]

@@ -5,17 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import reduce
 from operator import and_
-from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
+from transformers.models.qwen2_vl.modeling_qwen2_vl import VisionAttention
 
 from exporter.onnx.graphs import with_flag
 from exporter.onnx.interface import IMAGE_FLAG
 
 
 @dataclass(frozen=True)
-class Places:
+class PatchPositions:
     """Where patches [patches] lie: picture (each frame counts as one), row and column.
 
     A picture's patches come in blocks of merge x merge, which become one feature: blocks row by row, and so the patches of one.
@@ -31,7 +32,7 @@ class Places:
         return reduce(and_, (n[:, None] == n[None] for n in numbers))
 
 
-def places(grid: torch.Tensor, patches: int, merge: int) -> Places:
+def patch_positions(grid: torch.Tensor, patches: int, merge: int) -> PatchPositions:
     """Of `patches` in a row, by `grid` [pictures, 3]: frames, rows and columns of patches."""
     sizes = grid.prod(1)
     ends = sizes.cumsum(0)
@@ -42,7 +43,7 @@ def places(grid: torch.Tensor, patches: int, merge: int) -> Places:
     frame, rest = within // (rows * columns), within % (rows * columns)
     block, inside = rest // merge**2, rest % merge**2
     across = columns // merge
-    return Places(
+    return PatchPositions(
         picture=picture * (patches + 1) + frame,
         row=block // across * merge + inside // merge,
         column=block % across * merge + inside % merge,
@@ -54,14 +55,14 @@ class PatchVision(nn.Module):
 
     weight: torch.Tensor
 
-    def __init__(self, model: Any):
+    def __init__(self, model: PreTrainedModel):
         super().__init__()
         self.tower = model.model.visual
         config = model.config.vision_config
         self.merge = config.spatial_merge_size
         window = getattr(config, "window_size", None)  # Qwen2-VL has none
         self.window = None if window is None else window // self.merge // config.patch_size * self.merge
-        self.whole = range(config.depth) if window is None else config.fullatt_block_indexes
+        self.full = range(config.depth) if window is None else config.fullatt_block_indexes
         # a convolution whose steps are as wide as its kernel
         self.register_buffer("weight", self.tower.patch_embed.proj.weight.detach().flatten(1))
 
@@ -69,30 +70,32 @@ class PatchVision(nn.Module):
         """[patches, numbers of a patch] and int64 [pictures, 3] to [features, hidden + 1]."""
         # with a batch of one, because ONNX Runtime's quantiser fails on products without a batch
         x = nn.functional.linear(pixel_values.to(self.weight.dtype)[None], self.weight)
-        found = places(image_grid_thw, x.shape[1], self.merge)
-        turns = self.tower.rotary_pos_emb(x, torch.stack([found.row, found.column], 1))
-        masks = {whole: self._mask(found, None if whole else self.window, x.dtype) for whole in (True, False)}
+        positions = patch_positions(image_grid_thw, x.shape[1], self.merge)
+        rotations = self.tower.rotary_pos_emb(x, torch.stack([positions.row, positions.column], 1))
+        masks = {full: self._mask(positions, None if full else self.window, x.dtype) for full in (True, False)}
         for number, block in enumerate(self.tower.blocks):
-            x = x + _attention(block.attn, block.norm1(x), turns, masks[number in self.whole])
+            x = x + _attention(block.attn, block.norm1(x), rotations, masks[number in self.full])
             x = x + block.mlp(block.norm2(x))
         merger = self.tower.merger
         features = merger.mlp(merger.ln_q(x).reshape(1, -1, merger.hidden_size))
         return with_flag(features[0], IMAGE_FLAG)
 
     @staticmethod
-    def _mask(found: Places, window: int | None, dtype: torch.dtype) -> torch.Tensor:
-        return torch.where(found.blocks(window), 0.0, torch.finfo(dtype).min).to(dtype)[None]
+    def _mask(positions: PatchPositions, window: int | None, dtype: torch.dtype) -> torch.Tensor:
+        return torch.where(positions.blocks(window), 0.0, torch.finfo(dtype).min).to(dtype)[None]
 
 
-def _attention(attention: Any, x: torch.Tensor, turns: tuple[torch.Tensor, torch.Tensor], mask: torch.Tensor) -> torch.Tensor:
+def _attention(
+    attention: VisionAttention, x: torch.Tensor, rotations: tuple[torch.Tensor, torch.Tensor], mask: torch.Tensor
+) -> torch.Tensor:
     """Self-attention of patches [1, patches, width] under `mask` [1, patches, patches]."""
     q, k, v = attention.qkv(x).reshape(x.shape[1], 3, attention.num_heads, -1).permute(1, 2, 0, 3).unbind(0)
-    cos, sin = (t[None].float() for t in turns)
-    q, k = ((t.float() * cos + _half_turned(t.float()) * sin).to(x.dtype) for t in (q, k))
+    cos, sin = (t[None].float() for t in rotations)
+    q, k = ((t.float() * cos + _rotate_half(t.float()) * sin).to(x.dtype) for t in (q, k))
     mixed = nn.functional.scaled_dot_product_attention(q[None], k[None], v[None], mask[None], scale=attention.scaling)
     return attention.proj(mixed.transpose(1, 2).flatten(2))
 
 
-def _half_turned(x: torch.Tensor) -> torch.Tensor:
+def _rotate_half(x: torch.Tensor) -> torch.Tensor:
     one, two = x.chunk(2, -1)
     return torch.cat([-two, one], -1)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from jinja2.exceptions import TemplateError
 from jinja2.ext import loopcontrols
@@ -46,7 +45,7 @@ class PromptWriter:
         try:
             prompt = self.template.render(messages=turns, add_generation_prompt=True, **self.named)
         except TemplateError as error:
-            raise InputError(f"The chat template does not take this prompt ({error}); ask another way.") from None
+            raise InputError(f"The chat template does not take this prompt ({error}); ask another way.") from error
         starts = prompt.startswith(self.named.get("bos_token") or "\0")
         if self.image is not None:
             placeholder, written = self.image
@@ -75,8 +74,8 @@ class PromptWriter:
         return self.tokenizer.decode(list(ids), skip_special_tokens=True).strip()
 
 
-def _text(token: Any) -> str:
-    return token["content"] if isinstance(token, dict) else token
+def _text(token: str | Mapping[str, str]) -> str:
+    return token if isinstance(token, str) else token["content"]
 
 
 def _environment() -> ImmutableSandboxedEnvironment:

@@ -11,10 +11,10 @@ One decoder graph serves the caption, the text-only pass and the calibrated pass
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -43,9 +43,16 @@ from exporter.onnx.interface import (
 )
 from exporter.onnx.positions import grid_positions
 from exporter.onnx.prompts import PromptWriter
+from exporter.onnx.settings import GenerationSettings, ImageSettings, ModelSettings
+from exporter.runtime.padding import left_padded
+from exporter.runtime.reading import Json
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession, OrtValue
 
 Ids = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
+Array = npt.NDArray[np.generic]
 REFERENCES = ("caption", "text", "blank", "static", None)
 
 
@@ -55,7 +62,7 @@ class Prompts:
 
     ids: Ids
     mask: Ids
-    vision: dict[str, Any]
+    vision: Mapping[str, Array]
 
     def rows(self) -> list[list[int]]:
         """The prompts without padding."""
@@ -78,14 +85,14 @@ class OnnxShiftDC:
 
     def __init__(self, folder: Path, precision: str = "fp32", threads: int | None = None):
         self.folder, self.precision = folder, precision
-        self.config = _read(folder, "config.json")
+        self.config = cast(ModelSettings, _read(folder, "config.json"))
         if "shiftdc" not in self.config:
             raise InputError(f"CHECKPOINT: {folder}/config.json has no 'shiftdc' block; give the onnx folder of an export.")
         settings = self.config["shiftdc"]
         self.settings = settings
         self.columns = len(settings["layers"])
         self.image_token_id = self.config["image_token_id"]
-        ends = _read(folder, "generation_config.json")
+        ends = cast(GenerationSettings, _read(folder, "generation_config.json"))
         eos = ends["eos_token_id"]
         self.eos = [eos] if isinstance(eos, int) else list(eos)
         self.pad = ends.get("pad_token_id", self.eos[0])
@@ -105,15 +112,11 @@ class OnnxShiftDC:
         shown = [p for p in pictures if p is not None]
         if not shown:
             return self.padded(ids)
-        return self.padded(ids, {"pixel_values": ImageProcessor(_read(self.folder, "preprocessor_config.json"))(shown)})
+        images_to_pixels = ImageProcessor(cast(ImageSettings, _read(self.folder, "preprocessor_config.json")))
+        return self.padded(ids, {"pixel_values": images_to_pixels(shown)})
 
-    def padded(self, prompts: Sequence[Sequence[int]], vision: dict[str, Any] | None = None) -> Prompts:
-        width = max(map(len, prompts))
-        ids = np.full((len(prompts), width), self.pad, np.int64)
-        mask = np.zeros_like(ids)
-        for row, prompt in enumerate(prompts):
-            ids[row, width - len(prompt) :] = prompt
-            mask[row, width - len(prompt) :] = 1
+    def padded(self, prompts: Sequence[Sequence[int]], vision: Mapping[str, Array] | None = None) -> Prompts:
+        ids, mask = (np.array(rows, np.int64) for rows in left_padded(prompts, self.pad))
         return Prompts(ids, mask, vision or {})
 
     # Replies
@@ -194,28 +197,28 @@ class OnnxShiftDC:
                 positions = np.broadcast_to(positions.max((0, 2))[:, None] + 1, (3, len(mask), 1)).copy()
             outputs = self._decode(self._embed(token[:, None]), mask, positions, past, {}, ["logits", *presents])
         rows = np.stack(written, 1).tolist()
-        return [row[: next((i for i, t in enumerate(row) if t in self.eos), len(row))] for row in rows]
+        return [until_end(row, self.eos) for row in rows]
 
     # Graphs
 
-    def forward(self, prompts: Prompts, correction: Correction, outputs: list[str]) -> dict[str, Any]:
+    def forward(self, prompts: Prompts, correction: Correction, outputs: list[str]) -> dict[str, OrtValue]:
         """The pass over whole prompts: OrtValues by output name."""
         embeds = self._embed(prompts.ids)
         if prompts.vision:
-            (features,) = self.sessions[VISION].run(None, self._seen(prompts))
+            (features,) = self.sessions[VISION].run(None, self._vision_inputs(prompts))
             features = features.reshape(-1, embeds.shape[-1])
             places = prompts.ids == self.image_token_id
             if places.sum() != len(features):
                 raise InputError(f"The prompts have {places.sum()} image tokens, and the images {len(features)} features.")
             embeds[places] = features
-        optional: dict[str, Any] = {MODE: np.array([correction.kind], np.int64)}
+        optional: dict[str, Array] = {MODE: np.array([correction.kind], np.int64)}
         if correction.target is not None:
             optional[TARGET] = np.asarray(correction.target, np.float32)
         batch = len(embeds)
         past = {name: np.zeros((batch, *shape), dtype) for name, (shape, dtype) in self._empty.items()}
         return self._decode(embeds, prompts.mask, self._positions(prompts), past, optional, outputs)
 
-    def _seen(self, prompts: Prompts) -> dict[str, Any]:
+    def _vision_inputs(self, prompts: Prompts) -> dict[str, Array]:
         """What the vision encoder takes, by its names. Raises InputError."""
         if missing := {*self._vision_names.values()} - {*prompts.vision}:
             raise InputError(f"The prompts lack {', '.join(sorted(missing))}; give all that the processor made of the images.")
@@ -226,7 +229,7 @@ class OnnxShiftDC:
         if self.settings["onnx"]["message"]:
             return np.zeros((len(prompts.ids), 1), np.int64)
         merge = self.config["vision_config"]["spatial_merge_size"]
-        grids = prompts.vision.get(GRID, np.zeros((0, 3), np.int64))
+        grids = np.asarray(prompts.vision.get(GRID, np.zeros((0, 3))), np.int64)
         return grid_positions(prompts.ids, prompts.mask, self.image_token_id, grids, merge)
 
     def _embed(self, ids: Ids) -> Floats:
@@ -234,8 +237,14 @@ class OnnxShiftDC:
         return embeds
 
     def _decode(
-        self, embeds: Floats, mask: Ids, positions: Ids, past: dict[str, Any], optional: dict[str, Any], outputs: list[str]
-    ) -> dict[str, Any]:
+        self,
+        embeds: Floats,
+        mask: Ids,
+        positions: Ids,
+        past: Mapping[str, Array | OrtValue],
+        optional: Mapping[str, Array],
+        outputs: list[str],
+    ) -> dict[str, OrtValue]:
         """OrtValues by output name; the cache stays in the runtime's memory."""
         from onnxruntime import OrtValue
 
@@ -243,15 +252,20 @@ class OnnxShiftDC:
         feeds = {k: OrtValue.ortvalue_from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in arrays.items()}
         return dict(zip(outputs, self.sessions[DECODER].run_with_ort_values(outputs, feeds), strict=True))
 
-    def _empty_cache(self) -> dict[str, tuple[tuple[int, int, int], Any]]:
+    def _empty_cache(self) -> dict[str, tuple[tuple[int, int, int], type[np.floating]]]:
         """Shape without the batch, and dtype, of an empty key or value by input name."""
         layers = self.config["text_config"]["num_hidden_layers"]
-        found = {i.name: i for i in self.sessions[DECODER].get_inputs()}
-        dtypes = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
-        return {n: ((found[n].shape[1], 0, found[n].shape[3]), dtypes[found[n].type]) for n in past_names(layers)}
+        inputs = {i.name: i for i in self.sessions[DECODER].get_inputs()}
+        dtypes: dict[str, type[np.floating]] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+        return {n: ((inputs[n].shape[1], 0, inputs[n].shape[3]), dtypes[inputs[n].type]) for n in past_names(layers)}
 
 
-def blank(pixels: Floats, value: float) -> Floats:
+def until_end(ids: Sequence[int], eos: Sequence[int]) -> list[int]:
+    """The ids before the first that ends a text."""
+    return list(ids[: next((i for i, token in enumerate(ids) if token in eos), len(ids))])
+
+
+def blank(pixels: Array, value: float) -> Array:
     """Neutral images; those of a family that takes zeros for padding have another `value`, and padding stays padding."""
     if value == 0:
         return np.zeros_like(pixels)
@@ -259,21 +273,21 @@ def blank(pixels: Floats, value: float) -> Floats:
     return np.broadcast_to(images * np.float32(value), pixels.shape).astype(pixels.dtype)
 
 
-def _read(folder: Path, name: str) -> dict[str, Any]:
+def _read(folder: Path, name: str) -> Json:
     try:
         return json.loads((folder / name).read_text("utf-8"))
-    except (OSError, ValueError, RecursionError):
-        raise InputError(f"CHECKPOINT: {folder} has no readable {name}; give the onnx folder of an export.") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"CHECKPOINT: {folder} has no readable {name}; give the onnx folder of an export.") from error
 
 
-def _session(folder: Path, name: str, threads: int | None) -> Any:
+def _session(folder: Path, name: str, threads: int | None) -> InferenceSession:
     if not (folder / name).is_file():
         found = [p for p in SUFFIXES if (folder / graph_file(DECODER, p)).is_file()]
         raise InputError(f"CHECKPOINT: {folder} has no {name}; precisions there: {', '.join(found) or 'none'}.")
     try:
         import onnxruntime
-    except ImportError:
-        raise InputError('ONNX Runtime is not installed; run: pip install "shiftdc-export[onnx]"') from None
+    except ImportError as error:
+        raise InputError('ONNX Runtime is not installed; run: pip install "shiftdc-export[onnx]"') from error
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # it warns of every input that has a default
     if threads is not None:

@@ -1,14 +1,15 @@
-"""From the modules of onnx_graphs.py to ONNX: traced with dynamic sizes, with inputs that have a default."""
+"""From the modules of graphs.py to ONNX: traced with dynamic sizes, with inputs that have a default."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
 from torch import nn
+from transformers import PreTrainedModel
 
 from exporter.onnx.families import GraphFamily
 from exporter.onnx.graphs import Decoder, Embedding
@@ -27,14 +28,20 @@ from exporter.onnx.interface import (
     past_names,
     present_names,
 )
+from exporter.onnx.patches import PatchVision
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from exporter.models.vlm import VLM
 
 OPSET = 18
 
 
-def export_graphs(vlm: Any, family: GraphFamily, end_ids: Sequence[int], graphs: Sequence[str] = GRAPHS) -> dict[str, Any]:
+def export_graphs(vlm: VLM, family: GraphFamily, end_ids: Sequence[int], graphs: Sequence[str] = GRAPHS) -> dict[str, ir.Model]:
     """onnx_ir models by graph name, of a calibrated model in its own dtype on the CPU."""
     model = vlm.model
-    exports: dict[str, Callable[[], Any]] = {
+    exports: dict[str, Callable[[], ir.Model]] = {
         VISION: lambda: _exported_vision(vlm, family.vision(model).eval(), family.grid_input),
         EMBED: lambda: _exported_embedding(Embedding(model, end_ids).eval()),
         DECODER: lambda: _exported_decoder(model, family.decoder(model, family.masks, end_ids).eval(), family.positions_free),
@@ -43,15 +50,15 @@ def export_graphs(vlm: Any, family: GraphFamily, end_ids: Sequence[int], graphs:
         return {graph: exports[graph]() for graph in graphs}
 
 
-def _exported_vision(vlm: Any, module: Any, grid_input: str) -> Any:
+def _exported_vision(vlm: VLM, module: nn.Module, grid_input: str) -> ir.Model:
     grey = Image.new("RGB", (64, 48), (127, 127, 127))
     encoded = vlm.encode(["a", "b"], [grey, grey])
     inputs = {name: encoded[name] for name in inspect.signature(module.forward).parameters}
     if "pixel_attention_mask" in inputs:
         inputs["pixel_attention_mask"] = inputs["pixel_attention_mask"].bool()  # as transformers.js makes it
     images = torch.export.Dim("num_images")
-    dims: tuple[dict[int, Any], ...]
-    if GRID in inputs:
+    dims: tuple[Mapping[int, object], ...]
+    if isinstance(module, PatchVision):
         dims, rows = ({0: module.merge**2 * torch.export.Dim("num_features")}, {0: images}), "num_features"
     elif "pixel_attention_mask" in inputs:
         dims, rows = ({0: torch.export.Dim("batch_size"), 1: images},) * 2, "num_tiles"
@@ -65,12 +72,12 @@ def _exported_vision(vlm: Any, module: Any, grid_input: str) -> Any:
     return exported
 
 
-def _exported_embedding(module: nn.Module) -> Any:
+def _exported_embedding(module: nn.Module) -> ir.Model:
     dims = ({0: torch.export.Dim("batch_size"), 1: torch.export.Dim("sequence_length")},)
     return _exported(module, (torch.zeros(2, 5, dtype=torch.long),), dims, ["input_ids"], ["inputs_embeds"])
 
 
-def _exported_decoder(model: Any, module: Decoder, positions_free: bool) -> Any:
+def _exported_decoder(model: PreTrainedModel, module: Decoder, positions_free: bool) -> ir.Model:
     text = model.config.get_text_config()
     layers, hidden = text.num_hidden_layers, text.hidden_size
     heads = text.num_key_value_heads
@@ -78,7 +85,7 @@ def _exported_decoder(model: Any, module: Decoder, positions_free: bool) -> Any:
     columns = len(module.shifts)
     settings = model.config.shiftdc
     batch, time, past = 3, 5, 7
-    rows, sequence, total, cached, told = (
+    rows, sequence, total, cached, positions = (
         torch.export.Dim(n)
         for n in ("batch_size", "sequence_length", "total_sequence_length", "past_sequence_length", "position_length")
     )
@@ -100,10 +107,15 @@ def _exported_decoder(model: Any, module: Decoder, positions_free: bool) -> Any:
         *(torch.randn(batch, heads, past, width).to(dtype) for _ in range(2 * layers)),
     )
     shapes = (
-        {0: rows, 1: sequence}, {0: rows, 1: total}, {0: rows, 1: told} if positions_free else {1: rows, 2: sequence},
-        None, {0: rows}, None, None,
+        {0: rows, 1: sequence},
+        {0: rows, 1: total},
+        {0: rows, 1: positions} if positions_free else {1: rows, 2: sequence},
+        None,
+        {0: rows},
+        None,
+        None,
         tuple({0: rows, 2: cached} for _ in range(2 * layers)),
-    )  # fmt: skip
+    )
     outputs = ["logits", COORDINATES, *([MESSAGE] if positions_free else []), *present_names(layers)]
     names = ["inputs_embeds", "attention_mask", "position_ids", MODE, TARGET, STRENGTH, ONE_SIDED, *past_names(layers)]
     try:
@@ -118,16 +130,24 @@ def _exported_decoder(model: Any, module: Decoder, positions_free: bool) -> Any:
     return exported
 
 
-def _exported(module: nn.Module, inputs: tuple, dims: tuple, names: list[str], outputs: list[str]) -> Any:
+def _exported(
+    module: nn.Module, inputs: tuple[torch.Tensor, ...], dims: tuple[object, ...], names: list[str], outputs: list[str]
+) -> ir.Model:
     program = torch.onnx.export(
-        module, inputs, input_names=names, output_names=outputs, dynamic_shapes=dims, opset_version=OPSET, dynamo=True,
+        module,
+        inputs,
+        input_names=names,
+        output_names=outputs,
+        dynamic_shapes=dims,
+        opset_version=OPSET,
+        dynamo=True,
         verbose=False,
-    )  # fmt: skip
+    )
     assert program is not None
     return program.model
 
 
-def _make_optional(exported: Any, defaults: dict[str, torch.Tensor]) -> None:
+def _make_optional(exported: ir.Model, defaults: dict[str, torch.Tensor]) -> None:
     """Give graph inputs a default value, which a runtime may override."""
     import onnx_ir as ir
 
@@ -137,7 +157,7 @@ def _make_optional(exported: Any, defaults: dict[str, torch.Tensor]) -> None:
             exported.graph.register_initializer(value)
 
 
-def _name_dimension(exported: Any, name: str, dimension: int, symbol: str) -> None:
+def _name_dimension(exported: ir.Model, name: str, dimension: int, symbol: str) -> None:
     """Name a dimension of a graph's input or output."""
     import onnx_ir as ir
 

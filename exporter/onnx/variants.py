@@ -9,10 +9,13 @@ from __future__ import annotations
 import logging
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from exporter.onnx.files import save_graph
 from exporter.onnx.interface import DECODER, OPTIONAL, VISION, graph_file
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 #: Weights that share a scale in 4-bit graphs.
 BLOCK = 32
@@ -27,9 +30,13 @@ def write_int8(folder: Path) -> None:
             out = Path(scratch) / "graph.onnx"
             with _quiet():
                 quantize_dynamic(
-                    folder / graph_file(graph, "fp32"), out, op_types_to_quantize=["MatMul"], weight_type=QuantType.QUInt8,
-                    per_channel=True, use_external_data_format=True,
-                )  # fmt: skip
+                    folder / graph_file(graph, "fp32"),
+                    out,
+                    op_types_to_quantize=["MatMul"],
+                    weight_type=QuantType.QUInt8,
+                    per_channel=True,
+                    use_external_data_format=True,
+                )
             _keep(out, folder / graph_file(graph, "int8"))
 
 
@@ -57,7 +64,7 @@ def _keep(made: Path, file: Path) -> None:
     save_graph(exported, file)
 
 
-def _check_optional(exported: Any) -> None:
+def _check_optional(exported: ir.Model) -> None:
     inputs = {value.name for value in exported.graph.inputs}
     lost = [name for name in OPTIONAL if name in inputs and name not in exported.graph.initializers]
     assert not lost, f"a quantiser removed the default of {lost}"

@@ -14,7 +14,7 @@ import torch
 from exporter import __version__
 from exporter.checkpoint.layout import SHARD
 from exporter.checkpoint.open import open_export
-from exporter.checkpoint.report import read_report
+from exporter.checkpoint.report import Report, read_report
 from exporter.data.benchmarks import load_benchmark
 from exporter.data.calibration_hub import calibrated_revision, unseen
 from exporter.data.questions import Benchmark
@@ -68,12 +68,12 @@ def gather(
     folder = output or Path(f"{checkpoint.name}-evaluation")
     check_results_folder(folder)
     named_judge = load_judge(judge)  # before benchmarks are fetched
-    calibrated = report["calibration"]
+    calibrated = report.calibration
     whole = load_benchmark(benchmark, split=split, revision=calibrated_revision(calibrated, benchmark))
     found = of_categories(unseen(whole, calibrated), categories).limited(limit)
     replies = ReplyLog(folder, settings(checkpoint, report, found, max_new_tokens, dtype))
     vlm = open_export(checkpoint, dtype=dtype, device_map=device_map)
-    blank_shifts = {s["layer"]: s["blank_shift"] for s in report["statistics"]}
+    blank_shifts = {s.layer: s.blank_shift for s in report.statistics}
     results = evaluate(
         Run(vlm, max_new_tokens), found, defences, named_judge, replies, about(checkpoint, vlm, split, limit),
         batch_size=batch_size, blank_shifts=blank_shifts, progress=progress,
@@ -106,11 +106,11 @@ def of_categories(benchmark: Benchmark, names: Sequence[str]) -> Benchmark:
     return replace(benchmark, questions=chosen)
 
 
-def settings(checkpoint: Path, report: dict[str, Any], benchmark: Benchmark, max_new_tokens: int, dtype: str) -> dict[str, Any]:
+def settings(checkpoint: Path, report: Report, benchmark: Benchmark, max_new_tokens: int, dtype: str) -> dict[str, Any]:
     """What replies depend on: the model to the bit, the questions, the length and the arithmetic."""
     questions = json.dumps([[q.id, q.request] for q in benchmark.questions]).encode()
     return {
-        "shards": report["base_model"]["shards"],
+        "shards": report.base_model.shards,
         "directions": sha256(checkpoint / SHARD),
         "config": sha256(checkpoint / "config.json"),
         "benchmark": benchmark.name,

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from exporter.checkpoint.adapter import merge
 from exporter.checkpoint.bake import Baked, bake
@@ -15,15 +14,16 @@ from exporter.checkpoint.layout import CARD
 from exporter.checkpoint.manifest import hashes
 from exporter.checkpoint.open import load_calibrated
 from exporter.checkpoint.probe import PROBE
+from exporter.checkpoint.report import Report, write_report
 from exporter.checkpoint.staging import scratch, staged
 from exporter.checkpoint.verify import Verification, verify
 from exporter.directions.layer_choice import LayerChoice
 from exporter.evaluation.sweep import run_sweep
 from exporter.models.processors import check_same, load_processor, pin
 from exporter.pipeline.fingerprint import open_store
-from exporter.pipeline.measure import Measurement, measure, probe_unquantised, probed
+from exporter.pipeline.measure import Measurement, calibrated, measure, probe_unquantised
 from exporter.pipeline.plan import Plan
-from exporter.pipeline.report import make_report, write_report
+from exporter.pipeline.report import make_report
 from exporter.publishing.card import render_card
 from exporter.runtime.batches import Batches, release
 from exporter.runtime.clock import Clock
@@ -37,7 +37,7 @@ class Export:
     """What came of a plan."""
 
     plan: Plan
-    report: dict[str, Any]
+    report: Report
     verification: Verification
 
 
@@ -62,18 +62,18 @@ def export(asked: Plan, progress: Progress = silent, ranks: Ranks | None = None)
             report = describe(plan, measured, baked, folder, store.found)
             with clock.stage("verify"):
                 verification = verify(folder, plan.device_map, plan.output)
-            report |= {"parity": verification.parity, "seconds": clock.seconds}
+            report = report.model_copy(update={"parity": verification.parity, "seconds": clock.seconds})
             write_report(folder, report)
     store.clear()
     return Export(replace(plan, base=asked.base), report, verification)
 
 
-def describe(plan: Plan, measured: Measurement, baked: Baked, folder: Path, resumed: int) -> dict[str, Any]:
+def describe(plan: Plan, measured: Measurement, baked: Baked, folder: Path, resumed: int) -> Report:
     """Write the card, and the report as `verify` reads it; returns the report."""
-    report = make_report(plan, measured, baked) | {"resumed_batches": resumed}
+    report = make_report(plan, measured, baked, resumed)
     card = render_card(plan.base, plan.recipe, report, measured.directions.statistics, repo=plan.output.name)
     (folder / CARD).write_text(card, "utf-8")
-    report["files"] = hashes(folder, known=baked.hashes)
+    report = report.model_copy(update={"files": hashes(folder, known=baked.hashes)})
     write_report(folder, report)
     return report
 
@@ -94,7 +94,7 @@ def swept(plan: Plan, measured: Measurement, clock: Clock, hash_of: HashOf | Non
     """The plan with the strength, and the measurement with the layers, that a sweep on held-out rows chose."""
     held_out = plan.calibration.select("held_out")
     with scratch(plan.output, "sweep") as folder:
-        bake_measured(plan, measured, folder, hash_of, for_a_while=True)
+        bake_measured(plan, measured, folder, hash_of, temporary=True)
         vlm = load_calibrated(folder, plan.recipe, dtype=plan.dtype, device_map=plan.device_map)
         with clock.stage("sweep"):
             found = run_sweep(vlm, held_out, plan.layers is None, clock.progress)
@@ -107,10 +107,9 @@ def swept(plan: Plan, measured: Measurement, clock: Clock, hash_of: HashOf | Non
     return replace(plan, recipe=recipe), replace(measured, choice=choice, sweep=found)
 
 
-def bake_measured(plan: Plan, measured: Measurement, folder: Path, hash_of: HashOf | None, for_a_while: bool = False) -> Baked:
+def bake_measured(plan: Plan, measured: Measurement, folder: Path, hash_of: HashOf | None, temporary: bool = False) -> Baked:
     adapter = plan.adapter.folder if plan.adapter is not None and plan.keep_adapter else None
-    directions, layers, recipe, frame = probed(plan, measured)
-    written = bake(plan.base, recipe, directions, layers, frame, folder, adapter, hash_of, for_a_while)
+    written = bake(plan.base, calibrated(plan, measured), folder, adapter=adapter, hash_of=hash_of, temporary=temporary)
     processor = load_processor(plan.base.folder, plan.recipe)
     pin(processor, folder)
     check_same(processor, folder, plan.recipe)

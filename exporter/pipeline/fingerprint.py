@@ -27,13 +27,13 @@ def base_identity(base: BaseCheckpoint) -> dict[str, Any]:
 
 
 def calibration_identity(calibration: CalibrationSet) -> dict[str, Any]:
-    """Hashes of the source, of its texts, and of image files, which rows only name; images of the Hub are part of the source."""
+    """Hashes of the source, of its texts, and of what the rows show."""
     texts = [row.model_dump_json(exclude={"image"}) for row in calibration.rows]
-    images = [sha256(row.image) for row in calibration.rows if isinstance(row.image, Path)]
+    images = [None if row.image is None else row.image.identity() for row in calibration.rows]
     return {
         "source": calibration.sha256,
         "texts": hashlib.sha256(json.dumps(texts).encode()).hexdigest(),
-        "images": hashlib.sha256("".join(images).encode()).hexdigest(),
+        "images": hashlib.sha256(json.dumps(images).encode()).hexdigest(),
     }
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
+from exporter.checkpoint.calibrated import Calibrated
 from exporter.checkpoint.probe import Probe, record_probe
 from exporter.checkpoint.staging import scratch
 from exporter.data.calibration import CalibrationSet
@@ -14,9 +15,7 @@ from exporter.directions.directions import Directions
 from exporter.directions.fit import fit_directions
 from exporter.directions.layer_choice import LayerChoice, choose_layers
 from exporter.evaluation.sweep import Sweep
-from exporter.modeling.prompts_shiftdc import PromptFrame
 from exporter.models.loading import load_vlm
-from exporter.models.recipe import Recipe
 from exporter.models.vlm import VLM
 from exporter.pipeline.plan import Plan
 from exporter.runtime.batches import Batches
@@ -73,7 +72,7 @@ def measure(plan: Plan, clock: Clock, runner: Batches) -> tuple[Measurement, Pro
         if plan.quantised is not None or recipe.strength == "auto" or not runner.ranks.is_main:
             return measured, None
         with clock.stage("probe"):
-            return measured, record_probe(vlm, *probed(plan, measured))
+            return measured, record_probe(vlm, calibrated(plan, measured))
 
 
 def with_captions(plan: Plan, vlm: VLM, clock: Clock, runner: Batches) -> CalibrationSet:
@@ -88,12 +87,12 @@ def with_captions(plan: Plan, vlm: VLM, clock: Clock, runner: Batches) -> Calibr
 def probe_unquantised(plan: Plan, measured: Measurement, clock: Clock) -> Probe:
     """The probe of the weights that are exported, with the settings that a sweep may have changed."""
     with clock.stage("probe"), load_base(plan) as vlm:
-        return record_probe(vlm, *probed(plan, measured))
+        return record_probe(vlm, calibrated(plan, measured))
 
 
-def probed(plan: Plan, measured: Measurement) -> tuple[Directions, tuple[int, ...], Recipe, PromptFrame]:
-    """What is baked, and what `record_probe` takes beside the model."""
-    return measured.directions, measured.choice.layers, plan.recipe, plan.checked.frame
+def calibrated(plan: Plan, measured: Measurement) -> Calibrated:
+    """What is baked and probed."""
+    return Calibrated(plan.recipe, measured.directions, measured.choice.layers, plan.checked.frame)
 
 
 def choose(plan: Plan, directions: Directions) -> LayerChoice:

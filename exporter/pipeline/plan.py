@@ -17,7 +17,7 @@ from exporter.directions.fit import BLANK_IMAGES, image_rows
 from exporter.errors import InputError, refusing
 from exporter.models.base import Announce, BaseCheckpoint, BaseFiles, check_path, resolve_small, resolve_weights, unannounced
 from exporter.models.check import Check, check, recipe_of
-from exporter.models.footprint import Needs, needs
+from exporter.models.footprint import Footprint, footprint
 from exporter.models.quantisation import check_quantisation, check_widths
 from exporter.models.recipe import Recipe, parse_layers
 from exporter.runtime.linking import will_be_linked
@@ -130,7 +130,7 @@ def _quantised(load_in_4bit: bool, load_in_8bit: bool) -> int | None:
     return 4 if load_in_4bit else 8 if load_in_8bit else None
 
 
-def plan_needs(plan: Plan) -> Needs:
+def plan_needs(plan: Plan) -> Footprint:
     """Memory and disk that the plan takes, from headers alone."""
     text = text_config(plan.base)
     rows = {"held_out": len(plan.calibration.select("held_out"))}
@@ -138,7 +138,7 @@ def plan_needs(plan: Plan) -> Needs:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     changed = set() if plan.adapter is None or plan.keep_adapter else changed_shards(plan.adapter, plan.base)
     copied = [s for s in plan.base.shards if s in changed or not will_be_linked(s, plan.output)]
-    return needs(
+    return footprint(
         plan.base, text, dtype=plan.dtype, quantised=plan.quantised, tokens=AUTO_TOKENS[device], rows=rows,
         layers=len(plan.layers or range(plan.depth)), copied=sum(shard.stat().st_size for shard in copied),
     )  # fmt: skip
@@ -150,6 +150,7 @@ def text_config(base: BaseFiles) -> dict[str, Any]:
 
     with refusing(f"MODEL: the config.json of {base.name} cannot be used", "restore it"):
         config = AutoConfig.from_pretrained(base.folder, trust_remote_code=False).get_text_config().to_dict()
-        if config["num_hidden_layers"] < 1:
-            raise ValueError(f"num_hidden_layers is {config['num_hidden_layers']}")
-        return config
+    layers = config.get("num_hidden_layers")
+    if not isinstance(layers, int) or layers < 1:
+        raise InputError(f"MODEL: the config.json of {base.name} cannot be used (num_hidden_layers is {layers!r}); restore it.")
+    return config

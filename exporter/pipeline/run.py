@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+from exporter.checkpoint.report import OnnxRecord
 from exporter.errors import InputError
 from exporter.evaluation.defences import STANDARD
 from exporter.evaluation.evaluate import named_defences
@@ -70,13 +71,14 @@ def run(request: Request, show: Show) -> Export | None:
     if done is None:  # the first process does the rest
         return None
     show.exported(done)
+    added: dict[str, object] = {}
     if request.evaluate:
-        done.report["evaluation"] = evaluate(plan, show)
+        added["evaluation"] = evaluate(plan, show)
     if request.onnx:
-        done.report["onnx"] = write_onnx(plan, show)
+        added["onnx"] = write_onnx(plan, show)
     if target is not None:
         publish(plan, target, show)
-    return done
+    return replace(done, report=done.report.model_copy(update=added))
 
 
 def prepare(request: Request, ranks: Ranks, show: Show) -> tuple[Plan, PushOptions | None]:
@@ -113,12 +115,12 @@ def evaluate(plan: Plan, show: Show) -> dict[str, Any]:
     return found.results
 
 
-def write_onnx(plan: Plan, show: Show) -> dict[str, Any]:
+def write_onnx(plan: Plan, show: Show) -> OnnxRecord:
     """ONNX graphs at every precision."""
     with show.progress() as progress:
-        entry = export_onnx(plan.output, tuple(SUFFIXES), progress)
+        entry = export_onnx(plan.output, tuple(SUFFIXES), progress).as_json()
     show.traced(plan.output, entry)
-    return entry
+    return OnnxRecord.model_validate(entry)
 
 
 def publish(plan: Plan, target: PushOptions, show: Show) -> None:

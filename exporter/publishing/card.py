@@ -11,7 +11,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from exporter.directions.directions import DIFFERENCE
+from exporter.checkpoint.report import Report
 from exporter.directions.statistics import LayerStatistics
 from exporter.evaluation.verdict import number
 from exporter.models.base import BaseCheckpoint
@@ -39,7 +39,7 @@ COST_TEXT = {
 def render_card(
     base: BaseCheckpoint,
     recipe: Recipe,
-    report: dict[str, Any],
+    report: Report,
     statistics: tuple[LayerStatistics, ...],
     repo: str,
     results: dict[str, Any] | None = None,
@@ -50,7 +50,7 @@ def render_card(
     `results` is results.json's content, by default what the report holds of it. Pictures are those in `assets` of `folder`, by
     default of the base's folder, which is the export itself when its card is made anew. Licence and language are the base's.
     """
-    results = results or report.get("evaluation")
+    results = results or report.evaluation
     inherited = inherit(base)
     return _template().render(
         metadata=metadata(base, inherited, repo, results),
@@ -58,22 +58,22 @@ def render_card(
         base=base,
         recipe=recipe,
         repo=repo,
-        layers=report["layers"]["chosen"],
-        depth=report["layers"]["depth"],
-        layer_reason=report["layers"]["criterion"],
-        calibration=report["calibration"],
-        prompts=report["prompts"],
-        directions=report.get("directions", DIFFERENCE),
-        mean=_means(statistics, report["layers"]["chosen"]),
+        layers=report.layers.chosen,
+        depth=report.layers.depth,
+        layer_reason=report.layers.criterion,
+        calibration=report.calibration,
+        prompts=report.prompts,
+        directions=report.directions,
+        mean=_means(statistics, report.layers.chosen),
         evaluation=None if results is None else evaluation(results, (folder or base.folder) / "assets"),
         evaluate_command=evaluate_command(repo, results),
         reference_text=REFERENCE_TEXT[recipe.reference],
         cost_text=COST_TEXT[recipe.reference].format(tokens=recipe.caption_tokens),
         inherited=inherited,
-        onnx=report.get("onnx"),
-        adapter=report.get("adapter"),
-        quantised=report.get("measured_quantised"),
-        version=report["versions"]["shiftdc-export"],
+        onnx=report.onnx,
+        adapter=report.adapter,
+        quantised=report.measured_quantised,
+        version=report.versions["shiftdc-export"],
     )
 
 

@@ -1,4 +1,4 @@
-"""What the Hub answers, as errors of ours: one sentence without a token; and patience, which has an end."""
+"""What the Hub answers, as errors of ours: one sentence without a token; and limits on how long it may be silent."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class PushError(ShiftDCError):
 
 
 @contextmanager
-def patience() -> Iterator[None]:
+def client_timeouts() -> Iterator[None]:
     """Give up on a silent server, and keep the client from printing: its warnings may quote what the server says."""
     session, verbosity, bars = get_session(), hub_logging.get_verbosity(), not are_progress_bars_disabled()
     before, session.timeout = session.timeout, Timeout(SILENCE)
@@ -124,7 +124,7 @@ def status_of(error: BaseException) -> int | None:
     return int(xet[2]) if xet and xet[2] else None
 
 
-def passing(error: Exception) -> bool:
+def is_transient(error: Exception) -> bool:
     """Cut off, or refused for now. Errors of uploads are wrapped, and the client has repeated those already."""
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
     return isinstance(error, TransportError) or status in (429, 500, 502, 503, 504)

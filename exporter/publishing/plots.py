@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from exporter.checkpoint.report import Report
 from exporter.directions.statistics import LayerStatistics
 from exporter.evaluation.projections import Projections
 from exporter.evaluation.verdict import bounds, defence_name, defences, number, percent
@@ -35,10 +35,8 @@ SIZE = 10  # points: 14 of 600 pixels
 REFERENCES = ("shiftdc_caption", "shiftdc_text", "shiftdc_blank", "shiftdc_static")
 
 
-def write_all(
-    results: Mapping[str, Any] | None, report: Mapping[str, Any], projections: Projections | None, folder: Path
-) -> list[Path]:
-    """Draw into `folder` what the numbers allow; the files written. `report` is shiftdc_report.json."""
+def write_all(results: Mapping[str, Any] | None, report: Report, projections: Projections | None, folder: Path) -> list[Path]:
+    """Draw into `folder` what the numbers allow; the files written."""
     folder.mkdir(parents=True, exist_ok=True)
     attack_success, cost, layers, projected = (folder / name for name in PICTURES)
     written = []
@@ -48,8 +46,8 @@ def write_all(
     if results is not None and len(_costs(results)) > 1:
         plot_cost(results, cost)
         written.append(cost)
-    if any(number(s["auroc"]) is not None or number(s["shift_cosine"]) is not None for s in report.get("statistics") or ()):
-        plot_layers(report["statistics"], report["layers"]["chosen"], layers)
+    if any(number(s.auroc) is not None or number(s.shift_cosine) is not None for s in report.statistics):
+        plot_layers(report.statistics, report.layers.chosen, layers)
         written.append(layers)
     if projections is not None and any(_finite(p) for p in projections.points.values()):
         plot_projections(projections.points, projections.layer, projected)
@@ -57,16 +55,15 @@ def write_all(
     return written
 
 
-def plot_layers(statistics: Sequence[LayerStatistics | Mapping[str, Any]], chosen_layers: Sequence[int], file: Path) -> None:
+def plot_layers(statistics: Sequence[LayerStatistics], chosen_layers: Sequence[int], file: Path) -> None:
     """Held-out AUROC of text and cos(m, s) of harmful images, by decoder layer; calibrated layers shaded."""
-    rows = [s if isinstance(s, Mapping) else dataclasses.asdict(s) for s in statistics]
     figure, axes = _figure(3.3)
-    layers = [int(r["layer"]) for r in rows]
+    layers = [s.layer for s in statistics]
     for layer in chosen_layers:
         axes.axvspan(layer - 0.5, layer + 0.5, color=BLUE, alpha=0.12, linewidth=0)
     curves = [
-        ("AUROC, text", BLUE, "o", [_or_nan(r["auroc"]) for r in rows]),
-        ("cos(m, s), images", VERMILLION, "s", [_or_nan(r["shift_cosine"]) for r in rows]),
+        ("AUROC, text", BLUE, "o", [_or_nan(s.auroc) for s in statistics]),
+        ("cos(m, s), images", VERMILLION, "s", [_or_nan(s.shift_cosine) for s in statistics]),
     ]
     curves = [curve for curve in curves if _finite(curve[3])]
     for _, color, marker, values in curves:

@@ -10,14 +10,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete, HfApi
 
 from exporter.checkpoint.report import read_report
 from exporter.checkpoint.verify import verify
 from exporter.errors import VerificationError
-from exporter.publishing.hub_errors import HUB_ERRORS, ask, cannot_copy, deadline, passing, patience, reason_of
+from exporter.publishing.hub_errors import HUB_ERRORS, ask, cannot_copy, client_timeouts, deadline, is_transient, reason_of
 from exporter.publishing.push_files import LocalFile, local_files, rewrite, tree
 from exporter.publishing.push_preflight import check_base, check_effect, preflight
 from exporter.runtime.progress import Progress, silent
@@ -74,7 +73,7 @@ class Target:
 def plan_push(checkpoint: Path, repo_id: str, *, private: bool, create_pr: bool, revision: str | None) -> PushPlan:
     """What `push` would send and copy. Writes nothing, here or on the Hub. Raises InputError, PushError."""
     report = read_report(checkpoint)
-    with patience():
+    with client_timeouts():
         files = local_files(checkpoint, report)
     planned = (PlannedFile(f.path, f.bytes, "copied" if f.source else "sent") for f in files)
     return PushPlan(repo_id, private, create_pr, revision, tuple(planned))
@@ -94,17 +93,17 @@ def push(
     report = read_report(checkpoint)
     target = Target(preflight(repo_id, private=private, revision=revision, create_pr=create_pr), private, create_pr, revision)
     check_effect(report, allow_ineffective)
-    check_base(checkpoint, report["base_model"]["id"], report["base_model"]["revision"])
-    _staged(progress, "verify", lambda: verify(checkpoint))
-    with patience():
+    check_base(checkpoint, report.base_model.id, report.base_model.revision)
+    _with_progress(progress, "verify", lambda: verify(checkpoint))
+    with client_timeouts():
         files = local_files(checkpoint, report, rewrite(checkpoint, report, target.repo_id))
         ask(target.repo_id, lambda: _prepare(target))
         pushed = ask(target.repo_id, lambda: _upload(target, files, progress))
-        _staged(progress, "compare", lambda: _compare(target.repo_id, pushed.commit, files))
+        _with_progress(progress, "compare", lambda: _compare(target.repo_id, pushed.commit, files))
     return pushed
 
 
-def _staged(progress: Progress, name: str, run: Callable[[], object]) -> None:
+def _with_progress(progress: Progress, name: str, run: Callable[[], object]) -> None:
     progress(name, 0, 1)
     run()
     progress(name, 1, 1)
@@ -120,20 +119,20 @@ def _prepare(target: Target) -> None:
 def _upload(target: Target, files: Sequence[LocalFile], progress: Progress) -> Pushed:
     """Copy what the server can copy; where it will not, send everything."""
     try:
-        return _commit_patiently(target, files, progress)
+        return _commit_with_retries(target, files, progress)
     except HUB_ERRORS as error:
         if not cannot_copy(error):
             raise
         note = f"The server did not copy the base's shards ({reason_of(error)}), so they were sent."
-    return replace(_commit_patiently(target, [replace(f, source=None) for f in files], progress), note=note)
+    return replace(_commit_with_retries(target, [replace(f, source=None) for f in files], progress), note=note)
 
 
-def _commit_patiently(target: Target, files: Sequence[LocalFile], progress: Progress) -> Pushed:
+def _commit_with_retries(target: Target, files: Sequence[LocalFile], progress: Progress) -> Pushed:
     for wait in WAITS:
         try:
             return _commit(target, files, progress)
         except HUB_ERRORS as error:
-            if target.create_pr or not passing(error):  # a second try could open a second pull request
+            if target.create_pr or not is_transient(error):  # a second try could open a second pull request
                 raise
         time.sleep(wait)
     return _commit(target, files, progress)
@@ -173,11 +172,12 @@ def _commit(target: Target, files: Sequence[LocalFile], progress: Progress) -> P
 
 def _send(target: Target, additions: Sequence[CommitOperationAdd], progress: Progress) -> None:
     """Send large files one by one: each that has arrived need not be sent again after an interruption."""
-    options: dict[str, Any] = {"revision": target.revision, "create_pr": target.create_pr, "free_memory": False}
     progress("upload", 0, len(additions))
     for i, addition in enumerate(additions, 1):
         with deadline(addition.upload_info.size):
-            HfApi().preupload_lfs_files(target.repo_id, [addition], **options)
+            HfApi().preupload_lfs_files(
+                target.repo_id, [addition], revision=target.revision, create_pr=target.create_pr, free_memory=False
+            )
         progress("upload", i, len(additions))
 
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import RevisionNotFoundError
@@ -17,6 +15,7 @@ from huggingface_hub.hf_api import RepoFile
 
 from exporter.checkpoint.layout import CARD, REPORT
 from exporter.checkpoint.manifest import shipped, with_hashes
+from exporter.checkpoint.report import Report
 from exporter.errors import InputError
 from exporter.publishing.hub_errors import ask
 from exporter.runtime.hashing import sha256
@@ -25,7 +24,7 @@ _SNIPPET = re.compile(r'(\.from_pretrained\()"(?:[^"\\\n]|\\.)*"(, trust_remote_
 
 
 @dataclass(frozen=True)
-class Source:
+class HubFile:
     """A file on the Hub that holds the same bytes."""
 
     repo_id: str
@@ -40,7 +39,7 @@ class LocalFile:
     path: str
     content: Path | bytes
     known_sha256: str | None = None
-    source: Source | None = None
+    source: HubFile | None = None
 
     @property
     def bytes(self) -> int:
@@ -68,9 +67,9 @@ class LocalFile:
         return None if same else f"{self.path} has another content"
 
 
-def local_files(checkpoint: Path, report: dict[str, Any], rewritten: Mapping[str, bytes] | None = None) -> list[LocalFile]:
+def local_files(checkpoint: Path, report: Report, rewritten: Mapping[str, bytes] | None = None) -> list[LocalFile]:
     """What the export ships; `rewritten` has the content of those paths that are sent otherwise than they lie there."""
-    shards = report["base_model"]["shards"]
+    shards = report.base_model.shards
     sources = _sources(report)
     files = []
     for name in shipped(checkpoint):
@@ -84,11 +83,13 @@ def local_files(checkpoint: Path, report: dict[str, Any], rewritten: Mapping[str
     return files
 
 
-def _sources(report: dict[str, Any]) -> dict[str | None, Source]:
+def _sources(report: Report) -> dict[str | None, HubFile]:
     """Files of the base's repository by SHA-256."""
-    base_id, revision = report["base_model"]["id"], report["base_model"]["revision"]
-    there = tree(base_id, revision) if revision is not None else None
-    return {f.lfs.sha256: Source(base_id, revision, f.path) for f in (there or {}).values() if f.lfs is not None}
+    base_id, revision = report.base_model.id, report.base_model.revision
+    if revision is None:  # not from the Hub
+        return {}
+    there = tree(base_id, revision) or {}
+    return {f.lfs.sha256: HubFile(base_id, revision, f.path) for f in there.values() if f.lfs is not None}
 
 
 def tree(repo_id: str, revision: str | None) -> dict[str, RepoFile] | None:
@@ -104,7 +105,7 @@ def tree(repo_id: str, revision: str | None) -> dict[str, RepoFile] | None:
     return ask(repo_id, look)
 
 
-def rewrite(checkpoint: Path, report: dict[str, Any], repo_id: str) -> dict[str, bytes]:
+def rewrite(checkpoint: Path, report: Report, repo_id: str) -> dict[str, bytes]:
     """The card, which loads the checkpoint from the Hub, and the report, which knows that card's hash, by path.
 
     What its owner wrote into the card stays.
@@ -112,4 +113,4 @@ def rewrite(checkpoint: Path, report: dict[str, Any], repo_id: str) -> dict[str,
     text = (checkpoint / CARD).read_text("utf-8")
     card = _SNIPPET.sub(rf'\g<1>"{repo_id}"\g<2>', text).encode()
     described = with_hashes(report, {CARD: hashlib.sha256(card).hexdigest()})
-    return {CARD: card, REPORT: (json.dumps(described, indent=2) + "\n").encode()}
+    return {CARD: card, REPORT: described.text().encode()}

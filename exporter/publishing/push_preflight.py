@@ -11,11 +11,12 @@ from huggingface_hub.errors import GatedRepoError, HFValidationError, Repository
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from exporter.checkpoint.layout import REPORT
+from exporter.checkpoint.report import Report
 from exporter.errors import InputError, ShiftDCError
 from exporter.evaluation.verdict import judge_effect
 from exporter.models.base import BaseCheckpoint
 from exporter.publishing.card_metadata import inherit
-from exporter.publishing.hub_errors import ask, clean, patience, reason_of, status_of
+from exporter.publishing.hub_errors import ask, clean, client_timeouts, reason_of, status_of
 from exporter.publishing.push_files import tree
 
 _NO_DERIVATIVES = re.compile(r"(?i)(^|[^a-z])nd([^a-z]|$)|no-?deriv")
@@ -29,7 +30,7 @@ def preflight(repo_id: str | None, *, private: bool, revision: str | None, creat
     _check_revision(revision, create_pr)
     if not get_token():
         raise InputError("--push: there is no Hugging Face token; log in with 'hf auth login', or set HF_TOKEN.")
-    with patience():
+    with client_timeouts():
         account = ask("your token", lambda: HfApi().whoami(cache=True))
         full = repo_id if "/" in repo_id else f"{account['name']}/{repo_id}"
         _check_name(full)
@@ -49,7 +50,7 @@ def check_base(folder: Path, base_id: str, revision: str | None) -> None:
     inherited = inherit(BaseCheckpoint(base_id, revision, folder, {}, ()))
     licences = [*inherited.license, inherited.license_name]
     if revision is not None:
-        with patience():
+        with client_timeouts():
             licences += _licences_on_hub(base_id)
     forbidding = next((x for x in licences if x and _NO_DERIVATIVES.search(x)), None)
     if forbidding:
@@ -138,16 +139,16 @@ def _licences_on_hub(base_id: str) -> list[str | None]:
 
     info = ask(base_id, lambda: HfApi().model_info(base_id), refused)
     ask(base_id, lambda: HfApi().auth_check(base_id), refused)
-    card: dict[str, Any] = info.card_data.to_dict() if info.card_data else {}
+    card: dict[str, object] = info.card_data.to_dict() if info.card_data else {}
     named = card.get("license")
     return [*(named if isinstance(named, list) else [named]), card.get("license_name")]
 
 
-def check_effect(report: dict[str, Any], allow_ineffective: bool) -> None:
+def check_effect(report: Report, allow_ineffective: bool) -> None:
     """Raise InputError unless the report shows an effect that may be published, or that is waived."""
     if allow_ineffective:
         return
-    results = report.get("evaluation")
+    results = report.evaluation
     if not results:
         raise InputError(
             "--push: the effect of this calibration was not measured; run 'shiftdc-export evaluate' first, "

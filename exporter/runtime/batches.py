@@ -94,7 +94,7 @@ class ShrinkingBatches(Generic[Item, Value]):
                 raise InputError(
                     "MODEL: one prompt does not fit into memory beside the weights; "
                     "try --dtype bfloat16, --device-map auto or, where there is one, --load-in-4bit."
-                ) from None
+                ) from error
         return []
 
 

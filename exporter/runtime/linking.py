@@ -24,7 +24,7 @@ SHARED = ".huggingface-shared-blobs"
 NO_LINK = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP, errno.EACCES)
 
 
-def place(source: Path, target: Path) -> Way:
+def link_or_copy(source: Path, target: Path) -> Way:
     """Put a shard at `target`; whoever changes that file later leaves the source alone, unless he may write what is read-only."""
     source = source.resolve()  # a Hub cache holds symlinks, and os.link would link the link
     if _is_ours_alone(source):
@@ -39,22 +39,22 @@ def place(source: Path, target: Path) -> Way:
     return "copy"
 
 
-def lend(source: Path, target: Path) -> None:
-    """Put a shard into a folder of ours for a while, in which nothing changes it."""
+def symlink_or_copy(source: Path, target: Path) -> None:
+    """Put a shard into a folder of ours that is soon deleted, and in which nothing changes it."""
     try:
         target.symlink_to(source.resolve())
     except OSError:  # a file system, or a system, without symbolic links
         shutil.copyfile(source, target)
 
 
-def duplicate(source: Path, target: Path) -> None:
+def clone_or_copy(source: Path, target: Path) -> None:
     """Clone, else copy: a file that can be changed and leaves the source alone."""
     if not _cloned(source.resolve(), target):
         shutil.copyfile(source, target)
 
 
 def will_be_linked(source: Path, output: Path) -> bool:
-    """Whether `place` is going to link a shard into `output`, which need not exist; that it may clone instead is not foreseen."""
+    """Whether `link_or_copy` is going to link a shard into `output`, which need not exist; a clone is not foreseen."""
     source, folder = source.resolve(), output.absolute()
     while not folder.exists():
         folder = folder.parent

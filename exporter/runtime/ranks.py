@@ -42,8 +42,8 @@ class Ranks:
         found: list[tuple[T | None, ShiftDCError | None]] = [(None, None)] * self.world_size
         try:
             dist.all_gather_object(found, _attempt(compute))
-        except RuntimeError:  # gloo: connection closed by peer
-            raise ShiftDCError("Another process of this run ended; its message stands above.") from None
+        except RuntimeError as closed:  # gloo: connection closed by peer
+            raise ShiftDCError("Another process of this run ended; its message stands above.") from closed
         for _, error in found:
             if error is not None:
                 raise error

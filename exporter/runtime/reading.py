@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import json
 import stat
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import yaml
 
@@ -24,6 +24,10 @@ HEADER_BYTES = 32_000_000
 NUMBER_CHARACTERS = 100
 #: Longest request, prompt or caption, in characters.
 TEXT_CHARACTERS = 32_768
+
+
+#: What JSON can hold.
+Json: TypeAlias = "dict[str, Json] | list[Json] | str | int | float | bool | None"
 
 
 class UnreadableError(ValueError):
@@ -41,14 +45,14 @@ def read_bytes(file: Path, most: int) -> bytes:
             raise UnreadableError("it is no regular file")
         with file.open("rb") as stream:
             data = stream.read(most + 1)
-    except FileNotFoundError:
-        raise NoFileError("there is no such file") from None
+    except FileNotFoundError as error:
+        raise NoFileError("there is no such file") from error
     except UnreadableError:
         raise
     except OSError as error:
-        raise UnreadableError(error.strerror or type(error).__name__) from None
-    except ValueError:  # a null byte
-        raise UnreadableError("its path is not usable") from None
+        raise UnreadableError(error.strerror or type(error).__name__) from error
+    except ValueError as error:  # a null byte
+        raise UnreadableError("its path is not usable") from error
     if len(data) > most:
         raise UnreadableError(f"it has more than {most:,} bytes")
     return data
@@ -58,7 +62,7 @@ def text_of(data: bytes) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise UnreadableError(f"byte {error.start} is not UTF-8") from None
+        raise UnreadableError(f"byte {error.start} is not UTF-8") from error
 
 
 def parse_json(text: str | bytes, *, unique: bool = False) -> Any:
@@ -67,19 +71,25 @@ def parse_json(text: str | bytes, *, unique: bool = False) -> Any:
         return json.loads(text, object_pairs_hook=_unique if unique else None)
     except UnreadableError:
         raise
-    except RecursionError:
-        raise UnreadableError("it is nested too deeply") from None
+    except RecursionError as error:
+        raise UnreadableError("it is nested too deeply") from error
     except UnicodeDecodeError as error:
-        raise UnreadableError(f"byte {error.start} is not UTF-8") from None
+        raise UnreadableError(f"byte {error.start} is not UTF-8") from error
     except ValueError as error:
-        raise UnreadableError(str(error)) from None
+        raise UnreadableError(str(error)) from error
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
     found = dict(pairs)
     if len(found) < len(pairs):
         raise UnreadableError("a key stands twice in one object")
     return found
+
+
+def member(value: Mapping[str, Json], key: str) -> Mapping[str, Json]:
+    """The object at `key`; an empty one where there is none, or something else."""
+    found = value.get(key)
+    return found if isinstance(found, dict) else {}
 
 
 def read_json(file: Path, *, unique: bool = False) -> Any:
@@ -118,9 +128,9 @@ for _kind in ("int", "float"):
 def parse_yaml(text: str) -> Any:
     try:
         return yaml.load(text, _PlainLoader)  # noqa: S506 (a SafeLoader)
-    except RecursionError:
-        raise UnreadableError("it is nested too deeply") from None
+    except RecursionError as error:
+        raise UnreadableError("it is nested too deeply") from error
     except yaml.YAMLError as error:
-        raise UnreadableError(str(error).splitlines()[0]) from None
+        raise UnreadableError(str(error).splitlines()[0]) from None  # its other lines quote the text
     except _NO_VALUE:
-        raise UnreadableError("a value is not of the type that its form or tag says") from None
+        raise UnreadableError("a value is not of the type that its form or tag says") from None  # it quotes the value

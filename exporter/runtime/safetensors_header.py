@@ -6,7 +6,6 @@ import math
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from exporter.errors import InputError
 from exporter.runtime.reading import HEADER_BYTES, UnreadableError, parse_json
@@ -47,10 +46,10 @@ def read_header(file: Path, option: str = "MODEL") -> dict[str, TensorHeader]:
             if length > HEADER_BYTES:
                 raise UnreadableError(f"the header has more than {HEADER_BYTES:,} bytes")
             return _tensors(parse_json(stream.read(length), unique=True), 8 + length, size - 8 - length)
-    except struct.error:
-        raise InputError(f"{option}: {file} is not a whole safetensors file (it has no header); fetch it again.") from None
+    except struct.error as error:
+        raise InputError(f"{option}: {file} is not a whole safetensors file (it has no header); fetch it again.") from error
     except (OSError, UnreadableError) as error:
-        raise InputError(f"{option}: {file} is not a whole safetensors file ({error}); fetch it again.") from None
+        raise InputError(f"{option}: {file} is not a whole safetensors file ({error}); fetch it again.") from error
 
 
 def _tensors(header: object, origin: int, data_bytes: int) -> dict[str, TensorHeader]:
@@ -85,7 +84,7 @@ def _span(entry: object, name: str) -> tuple[int, int]:
     return span[0], span[1]
 
 
-def _type(entry: dict[str, Any], name: str) -> tuple[str, tuple[int, ...]]:
+def _type(entry: dict[str, object], name: str) -> tuple[str, tuple[int, ...]]:
     dtype, shape = entry.get("dtype"), entry.get("shape")
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         raise UnreadableError(f"{name[:200]} has no dtype that is known")

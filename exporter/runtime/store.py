@@ -14,7 +14,6 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -38,7 +37,7 @@ class Store:
         self.found = 0
 
     @classmethod
-    def open(cls, fingerprint: Mapping[str, Any]) -> Store:
+    def open(cls, fingerprint: Mapping[str, object]) -> Store:
         """The store of runs with the same fingerprint. Raises InputError where $SHIFTDC_CACHE cannot be used."""
         text = json.dumps(fingerprint, indent=2, sort_keys=True)
         given = os.environ.get(CACHE)
@@ -49,7 +48,7 @@ class Store:
             (folder / FINGERPRINT).write_text(text, "utf-8")
         except OSError as error:
             if given and error.errno not in FULL:
-                raise InputError(f"{CACHE}: {root} cannot be written ({error.strerror}); give another folder.") from None
+                raise InputError(f"{CACHE}: {root} cannot be written ({error.strerror}); give another folder.") from error
             return cls()  # a machine without a home: there is nothing to go on from, and no reason to stop
         return cls(folder)
 

@@ -61,11 +61,11 @@ class Doctored:
 
 
 def found(dtype="float32", **doctored):
-    return reproduces_probe(None, Doctored(**doctored), PROBE, dtype)[0]
+    return reproduces_probe(Doctored(**doctored), PROBE, dtype)[0]
 
 
 def test_a_model_that_answers_as_recorded_passes():
-    failures, parity = reproduces_probe(None, Doctored(), PROBE, "float32")
+    failures, parity = reproduces_probe(Doctored(), PROBE, "float32")
     assert failures == []
     names = ("logits", "calibrated_logits", "coordinates", "text_coordinates")
     assert parity == {**dict.fromkeys(names, 0.0), "uncalibrated_exact": True}
@@ -100,19 +100,19 @@ def test_the_text_pass_of_a_static_reference_is_not_asked_for():
 def test_uncalibrated_is_exact():
     """One bit is too much, where calibration is merely of strength 0."""
     assert found(none=BASE.nextafter(torch.tensor(9.0))) == ["strength 0 is not the uncalibrated model exactly"]
-    failures, parity = reproduces_probe(None, Doctored(off=BASE.nextafter(torch.tensor(9.0))), PROBE, "float32")
+    failures, parity = reproduces_probe(Doctored(off=BASE.nextafter(torch.tensor(9.0))), PROBE, "float32")
     assert failures == [] and parity["uncalibrated_exact"] is False
 
 
 def test_strengths_are_those_of_before():
     model = Doctored()
-    reproduces_probe(None, model, PROBE, "float32")
+    reproduces_probe(model, PROBE, "float32")
     assert [c.strength for c in model.shiftdc_corrections] == [0.7, 0.7]
 
 
 def test_calibration_that_changes_nothing():
     probe = {**PROBE, "calibrated_logits": BASE}
-    assert reproduces_probe(None, Doctored(calibrated=BASE), probe, "float32")[0] == ["calibration changes nothing on the probe"]
+    assert reproduces_probe(Doctored(calibrated=BASE), probe, "float32")[0] == ["calibration changes nothing on the probe"]
 
 
 def test_no_reply():

@@ -52,7 +52,7 @@ def test_the_demo_is_converted_whole():
     item = demo.items("test", "harmless_text", 3)[2]
     question = next(q for q in benchmark.questions if q.id == item.id)
     assert (question.request, question.answer, question.image_kind) == (item.request, item.answer, item.image_kind)
-    assert question.image().tobytes() == demo.image(item).tobytes()
+    assert question.image.load().tobytes() == demo.image(item).tobytes()
 
 
 def test_the_splits_of_the_demo_are_disjoint_and_named():
@@ -121,7 +121,7 @@ def test_a_file_is_read_with_its_defaults(folder):
     assert (second.kind, second.cell) == ("benign", "harmless_image")
     assert (third.cell, third.category, third.image_kind, third.answer) == ("benign_question_harmful", "c", "photo", "red")
     assert [q.id for q in benchmark.questions] == ["rows-00001", "rows-00003", "rows-00004"]
-    assert first.image().getpixel((0, 0)) == (255, 0, 0)
+    assert first.image.load().getpixel((0, 0)) == (255, 0, 0)
     assert benchmark.name == "rows"
     assert benchmark.source == f"rows.jsonl, SHA-256 {hashlib.sha256(file.read_bytes()).hexdigest()}"
 
@@ -169,7 +169,7 @@ def test_an_empty_file_and_one_that_is_no_text(folder):
 def picture(folder, data):
     (folder / "images" / "a.png").write_bytes(data)
     (question,) = load_benchmark(str(write(folder, ROW))).questions
-    return question.image()
+    return question.image.load()
 
 
 def test_pictures_come_as_upright_rgb(folder):
@@ -364,7 +364,7 @@ def picture(question):
     if question.image is None:
         return None
     try:
-        image = question.image()
+        image = question.image.load()
         return [image.mode, *image.size, *image.getpixel((0, 0))]
     except InputError as error:
         return str(error)

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import hashlib
 import json
+import tempfile
 
 import pytest
 from PIL import Image
 
 from exporter.data.builtin import builtin
-from exporter.data.calibration_sets import load_calibration, read_jsonl
+from exporter.data.calibration_record import CalibrationRecord
+from exporter.data.calibration_sets import load_calibration, read_calibration
 from exporter.data.images import row_image, typographic_image
 from exporter.errors import InputError
 
@@ -67,7 +70,7 @@ def test_which_side_of_the_built_in_set_is_harmful(category, unsafe, safe):
 def test_reading(tmp_path):
     (tmp_path / "images").mkdir()
     Image.new("RGB", (8, 8), "red").save(tmp_path / "images" / "a.png")
-    calibration = read_jsonl(write(tmp_path, enough(image="images/a.png")))
+    calibration = read_calibration(write(tmp_path, enough(image="images/a.png")))
     assert calibration.has_images
     assert row_image(calibration.rows[0]).getpixel((0, 0)) == (255, 0, 0)
     assert len(calibration.select("held_out", "unsafe")) == 2
@@ -95,7 +98,7 @@ def test_rows_without_images_are_rendered():
 )
 def test_a_bad_line_is_named_and_its_text_is_not_shown(tmp_path, line, message):
     with pytest.raises(InputError, match=message) as error:
-        read_jsonl(write(tmp_path, [ROW, line]))
+        read_calibration(write(tmp_path, [ROW, line]))
     assert "Secret" not in str(error.value)
 
 
@@ -164,15 +167,15 @@ def test_a_wrong_name_is_one_sentence(name, message):
 def test_a_row_needs_a_caption_or_an_image(tmp_path):
     Image.new("RGB", (8, 8), "red").save(tmp_path / "a.png")
     bare = {"label": "safe", "request": "Secret words?"}
-    assert read_jsonl(write(tmp_path, [{**bare, "image": "a.png"}])).uncaptioned
+    assert read_calibration(write(tmp_path, [{**bare, "image": "a.png"}])).uncaptioned
     with pytest.raises(InputError, match="line 1: the row has neither caption nor image"):
-        read_jsonl(write(tmp_path, [bare]))
+        read_calibration(write(tmp_path, [bare]))
 
 
 def test_an_unreadable_image(tmp_path):
     (tmp_path / "a.png").write_text("no picture")
-    calibration = read_jsonl(write(tmp_path, enough(image="a.png")))
-    with pytest.raises(InputError, match=r"a\.png cannot be read"):
+    calibration = read_calibration(write(tmp_path, enough(image="a.png")))
+    with pytest.raises(InputError, match=r"--calibration: the image .*a\.png cannot be decoded"):
         row_image(calibration.rows[0])
 
 
@@ -248,3 +251,27 @@ def test_absent_and_binary_files(tmp_path):
     (tmp_path / "b.jsonl").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(InputError, match="cannot be read as UTF-8"):
         load_calibration(str(tmp_path / "b.jsonl"))
+
+
+def test_the_demo_s_set_is_what_reports_name():
+    """Requests, captions and pixels of the set that reports name by this hash."""
+    calibration = load_calibration("demo")
+    assert CalibrationRecord.of(calibration).model_dump(exclude_unset=True) == {
+        "name": "demo",
+        "sha256": "b9b3f27c8a01b904275443d3cbd64d12e90086ae05ed5c954cb0e9b8c80d9cd5",
+        "images": True,
+        "fit_safe": 180,
+        "fit_unsafe": 180,
+        "held_out_safe": 45,
+        "held_out_unsafe": 45,
+    }
+    texts = "".join(row.model_dump_json(exclude={"image"}) for row in calibration.rows)
+    assert hashlib.sha256(texts.encode()).hexdigest() == "764cb478c1d386e94a58c12991b8e1e5a5e36cfab8b5cbd83381967f0d39ef9b"
+    first = row_image(calibration.rows[0]).tobytes()
+    assert hashlib.sha256(first).hexdigest() == "b26c9fd6eaaf8369e5b131d4f5d81c463b8a9a3aabf3fea198830c7b015dcb46"
+
+
+def test_the_demo_s_pictures_are_drawn_in_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    row_image(load_calibration("demo").rows[0])
+    assert not list(tmp_path.iterdir())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from types import SimpleNamespace
 
 import pytest
 from hub import COMMIT, serve
@@ -12,6 +13,7 @@ from interpreters import python
 from test_benchmarks import card, mm_safetybench
 
 from exporter.data.calibration_hub import calibrated_revision, question_hash, unseen
+from exporter.data.calibration_record import CalibrationRecord
 from exporter.data.questions import Benchmark, Question
 from exporter.pipeline import evaluate as evidence
 
@@ -20,6 +22,7 @@ SECRET = "whatever stands here is shown to nobody"
 # Loads the sets of its arguments and prints what came of them.
 PROGRAM = """
 import json, sys
+from exporter.data.calibration_record import CalibrationRecord
 from exporter.data.calibration_sets import load_calibration
 from exporter.data.images import row_image
 from exporter.errors import InputError
@@ -34,7 +37,7 @@ def attempt(name):
         for r in found.rows
     ]
     assert "seen_questions" not in found.summary()  # too long to print
-    return {"summary": found.record(), "rows": rows}
+    return {"summary": CalibrationRecord.of(found).model_dump(exclude_unset=True), "rows": rows}
 
 print(json.dumps({name: attempt(name) for name in sys.argv[1:]}))
 """
@@ -166,7 +169,7 @@ def test_evaluate_asks_at_that_commit_and_leaves_out_what_was_seen(tmp_path, mon
     benchmark, asked = questions(), []
     seen = [question_hash("mm-safetybench", benchmark.questions[0])]
     sources = [{"dataset": "PKU-Alignment/MM-SafetyBench", "revision": COMMIT, "licence": "CC-BY-NC-4.0"}]
-    report = {"calibration": {"seen_questions": seen, "sources": sources}}
+    report = SimpleNamespace(calibration=record(seen_questions=seen, sources=sources))
     monkeypatch.setattr(evidence, "read_report", lambda folder: report)
 
     def stop(found, categories):
@@ -178,6 +181,11 @@ def test_evaluate_asks_at_that_commit_and_leaves_out_what_was_seen(tmp_path, mon
     with pytest.raises(StopError):
         evidence.gather(tmp_path, [], benchmark="mm-safetybench", progress=lambda *_: None)
     assert asked == [COMMIT, len(benchmark.questions) - 3]
+
+
+def record(**changes):
+    counts = dict.fromkeys(("fit_safe", "fit_unsafe", "held_out_safe", "held_out_unsafe"), 9)
+    return CalibrationRecord.model_validate({"name": "builtin", "sha256": "ab" * 32, **counts, **changes})
 
 
 def questions(name="mm-safetybench", categories=("01-A", "02-B"), kinds=("SD", "TYPO", "Text_only"), count=3):
@@ -193,20 +201,20 @@ def questions(name="mm-safetybench", categories=("01-A", "02-B"), kinds=("SD", "
 def test_a_question_that_calibration_saw_is_left_out_in_every_picture():
     benchmark = questions()
     seen = [question_hash("mm-safetybench", q) for q in benchmark.questions if q.id == "mm-safetybench-02-B-SD-00001"]
-    kept = unseen(benchmark, {"seen_questions": seen})
+    kept = unseen(benchmark, record(seen_questions=seen))
     left_out = {q.id for q in benchmark.questions} - {q.id for q in kept.questions}
     assert left_out == {f"mm-safetybench-02-B-{k}-00001" for k in ("SD", "TYPO", "Text_only")}
     assert kept.source == f"{benchmark.source}, without 3 rows used for calibration"
-    assert unseen(benchmark, {}) is benchmark
+    assert unseen(benchmark, record()) is benchmark
     other = questions("other")
-    assert unseen(other, {"seen_questions": seen}) is other
+    assert unseen(other, record(seen_questions=seen)) is other
 
 
 def test_the_benchmark_is_read_at_the_commit_of_the_calibration(loaded):
     summary = loaded[PAPER]["summary"]
-    assert calibrated_revision(summary, "mm-safetybench") == COMMIT
-    assert calibrated_revision(summary, "xstest") is None
-    assert calibrated_revision({"name": "builtin"}, "mm-safetybench") is None
+    assert calibrated_revision(record(**summary), "mm-safetybench") == COMMIT
+    assert calibrated_revision(record(**summary), "xstest") is None
+    assert calibrated_revision(record(), "mm-safetybench") is None
     assert len(summary["seen_questions"]) == len(set(summary["seen_questions"])) == 8 * 6
     assert all(len(h) == 16 for h in summary["seen_questions"])
     assert "number" not in json.dumps(summary)

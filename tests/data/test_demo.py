@@ -124,8 +124,8 @@ def test_the_naive_implementation_gives_the_same_tokens_from_text_prompts(demo_e
     folder = source.resolve("demo").folder
     prompts = ("Based on the given Request, describe the image. Request: {q}", "{q} Image Caption: {caption}")
     naive = Naive(LlavaForConditionalGeneration.from_pretrained(folder).eval(), vlm.processor, *prompts)
-    layers = read_report(demo_export)["layers"]["chosen"]
-    rows = [json.loads(r.model_dump_json()) for r in load_calibration("demo").rows]
+    layers = list(read_report(demo_export).layers.chosen)
+    rows = [json.loads(r.model_dump_json(exclude={"image"})) for r in load_calibration("demo").rows]
     d = naive.directions(rows).float()
     shipped = torch.stack([c.direction for c in vlm.model.shiftdc_corrections])
     assert torch.cosine_similarity(d[layers], shipped, dim=-1).min() > 0.9999

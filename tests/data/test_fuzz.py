@@ -15,8 +15,9 @@ from exporter.checkpoint.report import read_report
 from exporter.data import benchmarks_file, calibration_sets
 from exporter.errors import InputError
 from exporter.evaluation.replies import ReplyLog
-from exporter.models.base import INDEX, BaseCheckpoint, resolve
+from exporter.models.base import BaseCheckpoint, resolve
 from exporter.models.recipe import load_recipe
+from exporter.models.shards import INDEX
 from exporter.publishing.card_metadata import inherit
 from exporter.runtime.resources import resource
 from exporter.runtime.safetensors_header import read_header
@@ -93,7 +94,7 @@ def test_recipes_that_are_nearly_right(tmp_path, key, value):
 def test_calibration_sets(tmp_path, data):
     file = tmp_path / "c.jsonl"
     file.write_bytes(data)
-    survives(calibration_sets.read_jsonl, file)
+    survives(calibration_sets.read_calibration, file)
 
 
 @bounded
@@ -101,7 +102,7 @@ def test_calibration_sets(tmp_path, data):
 def test_benchmarks(tmp_path, data):
     file = tmp_path / "b.jsonl"
     file.write_bytes(data)
-    survives(benchmarks_file.read_jsonl, file)
+    survives(benchmarks_file.read_benchmark, file)
 
 
 @bounded
@@ -151,7 +152,7 @@ def test_reports_that_are_nearly_right(tmp_path, report, key, value):
 
 def test_the_report_itself_is_read(tmp_path, report):
     (tmp_path / "shiftdc_report.json").write_text(json.dumps(report))
-    assert read_report(tmp_path) == report
+    assert json.loads(read_report(tmp_path).text()) == report
 
 
 @bounded

@@ -53,8 +53,7 @@ def test_each_missing_caption_is_the_model_s_own_and_no_other_changes(vlm, base_
         if before.caption:
             assert after == before
             continue
-        with Image.open(before.image) as image:
-            expected = naive.caption(before.request, image.convert("RGB"), 6)
+        expected = naive.caption(before.request, before.image.load(), 6)
         assert after.caption == vlm.decode(expected)
     assert seen == [("captions", n, 7) for n in (3, 6, 7)]
     assert found.sha256 == calibration.sha256
@@ -94,8 +93,7 @@ def test_images_of_a_file_give_the_shift(vlm, file):
     found = fit_directions(vlm, calibration, RECIPE.prompts, RECIPE.decoder_layers)
     layers, shifts = list(vlm.model.model.language_model.layers), {"safe": [], "unsafe": []}
     for row in calibration.select("fit"):
-        with Image.open(row.image) as image:
-            shown = last_token_activations(vlm, layers, vlm.encode([row.request], [image.convert("RGB")]))[0]
+        shown = last_token_activations(vlm, layers, vlm.encode([row.request], [row.image.load()]))[0]
         text = last_token_activations(vlm, layers, vlm.encode([RECIPE.prompts.counterpart(row.request, row.caption)]))[0]
         shifts[row.label].append(((shown - text) * found.direction).sum(-1))
     expected = torch.stack([torch.stack(s).mean(0) for s in shifts.values()]).mean(0)

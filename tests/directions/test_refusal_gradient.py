@@ -16,7 +16,6 @@ from exporter.data.calibration_sets import load_calibration
 from exporter.data.images import row_image
 from exporter.directions import refusal_gradient
 from exporter.directions.activations import last_token_activations
-from exporter.directions.directions import Directions
 from exporter.directions.fit import fit_directions
 from exporter.directions.frozen_norms import frozen_norms
 from exporter.directions.refusal_gradient import find_openers, refusal_gradients
@@ -272,13 +271,6 @@ def test_the_shift_is_that_of_harmless_rows(harmless, vlm, harmless_file):
         text = last_token_activations(vlm, layers, vlm.encode([RECIPE.prompts.counterpart(row.request, row.caption)]))[0]
         differences.append(((image - text) * harmless.direction).sum(-1))
     assert torch.allclose(torch.stack(differences).mean(0), harmless.shift, atol=1e-3)
-
-
-def test_unknown_statistics_survive_saving(harmless, tmp_path):
-    harmless.save(tmp_path / "d.safetensors")
-    loaded = Directions.load(tmp_path / "d.safetensors")
-    assert loaded.statistics == harmless.statistics
-    assert loaded.origin == harmless.origin
 
 
 def test_an_export_says_what_is_not_known(base_folder, harmless_file, tmp_path):

@@ -200,8 +200,8 @@ class TestEveryPart:
             given.update(options, judge=judge)
             raise KeyboardInterrupt
 
-        statistics = [{"layer": 4, "blank_shift": -0.5, "shift": 9.0}, {"layer": 7, "blank_shift": 0.25, "shift": 9.0}]
-        report = {"calibration": {}, "statistics": statistics}
+        statistics = [SimpleNamespace(layer=4, blank_shift=-0.5), SimpleNamespace(layer=7, blank_shift=0.25)]
+        report = SimpleNamespace(calibration=None, statistics=statistics)
         stubs = {
             "read_report": lambda *_: report,
             "load_benchmark": lambda *_, **__: self.BENCHMARK,

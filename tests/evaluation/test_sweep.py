@@ -151,7 +151,7 @@ def test_the_demo_s_sweep_is_in_the_report(tmp_path):
     assert all(c["kl"] >= 0 for c in sweep["candidates"])
     config = json.loads((tmp_path / "out" / "config.json").read_text())["shiftdc"]
     assert (config["layers"], config["strength"]) == (sweep["chosen"]["layers"], sweep["chosen"]["strength"])
-    assert done.report["recipe"]["strength"] == sweep["chosen"]["strength"]
+    assert done.report.recipe.strength == sweep["chosen"]["strength"]
     verify(tmp_path / "out")
     assert [f.name for f in tmp_path.iterdir()] == ["out"]
 

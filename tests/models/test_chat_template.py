@@ -19,7 +19,7 @@ from exporter.checkpoint import verify_worker
 from exporter.errors import InputError
 from exporter.models import chat_template as templates
 from exporter.models.chat_template import encoded, rendered
-from exporter.models.vlm import user_turn
+from exporter.models.conversation import user_turn
 
 LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 

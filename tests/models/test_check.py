@@ -7,7 +7,7 @@ import json
 import pytest
 from click.testing import CliRunner
 from tiny import TEMPLATE, save_tiny_llava
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from exporter.cli.commands import main
 from exporter.errors import InputError
@@ -58,3 +58,28 @@ def test_layers_and_recipe_are_checked_too(base_folder):
         check(files, recipe.model_copy(update={"decoder_layers": "model.layers"}))
     with pytest.raises(InputError, match="it is for family 'gemma3'"):
         recipe_of(files, "gemma3")
+
+
+def test_a_fault_of_this_package_is_not_blamed_on_the_checkpoint(base_folder, monkeypatch):
+    files = resolve_small(str(base_folder))
+    for name in ("prompt_frame", "check_prompts"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"exporter.models.check.{name}", lambda *_: {}["a fault"])
+            with pytest.raises(KeyError, match="a fault"):
+                check(files, recipe_of(files))
+
+
+def test_what_a_library_cannot_compose_is_told(base_folder, monkeypatch):
+    """Tokenizers raise Exception itself."""
+
+    def broken(*_, **__):
+        raise Exception("WordPiece error: Missing [UNK] token")
+
+    files = resolve_small(str(base_folder))
+    for name in ("decode", "convert_ids_to_tokens", "__call__"):
+        with monkeypatch.context() as patch:
+            for kind in PreTrainedTokenizerFast.__mro__[:-1]:
+                if name in vars(kind):
+                    patch.setattr(kind, name, broken)
+            with pytest.raises(InputError, match=r"MODEL: its prompts cannot be composed .*Missing \[UNK\].*; restore"):
+                check(files, recipe_of(files))

@@ -565,6 +565,6 @@ def test_cross_attention_layers_are_left_out(tmp_path, calibration_file):
     """Prompts without an image skip them."""
     folder = tiny_family("mllama").save(tmp_path / "base")
     plan = make_plan(str(folder), output=tmp_path / "out", calibration=str(calibration_file), layers="0-2")
-    layers = export(plan).report["layers"]
-    assert layers["chosen"] == [0, 2]
-    assert "without an image" in layers["left_out"]["1"]
+    layers = export(plan).report.layers
+    assert layers.chosen == (0, 2)
+    assert "without an image" in layers.left_out["1"]

@@ -12,7 +12,8 @@ import torch
 from exporter.data.builtin import builtin
 from exporter.directions import fit as directions
 from exporter.directions.fit import fit_directions
-from exporter.models.footprint import IMAGE_TOKENS, LIBRARIES, is_quantised, needs
+from exporter.errors import InputError
+from exporter.models.footprint import IMAGE_TOKENS, LIBRARIES, footprint, is_quantised
 from exporter.models.recipe import load_recipe
 from exporter.pipeline import plan as planning
 from exporter.pipeline.plan import plan_needs
@@ -34,7 +35,7 @@ def stated(*, config=None, text=None, **options):
     header = {name: TensorHeader("F32", shape, 4 * math.prod(shape), 0) for name, shape in SHAPES.items()}
     base = SimpleNamespace(headers={Path("a"): header}, size=4 * (LINEAR + OTHERS), config=config or {})
     settings = {"dtype": "auto", "quantised": None, "tokens": 100, "layers": 3, "rows": {"held_out": 5, "all": 50}, "copied": 7}
-    return needs(base, text or {"hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE}, **{**settings, **options})
+    return footprint(base, text or {"hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE}, **{**settings, **options})
 
 
 SIZE, BATCH, STATE = 4 * (LINEAR + OTHERS), IMAGE_TOKENS * TOKEN, 3 * HIDDEN
@@ -96,6 +97,12 @@ def test_statistics_grow_with_layers_and_rows():
     assert stated(rows={"held_out": 6, "all": 50}).statistics - stated().statistics == 16 * STATE
 
 
+@pytest.mark.parametrize("size", [None, "128", [128]])
+def test_a_configuration_without_a_width_is_refused(size):
+    with pytest.raises(InputError, match=r"hidden_size in config\.json is .*, expected a whole number; restore it"):
+        stated(text={"hidden_size": size})
+
+
 def test_it_is_said_in_gigabytes():
     found = stated(copied=1_500_000_000, dtype="float32", tokens=10**5)
     assert str(found) == (
@@ -127,7 +134,7 @@ def test_the_rows_that_are_stated_are_those_that_a_run_keeps(monkeypatch):
     fit_directions(vlm, calibration, load_recipe("llava").prompts, "layers")
 
     monkeypatch.setattr(planning, "text_config", lambda base: {})
-    monkeypatch.setattr(planning, "needs", lambda base, text, **options: options)
+    monkeypatch.setattr(planning, "footprint", lambda base, text, **options: options)
     plan = SimpleNamespace(
         base=SimpleNamespace(shards=()), calibration=calibration, adapter=None, keep_adapter=False, dtype="auto", quantised=4,
         layers=range(2, 5), depth=9, output=None,

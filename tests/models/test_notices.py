@@ -103,7 +103,7 @@ def test_the_report_has_them(base_folder, tmp_path, calibration_file):
     (base / "config.json").write_text(json.dumps(config))
     output = tmp_path / "out"
     done = export(make_plan(str(base), output=output, layers="1", calibration=str(calibration_file)))
-    said = done.report["warnings"]
+    said = list(done.report.warnings)
     assert json.loads((output / "shiftdc_report.json").read_text())["warnings"] == said
     assert any("pad_token_id must be" in line for line in said), said
     assert "processor_config.json has settings that LlavaProcessor does not take: fake_image_token" in said

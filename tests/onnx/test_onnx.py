@@ -47,7 +47,7 @@ from exporter.onnx.interface import (
     graph_file,
 )
 from exporter.onnx.parity import as_prompts
-from exporter.onnx.runner import BAKED, UNCALIBRATED, Correction, OnnxShiftDC
+from exporter.onnx.runner import BAKED, UNCALIBRATED, Correction, OnnxShiftDC, until_end
 from exporter.runtime.marker import mark
 
 #: `position_ids` that hold no message.
@@ -253,7 +253,7 @@ def test_every_reference_and_rule_replies_as_pytorch(runner, vlm, images, prompt
     monkeypatch.setattr(runner, "settings", {**runner.settings, **settings})
     inputs = vlm.encode(REQUESTS, images)
     out = vlm.model.generate(**inputs, max_new_tokens=6, do_sample=False)
-    expected = [onnx_parity.until_end(row, runner.eos) for row in out[:, inputs["input_ids"].shape[1] :].tolist()]
+    expected = [until_end(row, runner.eos) for row in out[:, inputs["input_ids"].shape[1] :].tolist()]
     assert runner.generate(prompts, runner.correction(prompts), 6) == expected
 
 
@@ -327,10 +327,11 @@ def test_graphs_of_other_weights_are_not_kept(broken):
 
 
 def test_parity_that_is_no_number_fails(checkpoint):
-    parity = read_report(checkpoint)["onnx"]["variants"]["fp32"]
+    found = dict(read_report(checkpoint).onnx.variants["fp32"])
+    del found["bytes"]
+    parity = onnx_parity.Parity(**found)
     assert onnx_parity.failures("fp32", parity) == []
-    parity = {**parity, "max_logit_difference": {"text": float("nan")}}
-    assert onnx_parity.failures("fp32", parity)
+    assert onnx_parity.failures("fp32", replace(parity, max_logit_difference={"text": float("nan")}))
 
 
 def test_a_folder_of_somebody_else_is_left_alone(checkpoint, tmp_path):
@@ -346,7 +347,7 @@ def test_a_folder_of_somebody_else_is_left_alone(checkpoint, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["onnx", "{}", "--precision", "fp32,int3"], "--precision: 'int3' is none"),
+        (["onnx", "{}", "--precision", "fp32,int3"], "--precision: 'int3' is not a precision"),
         (["onnx", "{}/onnx", "--quiet"], "has no shiftdc_report.json"),
         (["generate", "{}/onnx", "--image", "{}/picture.png", "--prompt", "a", "--precision", "q4"], "precisions there: fp32"),
     ],
@@ -376,14 +377,14 @@ def test_a_family_without_graphs_is_refused():
 def test_a_checkpoint_with_graphs_is_whole(checkpoint):
     """Their hashes are in the report: `verify` and a push know them."""
     assert manifest.differences(checkpoint, read_report(checkpoint)) == ([], [])
-    assert "onnx/vision_encoder.onnx" in read_report(checkpoint)["files"]
+    assert "onnx/vision_encoder.onnx" in read_report(checkpoint).files
 
 
 def write_one_file(checkpoint, family, precisions, folder, wording, progress):
     """In the place of tracing, which takes its time."""
     (folder / "config.json").write_text('{"shiftdc": {}}')
     (folder / f"{precisions[0]}.onnx").write_bytes(b"graph")
-    return {"versions": {}, "variants": {}}
+    return onnx_export.OnnxEntry({}, {})
 
 
 @pytest.mark.parametrize("killed", ["while writing", "between two renames"])

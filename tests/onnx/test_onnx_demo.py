@@ -17,8 +17,8 @@ from exporter.checkpoint.verify import verify
 from exporter.cli.commands import main
 from exporter.data.demo import benchmark
 from exporter.onnx.interface import GRAPHS, SUFFIXES, graph_file
-from exporter.onnx.parity import as_prompts, until_end
-from exporter.onnx.runner import BAKED, UNCALIBRATED, OnnxShiftDC
+from exporter.onnx.parity import as_prompts
+from exporter.onnx.runner import BAKED, UNCALIBRATED, OnnxShiftDC, until_end
 from exporter.publishing.push import local_files
 
 NEW_TOKENS = 24

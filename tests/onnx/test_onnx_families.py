@@ -13,12 +13,12 @@ from tiny_families import FAMILIES as TINY
 
 from exporter.checkpoint.open import open_export
 from exporter.errors import InputError
+from exporter.models.conversation import user_turn
 from exporter.models.recipe import load_recipe, recipe_names
-from exporter.models.vlm import user_turn
 from exporter.onnx.export import export_onnx
 from exporter.onnx.families import FAMILIES
-from exporter.onnx.parity import as_prompts, until_end
-from exporter.onnx.runner import BAKED, UNCALIBRATED, OnnxShiftDC
+from exporter.onnx.parity import as_prompts
+from exporter.onnx.runner import BAKED, UNCALIBRATED, OnnxShiftDC, until_end
 from exporter.pipeline.export import export
 from exporter.pipeline.plan import make_plan
 

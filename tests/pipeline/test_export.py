@@ -73,13 +73,13 @@ def test_a_base_that_changes_after_it_was_hashed(hub_snapshot, base_folder, tmp_
     base = hub_snapshot if linked else shutil.copytree(base_folder, tmp_path / "base")
     there = sorted(f.name for f in tmp_path.iterdir())
 
-    def changed(*arguments):
-        hash_of, shard = arguments[-2], base / "model.safetensors"
+    def changed(*arguments, hash_of, **options):
+        shard = base / "model.safetensors"
         hash_of(shard)  # by now the thread has read it
         data = bytearray(shard.read_bytes())
         data[-1] ^= 1
         shard.write_bytes(data)
-        return baking.bake(*arguments)
+        return baking.bake(*arguments, hash_of=hash_of, **options)
 
     monkeypatch.setattr("exporter.pipeline.export.bake", changed)
     with pytest.raises(ShiftDCError, match="is not bitwise the base model's" if linked else "changed while it was copied"):

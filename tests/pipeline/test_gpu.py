@@ -20,6 +20,7 @@ from tiny_families import EOS, IMAGE, PAD, TinyFamily
 from tiny_families import FAMILIES as PLAIN
 from tiny_families_torchvision import FAMILIES as WITH_TORCHVISION
 
+from exporter.checkpoint.calibrated import Calibrated
 from exporter.checkpoint.open import open_export
 from exporter.checkpoint.probe import record_probe
 from exporter.data.calibration_sets import load_calibration
@@ -164,7 +165,7 @@ def test_directions_and_probe(harmless, device, calibration_file, tmp_path):
 
     def measured(vlm):
         found = fit_directions(vlm, calibration, RECIPE.prompts, RECIPE.decoder_layers, layers=LAYERS)
-        probe = record_probe(vlm, found, LAYERS, RECIPE, prompt_frame(vlm, RECIPE.wording))
+        probe = record_probe(vlm, Calibrated(RECIPE, found, LAYERS, prompt_frame(vlm, RECIPE.wording)))
         return [found.direction, found.shift, *(probe.tensors[k] for k in sorted(probe.tensors))]
 
     vlm = VLM(tiny.model, tiny.processor)

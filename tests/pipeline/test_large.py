@@ -42,7 +42,7 @@ def wide(tmp_path_factory) -> Path:
 PEAK = """
 import sys
 from pathlib import Path
-from exporter.pipeline.measure import loaded
+from exporter.pipeline.measure import load_base
 from exporter.pipeline.plan import make_plan
 from exporter.directions.activations import AUTO_TOKENS, last_token_activations
 small, large, output, dtype = sys.argv[1:]
@@ -111,8 +111,8 @@ def test_an_export_with_a_device_map_leaves_no_offload_folder(base_folder, calib
     settings = {"layers": "1-2", "calibration": str(calibration_file)}
     done = export(make_plan(str(base_folder), output=tmp_path / "out", device_map="auto", **settings))
     assert [f.name for f in tmp_path.iterdir()] == ["out"]
-    assert done.report["parity"]["logits"] < 1e-3
-    assert done.report["statistics"] == make_export().report["statistics"]
+    assert done.report.parity["logits"] < 1e-3
+    assert done.report.statistics == make_export().report.statistics
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -126,7 +126,7 @@ def test_directions_of_a_quantised_model(wide, calibration_file, tmp_path, bits)
     if bits == 8:  # the whole way once is enough
         return
     done = export(plan)
-    assert done.report["measured_quantised"] == bits
+    assert done.report.measured_quantised == bits
     assert "quantised to 4 bits" in (tmp_path / "out" / "README.md").read_text()
     for shard in plan.base.shards:  # what is exported are the weights as they are
         assert (tmp_path / "out" / shard.name).read_bytes() == shard.read_bytes()

@@ -20,6 +20,8 @@ from safetensors.torch import load_file, save_file
 
 import exporter
 from exporter.data.calibration_sets import load_calibration
+from exporter.data.hub_datasets import PictureOfRepository, PictureOfRow
+from exporter.data.pictures import PictureFile
 from exporter.directions.fit import fit_directions
 from exporter.errors import InputError
 from exporter.models.base import BaseCheckpoint, resolve
@@ -232,12 +234,34 @@ def test_a_base_is_told_apart_by_each_of_its_files(tmp_path):
 def test_a_calibration_set_is_told_apart_by_its_images(calibration_file, tmp_path):
     calibration, picture = load_calibration(str(calibration_file)), tmp_path / "a.png"
     picture.write_bytes(b"one")
-    rows = tuple(r.model_copy(update={"image": picture}) for r in calibration.rows)
+    rows = tuple(r.model_copy(update={"image": PictureFile(picture, "the image")}) for r in calibration.rows)
     before = calibration_identity(replace(calibration, rows=rows))
     picture.write_bytes(b"two")
     after = calibration_identity(replace(calibration, rows=rows))
     assert {k for k in before if before[k] != after[k]} == {"images"}
     assert {k for k in before if before[k] != calibration_identity(calibration)[k]} == {"images"}
+
+
+def test_which_row_shows_an_image_is_told_apart(calibration_file, tmp_path):
+    calibration, picture = load_calibration(str(calibration_file)), tmp_path / "a.png"
+    picture.write_bytes(b"one")
+
+    def shown_beside(number):
+        rows = list(calibration.rows)
+        rows[number] = rows[number].model_copy(update={"image": PictureFile(picture, "the image")})
+        return calibration_identity(replace(calibration, rows=tuple(rows)))
+
+    assert shown_beside(0) == shown_beside(0) != shown_beside(1)
+
+
+def test_pictures_of_the_demo_and_of_the_hub_have_an_identity():
+    rows = load_calibration("demo").rows
+    assert len({row.image.identity() for row in rows}) > 0.99 * len(rows)
+    pictures = [
+        PictureOfRow({}, "image", row, f"maker/set, row {row}", commit) for row in (0, 1) for commit in ("1" * 40, "2" * 40)
+    ]
+    pictures += [PictureOfRepository("maker/set", commit, path) for path in "ab" for commit in ("1" * 40, "2" * 40)]
+    assert len({picture.identity() for picture in pictures}) == len(set(pictures)) == 8
 
 
 def test_code_is_told_apart_by_any_of_its_files(tmp_path, monkeypatch):
@@ -281,7 +305,7 @@ def test_killed_at_random_points(base_folder, calibration_file, tmp_path, cache,
         assert not (tmp_path / "out").exists()
     options = {"layers": "1-2", "calibration": str(calibration_file), "batch_size": 1}
     done = export(make_plan(str(base_folder), output=tmp_path / "out", **options))
-    assert done.report["resumed_batches"] == kept
+    assert done.report.resumed_batches == kept
     assert not any(cache.iterdir())  # nothing is kept once the export is there
     undisturbed = fit(vlm, calibration_file, layers=[1, 2], batch_size=1)
     found = load_file(tmp_path / "out" / "shiftdc.safetensors")

@@ -19,6 +19,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
+from exporter.checkpoint.report import PromptsRecord, Report
 from exporter.directions.statistics import LayerStatistics
 from exporter.models.base import DEMO, BaseCheckpoint
 from exporter.models.recipe import Recipe, load_recipe
@@ -28,16 +29,20 @@ from exporter.publishing.plots import PICTURES
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 RECIPE = load_recipe("llava")
-REPORT = {
+STATISTICS = tuple(LayerStatistics(i, 1.0, 0.99, 5.0, 0.9, 1.0, -1.0, 1.0, 0.5, 0.8, 0.7, 0.2) for i in range(4))
+REPORT = Report.parse({
+    "base_model": {"id": "org/tiny", "revision": COMMIT, "architecture": "Llava", "shards": {"model.safetensors": "ab" * 32}},
+    "recipe": RECIPE.model_dump(),
     "layers": {"chosen": [1, 2], "depth": 4, "criterion": "longest run"},
     "prompts": {"compared": 1008, "different": 0, "not_taken_by_the_template": []},
+    "statistics": [vars(s) for s in STATISTICS],
+    "files": {},
     "calibration": {
         "name": "builtin", "sha256": "ab" * 32, "images": False,
         "fit_safe": 160, "fit_unsafe": 160, "held_out_safe": 40, "held_out_unsafe": 40,
     },
     "versions": {"shiftdc-export": "0.1.0"},
-}  # fmt: skip
-STATISTICS = tuple(LayerStatistics(i, 1.0, 0.99, 5.0, 0.9, 1.0, -1.0, 1.0, 0.5, 0.8, 0.7, 0.2) for i in range(4))
+})  # fmt: skip
 
 
 @pytest.fixture
@@ -162,7 +167,7 @@ def test_the_command_repeats_what_was_asked(base, results):
 
 
 def test_results_of_the_report_count(base, results):
-    assert render(base, report={**REPORT, "evaluation": results}) == render(base, results)
+    assert render(base, report=REPORT.model_copy(update={"evaluation": results})) == render(base, results)
 
 
 def test_no_number_that_is_none(base, results):
@@ -339,8 +344,8 @@ def test_hostile_names_stay_names(results, tmp_path):
     figures[HOSTILE] = figures["shiftdc"]
     figures["shiftdc"]["by_cell"][HOSTILE] = {"n": 3, "over_refusal": 0.5}
     figures["shiftdc"]["seconds"] = {HOSTILE: 1.0}
-    report = copy.deepcopy(REPORT)
-    report["calibration"]["name"] = report["layers"]["criterion"] = HOSTILE
+    named = {"calibration": {"name": HOSTILE}, "layers": {"criterion": HOSTILE}}
+    report = REPORT.model_copy(update={k: getattr(REPORT, k).model_copy(update=v) for k, v in named.items()})
     card = render(base, results, report=report, repo=HOSTILE)
     text = body(card)
     assert ModelCard(card).data.model_name.startswith("x`|<script>")
@@ -426,7 +431,7 @@ def test_the_hub_is_sent_the_whole_card(base, results, tmp_path):
 
 
 def test_prompts_that_are_not_the_templates_own_are_told(base):
-    inexact = {**REPORT, "prompts": {"compared": 1008, "different": 12}}
+    inexact = REPORT.model_copy(update={"prompts": PromptsRecord(compared=1008, different=12)})
     assert "differ from the chat template's own" not in render(base)
     told = render(base, report=inexact)
     assert "**12 of 1008 prompts that `generate()` composed in a check differ from the chat template's own.**" in told

@@ -65,7 +65,7 @@ def test_what_differs_is_sent_and_the_rest_copied(hub, client, checkpoint, repo)
     done = client.push(checkpoint, repo_id=repo, thorough=True)
     there = hub.files(repo)
     assert there.keys() - {".gitattributes"} == pushed_files(checkpoint)
-    assert set(done["copied"]) == set(read_report(checkpoint)["base_model"]["shards"])
+    assert set(done["copied"]) == set(read_report(checkpoint).base_model.shards)
     large = [p for p in done["sent"] if p.endswith(LARGE)]
     assert large
     assert all(there[p] == (checkpoint / p).read_bytes() for p in large)  # put together from chunks

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import subprocess
+from types import SimpleNamespace
 
 import pytest
 from interpreters import python
@@ -27,7 +28,7 @@ def statistics(layers=8):
 
 
 def report(layers=8):
-    return {"statistics": [dataclasses.asdict(s) for s in statistics(layers)], "layers": {"chosen": list(range(layers))[3:6]}}
+    return SimpleNamespace(statistics=statistics(layers), layers=SimpleNamespace(chosen=list(range(layers))[3:6]))
 
 
 def results(names=tuple(DEFENCES)):
@@ -85,14 +86,12 @@ def test_what_is_missing_is_left_out(found, drawn, tmp_path):
 
 
 def test_no_statistics_no_points(tmp_path):
-    assert write_all(None, {"statistics": []}, Projections(0, {"safe text": [math.nan]}), tmp_path) == []
+    assert write_all(None, report(0), Projections(0, {"safe text": [math.nan]}), tmp_path) == []
 
 
-def test_layers_take_objects_dicts_gaps_and_a_single_layer(tmp_path):
+def test_layers_take_gaps_and_a_single_layer(tmp_path):
     plots.plot_layers(statistics(), [3, 4, 5], tmp_path / "objects.png")
-    plots.plot_layers(report()["statistics"], [3, 4, 5], tmp_path / "dicts.png")
-    assert (tmp_path / "objects.png").read_bytes() == (tmp_path / "dicts.png").read_bytes()
-    broken = [{**s, "shift_cosine": math.nan} for s in report()["statistics"]]
+    broken = [dataclasses.replace(s, shift_cosine=math.nan) for s in statistics()]
     plots.plot_layers(broken, [3], tmp_path / "gaps.png")
     plots.plot_layers(statistics(3)[2:], [2], tmp_path / "single.png")
 

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from exporter.checkpoint.bake import Baked, bake
+from exporter.checkpoint.calibrated import Calibrated
 from exporter.checkpoint.layout import REPORT
 from exporter.cli.console import export_text
 from exporter.directions.directions import Directions
@@ -25,7 +26,7 @@ from exporter.models.recipe import load_recipe
 from exporter.pipeline import export as pipeline
 from exporter.pipeline.plan import make_plan, plan_needs, text_config
 from exporter.runtime import linking as placing
-from exporter.runtime.linking import SHARED, is_hub_blob, lend, place, will_be_linked
+from exporter.runtime.linking import SHARED, is_hub_blob, link_or_copy, symlink_or_copy, will_be_linked
 
 SHARD = "model-00001-of-00002.safetensors"
 
@@ -52,7 +53,8 @@ def baked(base: Path | str, folder: Path) -> Baked:
     hidden = int(text_config(checkpoint)["hidden_size"])
     unit = torch.nn.functional.normalize(torch.ones(1, hidden), dim=-1)
     folder.mkdir()
-    return bake(checkpoint, load_recipe("llava"), Directions(layers, unit, torch.ones(1), ()), layers, FRAME, folder)
+    directions = Directions(layers, unit, torch.ones(1), ())
+    return bake(checkpoint, Calibrated(load_recipe("llava"), directions, layers, FRAME), folder)
 
 
 def in_place(file: Path) -> None:
@@ -85,12 +87,12 @@ def test_writing_into_an_export_leaves_its_base_alone(base_folder, tmp_path, cha
 
 def test_what_was_done_and_what_it_cost_is_said(make_export, base_folder):
     done, size = make_export(), (base_folder / "model.safetensors").stat().st_size
-    assert done.report["base_model"]["placed"] == {"copy": size}
+    assert done.report.base_model.placed == {"copy": size}
     assert json.loads((done.plan.output / REPORT).read_text())["base_model"]["placed"] == {"copy": size}
 
     def said(way: str) -> str:
-        base = {**done.report["base_model"], "placed": {way: 14_600_000_000}}
-        return export_text(replace(done, report={**done.report, "resumed_batches": 0, "base_model": base}))
+        base = done.report.base_model.model_copy(update={"placed": {way: 14_600_000_000}})
+        return export_text(replace(done, report=done.report.model_copy(update={"base_model": base})))
 
     assert "  weights copied: 14.60 GB of new files\n" in said("copy")
     assert "  weights linked to the Hub cache: 14.60 GB that take no room, read-only there and here\n" in said("link")
@@ -99,7 +101,7 @@ def test_what_was_done_and_what_it_cost_is_said(make_export, base_folder):
 
 def test_the_packaged_demo_model_is_copied(tmp_path):
     shard = resolve("demo").shards[0]
-    assert place(shard, tmp_path / "shard") in ("copy", "clone")
+    assert link_or_copy(shard, tmp_path / "shard") in ("copy", "clone")
     assert not (tmp_path / "shard").samefile(shard)
     in_place(tmp_path / "shard")
     assert hashlib.sha256(shard.read_bytes()).digest() != hashlib.sha256((tmp_path / "shard").read_bytes()).digest()
@@ -162,7 +164,7 @@ class TestPlace:
 
     def test_clones_come_first(self, blob, tmp_path, monkeypatch):
         monkeypatch.setattr(placing, "_cloned", lambda source, target: bool(shutil.copyfile(source, target)))
-        assert place(blob, tmp_path / "x") == "clone"
+        assert link_or_copy(blob, tmp_path / "x") == "clone"
         assert blob.resolve().stat().st_mode & 0o200  # nothing is shared that could be written
 
     @pytest.mark.parametrize("error", placing.NO_LINK)
@@ -171,7 +173,7 @@ class TestPlace:
             raise OSError(error, "no link")
 
         monkeypatch.setattr(os, "link", refuse)
-        assert place(blob, tmp_path / "x") == "copy"
+        assert link_or_copy(blob, tmp_path / "x") == "copy"
         assert (tmp_path / "x").read_bytes() == blob.read_bytes()
 
     def test_a_copy_where_the_blob_stays_writable(self, blob, tmp_path, monkeypatch):
@@ -181,13 +183,13 @@ class TestPlace:
             raise PermissionError(errno.EPERM, "Operation not permitted")
 
         monkeypatch.setattr(Path, "chmod", refuse)
-        assert place(blob, tmp_path / "x") == "copy"
+        assert link_or_copy(blob, tmp_path / "x") == "copy"
         assert not (tmp_path / "x").samefile(blob)
 
     def test_a_copy_of_somebody_else_s_writable_blob(self, blob, tmp_path, monkeypatch):
         monkeypatch.setattr(os, "geteuid", lambda: blob.stat().st_uid + 1)
         assert not will_be_linked(blob, tmp_path)
-        assert place(blob, tmp_path / "x") == "copy"
+        assert link_or_copy(blob, tmp_path / "x") == "copy"
 
     def test_other_errors_are_not_hidden(self, blob, tmp_path, monkeypatch):
         def refuse(*_: object) -> None:
@@ -195,7 +197,7 @@ class TestPlace:
 
         monkeypatch.setattr(os, "link", refuse)
         with pytest.raises(OSError, match="Input/output"):
-            place(blob, tmp_path / "x")
+            link_or_copy(blob, tmp_path / "x")
 
     @pytest.mark.parametrize(
         "name",
@@ -205,13 +207,13 @@ class TestPlace:
         (tmp_path / name).parent.mkdir(parents=True)
         (tmp_path / name).write_text("x")
         assert not is_hub_blob(tmp_path / name)
-        assert place(tmp_path / name, tmp_path / "x") == "copy"
+        assert link_or_copy(tmp_path / name, tmp_path / "x") == "copy"
 
     def test_what_is_lent_takes_no_room(self, blob, tmp_path, monkeypatch):
-        lend(blob, tmp_path / "x")
+        symlink_or_copy(blob, tmp_path / "x")
         assert (tmp_path / "x").is_symlink() and (tmp_path / "x").resolve() == blob.resolve()
         monkeypatch.setattr(Path, "symlink_to", lambda *_: (_ for _ in ()).throw(OSError(errno.EPERM, "no")))
-        lend(blob, tmp_path / "y")
+        symlink_or_copy(blob, tmp_path / "y")
         assert (tmp_path / "y").read_bytes() == blob.read_bytes()
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -34,7 +35,7 @@ def test_two_ranks_export_what_one_does(make_export, base_folder, calibration_fi
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)  # one process prints
     alone = make_export(batch_size=3)
-    assert document["statistics"] == alone.report["statistics"]
+    assert document["statistics"] == [asdict(layer) for layer in alone.report.statistics]
     found, expected = (load_file(f / "shiftdc.safetensors") for f in (tmp_path / "out", alone.plan.output))
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[k], expected[k]) for k in expected)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from exporter.checkpoint.bake import identity, shiftdc_block
+from exporter.checkpoint.calibrated import Calibrated
 from exporter.directions.directions import Directions
 from exporter.models.families import family
 from exporter.models.prompt_frame import prompt_frame
@@ -23,7 +24,7 @@ def calibrated_copy(vlm: VLM, recipe: Recipe, layers: tuple[int, ...], shift: fl
     units = torch.nn.functional.normalize(torch.randn(len(layers), size, generator=generator), dim=-1)
     directions = Directions(layers, units, torch.full((len(layers),), shift), ())
     base = SimpleNamespace(name="random", revision=None)
-    block = shiftdc_block(recipe, layers, prompt_frame(vlm, recipe.wording), base, directions)
+    block = shiftdc_block(Calibrated(recipe, directions, layers, prompt_frame(vlm, recipe.wording)), base)
     settings = {**stock.config.to_dict(), **identity(classes), "shiftdc": block}
     with torch.device("meta"):
         model: Any = classes.model(classes.config.from_dict(settings))

@@ -4,15 +4,16 @@ Items of the sets `calibration`, `development` and `test` are about different th
 named in the text, in the image, or nowhere.
 """
 
+import hashlib
 import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from PIL import Image
 
+from exporter.data.calibration import CalibrationRow
 from exporter.data.demo.drawing import draw
 from exporter.data.demo.world import (
     ABOUT_IMAGE,
@@ -30,18 +31,20 @@ from exporter.data.demo.world import (
     reply_to,
     things,
 )
+from exporter.data.pictures import Picture
 from exporter.data.questions import Cell
 
 __all__ = [
     "CELLS",
     "Cell",
+    "Drawing",
     "Item",
     "calibration_rows",
+    "calibration_text",
     "image",
     "is_refusal",
     "items",
     "true_caption",
-    "write_calibration",
 ]
 
 Label = Literal["harmful", "benign"]
@@ -91,6 +94,20 @@ def image(item: Item) -> Image.Image:
     return draw(_scene(item), item.id)
 
 
+@dataclass(frozen=True)
+class Drawing(Picture):
+    """An item's picture, drawn in memory."""
+
+    item: Item
+
+    def load(self) -> Image.Image:
+        return image(self.item)
+
+    def identity(self) -> str:
+        """By pixels: fonts may change with the library that draws."""
+        return hashlib.sha256(self.load().tobytes()).hexdigest()
+
+
 def true_caption(item: Item) -> str:
     """What the picture shows."""
     return _scene(item).caption
@@ -108,31 +125,32 @@ def calibration_items(split: Split = "calibration") -> dict[str, list[Item]]:
     return chosen
 
 
-def calibration_rows(split: Split = "calibration") -> list[dict[str, str]]:
-    """Rows in the calibration format, with true captions and the image paths that `write_calibration` uses."""
-    return [_calibration_row(item, part) for part, chosen in calibration_items(split).items() for item in chosen]
+def calibration_rows(split: Split = "calibration") -> list[CalibrationRow]:
+    """The calibration items with true captions and their pictures."""
+    return [
+        CalibrationRow.model_validate({**_fields(item, part), "image": Drawing(item)})
+        for part, chosen in calibration_items(split).items()
+        for item in chosen
+    ]
 
 
-def write_calibration(folder: Path, split: Split = "calibration") -> Path:
-    """Write calibration.jsonl and its PNGs into the folder; image paths are relative to the JSONL."""
-    for part, chosen in calibration_items(split).items():
-        for item in chosen:
-            path = folder / _calibration_row(item, part)["image"]
-            path.parent.mkdir(parents=True, exist_ok=True)
-            image(item).save(path)
-    rows = folder / "calibration.jsonl"
-    rows.write_text("".join(json.dumps(row) + "\n" for row in calibration_rows(split)))
-    return rows
+def calibration_text(split: Split = "calibration") -> str:
+    """The set as a JSONL file would hold it: the hash of this text names it in reports."""
+    rows = [
+        {**_fields(item, part), "image": f"images/{item.id}.png"}
+        for part, chosen in calibration_items(split).items()
+        for item in chosen
+    ]
+    return "".join(json.dumps(row) + "\n" for row in rows)
 
 
-def _calibration_row(item: Item, part: str) -> dict[str, str]:
+def _fields(item: Item, part: str) -> dict[str, str]:
     return {
         "label": "unsafe" if item.label == "harmful" else "safe",
         "request": item.request,
         "caption": true_caption(item),
         "category": item.category,
         "split": part,
-        "image": f"images/{item.id}.png",
     }
 
 

@@ -235,7 +235,7 @@ CASES = [
     Case("tokenizer is empty", content("tokenizer.json", "{}"), PROCESSOR),
     Case("tokenizer config is a list", content("tokenizer_config.json", "[]"), PROCESSOR),
     Case("tokenizer is a link out", linked("tokenizer.json", "/etc/hostname"), ("tokenizer.json", "leads out of", "copy that file")),
-    Case("no padding token", damaged(no_padding), ("MODEL: prompts of base cannot be composed", "padding", "restore its")),
+    Case("no padding token", damaged(no_padding), ("MODEL: its prompts cannot be composed", "padding", "restore its")),
     Case("no processor config", gone("processor_config.json", "preprocessor_config.json"), PROCESSOR),
     Case("processor config is no JSON", content("processor_config.json", "{"), PROCESSOR),
     Case("no chat template", gone("chat_template.jinja"), ("no chat template", "add one")),
