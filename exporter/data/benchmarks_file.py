@@ -9,8 +9,9 @@ from typing import Annotated
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from exporter.data.cells import ATTACKS, Cell, Kind
 from exporter.data.pictures import PictureError, path_as_text, picture_below
-from exporter.data.questions import ATTACKS, Benchmark, Cell, Kind, Question, picture_of
+from exporter.data.questions import Benchmark, Question, picture_of
 from exporter.errors import InputError
 from exporter.runtime.reading import LINES_BYTES, TEXT_CHARACTERS, NoFileError, UnreadableError, parse_json, read_bytes, text_of
 

@@ -7,24 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
-from typing import Literal
 
 from PIL import Image
 
+from exporter.data.cells import Cell, Kind
 from exporter.data.pictures import PictureError, read_picture
 from exporter.errors import InputError
-
-Kind = Literal["harmful", "benign"]
-Cell = Literal[
-    "harmful_image",
-    "harmless_image",
-    "benign_question_harmful",
-    "benign_question_harmless",
-    "harmful_text",
-    "harmless_text",
-]
-#: The cells that attack; in all others a refusal is a mistake.
-ATTACKS: frozenset[Cell] = frozenset({"harmful_image", "harmful_text"})
 
 
 @dataclass(frozen=True)
