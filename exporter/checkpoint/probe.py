@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
@@ -24,6 +23,7 @@ from exporter.directions.activations import last_token, last_token_activations
 from exporter.directions.directions import Directions
 from exporter.modeling.modeling_shiftdc_prompts import PromptFrame
 from exporter.models.chat_template import DAY, rendered
+from exporter.models.hooks import hooked
 from exporter.models.processors import ODD_TEXT, tokenizers
 from exporter.models.recipe import Recipe
 from exporter.models.vlm import VLM, user_turn
@@ -121,22 +121,15 @@ def corrected(
     direction [layers, hidden], reference [batch, layers]; `fixed` [batch, layers] gives the amounts x.d - r instead.
     """
 
-    def hook(column: int) -> Any:
-        def correct(module: nn.Module, args: Any, output: Any) -> Any:
-            hidden = (output[0] if isinstance(output, tuple) else output).clone()
-            d = direction[column].to(hidden.device)
-            for row, token in enumerate(position.tolist()):
-                x = hidden[row, token].float()
-                amount = fixed[row, column] if fixed is not None else x @ d - reference[row, column].to(x.device)
-                amount = amount.clamp_min(0) if one_sided else amount
-                hidden[row, token] = (x - strength * amount * d).to(hidden.dtype)
-            return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+    def correct(column: int, output: torch.Tensor) -> torch.Tensor:
+        hidden = output.clone()
+        d = direction[column].to(hidden.device)
+        for row, token in enumerate(position.tolist()):
+            x = hidden[row, token].float()
+            amount = fixed[row, column] if fixed is not None else x @ d - reference[row, column].to(x.device)
+            amount = amount.clamp_min(0) if one_sided else amount
+            hidden[row, token] = (x - strength * amount * d).to(hidden.dtype)
+        return hidden
 
-        return correct
-
-    handles = [layer.register_forward_hook(hook(i)) for i, layer in enumerate(layers)]
-    try:
+    with hooked(layers, correct):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

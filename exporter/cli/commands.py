@@ -431,26 +431,23 @@ def evaluate(checkpoint: Path, defences: tuple[str, ...], quiet: bool, as_json: 
     with libraries_quiet():
         from exporter.evaluation.defences import STANDARD
         from exporter.evaluation.evaluate import named_defences
-        from exporter.pipeline.evaluate import gather
+        from exporter.pipeline.evaluate import EvaluationOptions, gather
 
-        chosen = named_defences(defences or STANDARD)
+        chosen = EvaluationOptions(tuple(named_defences(defences or STANDARD)), **options)
         with progress_bars(quiet) as progress:
-            found = gather(checkpoint, chosen, progress=progress, **options)
+            found = gather(checkpoint, chosen, progress)
     _print_evidence(found, as_json=as_json)
 
 
 def _evaluate(plan: Any, *, quiet: bool, silent: bool) -> dict[str, Any]:
-    from exporter.evaluation.defences import STANDARD
-    from exporter.evaluation.evaluate import named_defences
-    from exporter.pipeline.evaluate import gather
+    from exporter.evaluation.results_json import as_document
+    from exporter.pipeline.evaluate import EvaluationOptions, gather
 
+    chosen = EvaluationOptions(benchmark=plan.recipe.benchmark, dtype=plan.dtype, device_map=plan.device_map)
     with progress_bars(quiet) as progress:
-        found = gather(
-            plan.output, named_defences(STANDARD), benchmark=plan.recipe.benchmark, dtype=plan.dtype,
-            device_map=plan.device_map, progress=progress,
-        )  # fmt: skip
+        found = gather(plan.output, chosen, progress)
     _print_evidence(found, as_json=False, quiet=silent)
-    return found.results
+    return as_document(found.results)
 
 
 def _print_evidence(found: Any, *, as_json: bool, quiet: bool = False) -> None:
@@ -458,7 +455,9 @@ def _print_evidence(found: Any, *, as_json: bool, quiet: bool = False) -> None:
     if found.set_aside:
         click.echo(f"The replies there were of other settings; they are kept in {found.set_aside.name}.", err=True)
     if as_json:
-        click.echo(json.dumps(found.results, indent=2))
+        from exporter.evaluation.results_json import as_document
+
+        click.echo(json.dumps(as_document(found.results), indent=2))
     elif not quiet:
         out = Console() if sys.stdout.isatty() else Console(width=130)
         out.print(console.defence_table(found.results))

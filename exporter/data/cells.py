@@ -54,6 +54,6 @@ def cell_words(cell: str) -> str:
     return _WORDS.get(cell, cell.replace("_", " "))
 
 
-def in_rows(by_cell: Mapping[str, T]) -> dict[str, T]:
+def cells_in_rows(by_cell: Mapping[str, T]) -> dict[str, T]:
     """In the order of tables; cells that are not known here come last, in the order that they have."""
     return dict(sorted(by_cell.items(), key=lambda entry: _ROWS.get(entry[0], len(_ROWS))))

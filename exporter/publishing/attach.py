@@ -16,6 +16,8 @@ from exporter.checkpoint.staging import write_together
 from exporter.directions.statistics import LayerStatistics
 from exporter.errors import printable
 from exporter.evaluation.replies import free_name
+from exporter.evaluation.results import Results
+from exporter.evaluation.results_json import as_document
 from exporter.models.base import BaseCheckpoint
 from exporter.models.recipe import Recipe
 from exporter.publishing.card import render_card
@@ -24,9 +26,9 @@ from exporter.runtime.hashing import sha256
 log = logging.getLogger(__name__)
 
 
-def attach_results(checkpoint: Path, report: dict[str, Any], results: dict[str, Any], pictures: Sequence[Path]) -> None:
+def attach_results(checkpoint: Path, report: dict[str, Any], results: Results, pictures: Sequence[Path]) -> None:
     """Put figures and pictures into the checkpoint; replies stay outside."""
-    report = {**report, "evaluation": results}
+    report = {**report, "evaluation": as_document(results)}
     assets = {f"assets/{p.name}": p.read_bytes() for p in pictures}
     write_together(checkpoint, assets)
     write_report_and_card(checkpoint, recorded(report, checkpoint, assets))

@@ -18,8 +18,9 @@ from exporter.data.demo import benchmark, train
 from exporter.data.demo.world import THINGS, things
 from exporter.evaluation.compare import compare
 from exporter.evaluation.defences import DEFENCES, applied
+from exporter.evaluation.results_json import as_document
 from exporter.models import base as source
-from exporter.pipeline.evaluate import gather
+from exporter.pipeline.evaluate import EvaluationOptions, gather
 from exporter.pipeline.export import export
 from exporter.pipeline.plan import make_plan
 
@@ -40,11 +41,11 @@ def vlm(exported):
 @pytest.fixture(scope="module")
 def results(exported, tmp_path_factory):
     names = ("direct", "text_only", "shiftdc", "shiftdc_two_sided", "random_direction_0")
-    found = gather(
-        exported.plan.output, [DEFENCES[n] for n in names], split="development", limit=LIMIT, attach=False, max_new_tokens=32,
-        output=tmp_path_factory.mktemp("evaluation"), progress=lambda *_: None,
+    options = EvaluationOptions(
+        [DEFENCES[n] for n in names], split="development", limit=LIMIT, attach=False, max_new_tokens=32,
+        output=tmp_path_factory.mktemp("evaluation"),
     )  # fmt: skip
-    return found.results["defences"]
+    return as_document(gather(exported.plan.output, options).results)["defences"]
 
 
 def test_the_package_holds_a_small_real_llava():

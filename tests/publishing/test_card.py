@@ -20,6 +20,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from exporter.directions.statistics import LayerStatistics
+from exporter.evaluation.results_json import read_results
 from exporter.models.base import DEMO, BaseCheckpoint
 from exporter.models.recipe import Recipe, load_recipe
 from exporter.publishing.card import render_card
@@ -90,7 +91,8 @@ def results():
 
 
 def render(base, results=None, *, recipe=RECIPE, report=REPORT, repo="tiny-shiftdc", **options):
-    return render_card(base, recipe, report, STATISTICS, repo, results, **options)
+    found = None if results is None else read_results(results)
+    return render_card(base, recipe, report, STATISTICS, repo, found, **options)
 
 
 def front_matter(card):
@@ -177,7 +179,7 @@ def test_no_number_that_is_none(base, results):
         spoiled = copy.deepcopy(results)
         spoil(spoiled, value)
         statistics = tuple(LayerStatistics(i, *[math.nan] * 11) for i in range(4))
-        card = render_card(base, RECIPE, REPORT, statistics, "x", spoiled)
+        card = render_card(base, RECIPE, REPORT, statistics, "x", read_results(spoiled))
         assert not re.search(r"\b(nan|inf|None)\b", card, re.IGNORECASE), value
         assert "AUROC not measured" in card
         assert ModelCard(card).data.eval_results is None
