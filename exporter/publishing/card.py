@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from exporter.directions.directions import DIFFERENCE
 from exporter.directions.statistics import LayerStatistics
@@ -79,11 +79,15 @@ def render_card(
     )
 
 
-def _template() -> Any:
+def _template() -> Template:
     loader = FileSystemLoader(resource("MODEL_CARD_TEMPLATE.md").parent)
-    # autoescape is for HTML; the card is Markdown, and has filters of its own
-    options: dict[str, Any] = {"undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
-    environment = Environment(loader=loader, autoescape=False, **options)  # noqa: S701
+    environment = Environment(
+        loader=loader,
+        autoescape=False,  # noqa: S701 (it is for HTML; the card is Markdown, and has filters of its own)
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     environment.filters |= {"escaped": escaped, "code": code, "python": python_string, "measured": measured}
     return environment.get_template("MODEL_CARD_TEMPLATE.md")
 

@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote, urlsplit
 
 from huggingface_hub import EvalResult, ModelCardData
@@ -94,21 +93,21 @@ def _on_hub(base: BaseCheckpoint) -> bool:
 
 def metadata(base: BaseCheckpoint, inherited: Inherited, repo: str, results: Results | None) -> str:
     """The YAML front matter, as huggingface_hub writes it."""
-    evaluated = eval_results(results) if results is not None else []
-    options: dict[str, Any] = {
-        "base_model": base.name if _on_hub(base) else None,
-        "base_model_relation": "finetune" if _on_hub(base) else None,
-        "language": list(inherited.language) or None,
-        "license": inherited.license[0] if len(inherited.license) == 1 else list(inherited.license) or None,
-        "license_name": inherited.license_name,
-        "license_link": inherited.license_link,
-        "pipeline_tag": "image-text-to-text",
-        "library_name": "transformers",
-        "tags": TAGS,
-    }
-    if evaluated:
-        options |= {"eval_results": evaluated, "model_name": plain(repo)}
-    return ModelCardData(**options).to_yaml()
+    evaluated = [] if results is None else eval_results(results)
+    on_hub = _on_hub(base)
+    return ModelCardData(
+        base_model=base.name if on_hub else None,
+        base_model_relation="finetune" if on_hub else None,
+        language=list(inherited.language) or None,
+        license=inherited.license[0] if len(inherited.license) == 1 else list(inherited.license) or None,  # type: ignore[arg-type]
+        license_name=inherited.license_name,
+        license_link=inherited.license_link,
+        pipeline_tag="image-text-to-text",
+        library_name="transformers",
+        tags=TAGS,
+        eval_results=evaluated or None,
+        model_name=plain(repo) if evaluated else None,
+    ).to_yaml()
 
 
 def eval_results(results: Results) -> list[EvalResult]:
