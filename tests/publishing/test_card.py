@@ -187,10 +187,12 @@ def test_no_number_that_is_none(base, results):
 
 def test_scenario_means(base, results):
     assert "13 scenarios" not in render(base, results)
-    results["mm_safetybench"] = {"direct": {"mean_13": 0.705, "mean_8": 0.6}, "shiftdc": {"mean_13": 0.436}}
+    means = {"direct": {"mean_13": 0.705, "mean_8": 0.6}, "shiftdc": {"mean_13": 0.436}, "stranger": {"mean_13": 0.1}}
+    results["mm_safetybench"] = means
     card = render(base, results)
     assert "| no defence | 70.5 | 60 |" in card
     assert "| ShiftDC, as shipped | 43.6 | – |" in card
+    assert "stranger" not in card
 
 
 def test_pictures_that_are_there(base, results, tmp_path):

@@ -118,6 +118,8 @@ def test_labels_cover_neither_each_other_nor_a_point():
 def test_the_costs_of_references_or_of_the_checkpoint():
     assert list(plots._costs(results())) == ["direct", *REFERENCES]
     assert list(plots._costs(results(("direct", "shiftdc", "ecso")))) == ["direct", "shiftdc"]
+    costs = {"direct": {"asr": 1, "cost_ratio": 1}, "shiftdc": {"asr": 0, "cost_ratio": 0}}
+    assert list(plots._costs(read_results({"defences": costs}))) == ["direct"]
 
 
 def test_matplotlib_is_imported_when_something_is_drawn():
