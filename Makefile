@@ -20,7 +20,7 @@ evidence: $(READY)
 	$(BIN)/shiftdc-export evaluate demo-shiftdc --defence all --output demo-evidence
 
 bench: $(READY)
-	for name in directions baking replies evaluation startup table; do OMP_NUM_THREADS=1 $(BIN)/python benchmarks/$$name.py || exit 1; done
+	for name in directions baking replies evaluation startup table; do OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.speed.$$name || exit 1; done
 
 test: $(READY)
 	$(BIN)/python -m pytest

@@ -18,10 +18,11 @@ def test_a_wheel_runs_on_its_own(tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     code = (
         "import sys; sys.path[:0] = sys.argv[1:]\n"
-        "from exporter import recipes, resources, source\n"
+        "from exporter.models import base, recipe\n"
+        "from exporter.runtime import resources\n"
         "assert resources.resource('MODEL_CARD_TEMPLATE.md').is_file()\n"
         "assert str(resources.resource('recipes')).startswith(sys.argv[1])\n"
-        "print(source.resolve('demo').model_type, *recipes.recipe_names())"
+        "print(base.resolve('demo').model_type, *recipe.recipe_names())"
     )
     paths = [str(tmp_path / "site"), sysconfig.get_path("purelib")]
     done = subprocess.run([sys.executable, "-I", "-S", "-c", code, *paths], capture_output=True, text=True, check=False)

@@ -59,7 +59,7 @@ UNSAFE = {"torch.load", "numpy.load", "np.load", "yaml.unsafe_load", "yaml.full_
 
 
 def test_no_pickle_anywhere():
-    for file in [*PACKAGE.rglob("*.py"), *(ROOT / "benchmarks").glob("*.py"), *(ROOT / "examples").glob("*.py")]:
+    for file in [*PACKAGE.rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py"), *(ROOT / "examples").glob("*.py")]:
         forbidden = {"pickle", "cPickle", "dill", "joblib", "cloudpickle", "marshal", "shelve"} & imports(file)
         assert not forbidden, (file, forbidden)
         for call in calls(file):
@@ -454,7 +454,7 @@ LIES = {
 ASK = """
 import sys
 from click.testing import CliRunner
-from exporter.cli import main
+from exporter.cli.commands import main
 for model in sys.argv[1:]:
     done = CliRunner().invoke(main, [model, "--dry-run"])
     print(done.exit_code, repr(done.exception), done.stderr.strip() or "nothing")

@@ -15,7 +15,7 @@ from exporter.evaluation.judges import Judge
 from exporter.evaluation.replies import Reply, ReplyLog
 from exporter.evaluation.results import About, Results
 from exporter.evaluation.results_json import write_results
-from exporter.runtime.batches import Fitting
+from exporter.runtime.batches import ShrinkingBatches
 from exporter.runtime.progress import Progress, silent
 
 
@@ -35,10 +35,10 @@ def collect(
     missing = [questions[i] for i in log.missing(defence.name, questions)]
     done = len(questions) - len(missing)
     progress(defence.name, done, len(questions))
-    fitting = Fitting(partial(_answers, run, defence))
+    shrinking = ShrinkingBatches(partial(_answers, run, defence))
     with applied(run.vlm, defence, blank_shifts):
         for batch in _batches(missing, batch_size):
-            for part, answers in fitting(batch):
+            for part, answers in shrinking(batch):
                 seconds = {stage: spent / len(part) for stage, spent in answers.seconds.items()}
                 log.append(Reply(defence.name, q.id, text, seconds) for q, text in zip(part, answers.texts, strict=True))
                 done += len(part)

@@ -19,7 +19,7 @@ from exporter.errors import InputError
 from exporter.evaluation.intervals import Share
 from exporter.models.overridden import overridden
 from exporter.models.vlm import VLM, Inputs
-from exporter.runtime.batches import Fitting
+from exporter.runtime.batches import ShrinkingBatches
 from exporter.runtime.progress import Progress, silent
 
 STRENGTHS = (0.5, 1.0, 1.5)
@@ -128,9 +128,9 @@ class _Batch:
 
 
 def _prepared(vlm: VLM, rows: Sequence[CalibrationRow]) -> list[_Batch]:
-    fitting = Fitting(partial(_prepare, vlm))
+    shrinking = ShrinkingBatches(partial(_prepare, vlm))
     chunks = (list(rows[start : start + BATCH]) for start in range(0, len(rows), BATCH))
-    return [batch for chunk in chunks for _, batch in fitting(chunk)]
+    return [batch for chunk in chunks for _, batch in shrinking(chunk)]
 
 
 def _prepare(vlm: VLM, rows: list[CalibrationRow]) -> _Batch:

@@ -1,10 +1,11 @@
-"""The whole flow, from a base checkpoint to a verified export; each stage hands a value to the next."""
+"""From a base checkpoint to a verified export; each stage hands a value to the next."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from exporter.checkpoint.verify import Verification, verify
 from exporter.directions.layer_choice import LayerChoice
 from exporter.evaluation.sweep import run_sweep
 from exporter.models.processors import check_same, load_processor, pin
-from exporter.pipeline.fingerprint import fingerprint
+from exporter.pipeline.fingerprint import open_store
 from exporter.pipeline.measure import Measurement, measure, probe_unquantised, probed
 from exporter.pipeline.plan import Plan
 from exporter.pipeline.report import make_report, write_report
@@ -29,7 +30,6 @@ from exporter.runtime.clock import Clock
 from exporter.runtime.hashing import HashOf, background_hashes
 from exporter.runtime.progress import Progress, silent
 from exporter.runtime.ranks import Ranks
-from exporter.runtime.store import Store
 
 
 @dataclass(frozen=True)
@@ -41,49 +41,53 @@ class Export:
     verification: Verification
 
 
-def export(plan: Plan, progress: Progress = silent, ranks: Ranks | None = None) -> Export | None:
-    """Measure, bake, verify. Writes `plan.output` at the very end, or nothing; None on all ranks but the first."""
-    ranks = ranks or Ranks()
-    clock = Clock(progress)
-    base = plan.base
-    with ExitStack() as stack:
-        # from the start, so that two runs never work for one output
-        folder = ranks.share(lambda: stack.enter_context(staged(plan.output, plan.force)))
-        store = ranks.share(lambda: Store.open(fingerprint(plan)))
-        plan = stack.enter_context(adapted(plan, clock, ranks))
-        hash_of = stack.enter_context(background_hashes(plan.base.shards)) if ranks.leads else None
-        measured, probe = measure(plan, clock, Batches(ranks, store))
-        release()  # what follows loads the model again, or another process does
-        if not ranks.leads:
-            return None
-        if plan.recipe.strength == "auto":
-            plan, measured = swept(plan, measured, clock, hash_of)
-        if probe is None:
-            probe = probe_unquantised(plan, measured, clock)
-            release()
-        baked = clock.stage("bake", lambda: bake_measured(plan, measured, folder, hash_of))
-        probe.save(folder / PROBE)
-        report = make_report(plan, measured, baked) | {"resumed_batches": store.found}
-        card = render_card(plan.base, plan.recipe, report, measured.directions.statistics, repo=plan.output.name)
-        (folder / CARD).write_text(card, "utf-8")
-        report["files"] = hashes(folder, known=baked.hashes)
-        write_report(folder, report)  # verify reads it; the parity that it finds is added
-        verification = clock.stage("verify", lambda: verify(folder, plan.device_map, plan.output))
-        report |= {"parity": verification.parity, "seconds": clock.seconds}
-        write_report(folder, report)
+def export(asked: Plan, progress: Progress = silent, ranks: Ranks | None = None) -> Export | None:
+    """Measure, bake, verify. Writes `asked.output` at the very end, or nothing; None on all ranks but the first."""
+    ranks, clock = ranks or Ranks(), Clock(progress)
+    with ranks.on_main(staged(asked.output, asked.force)) as folder:  # from the start: two runs never work for one output
+        store = ranks.broadcast(partial(open_store, asked))
+        with merged(asked, clock, ranks) as plan, background_hashes(plan.base.shards if ranks.is_main else ()) as hash_of:
+            measured, probe = measure(plan, clock, Batches(ranks, store))
+            release()  # what follows loads the model again, or another process does
+            if not ranks.is_main:
+                return None
+            if plan.recipe.strength == "auto":
+                plan, measured = swept(plan, measured, clock, hash_of)
+            if probe is None:
+                probe = probe_unquantised(plan, measured, clock)
+                release()
+            with clock.stage("bake"):
+                baked = bake_measured(plan, measured, folder, hash_of)
+            probe.save(folder / PROBE)
+            report = describe(plan, measured, baked, folder, store.found)
+            with clock.stage("verify"):
+                verification = verify(folder, plan.device_map, plan.output)
+            report |= {"parity": verification.parity, "seconds": clock.seconds}
+            write_report(folder, report)
     store.clear()
-    return Export(replace(plan, base=base), report, verification)
+    return Export(replace(plan, base=asked.base), report, verification)
+
+
+def describe(plan: Plan, measured: Measurement, baked: Baked, folder: Path, resumed: int) -> dict[str, Any]:
+    """Write the card, and the report as `verify` reads it; returns the report."""
+    report = make_report(plan, measured, baked) | {"resumed_batches": resumed}
+    card = render_card(plan.base, plan.recipe, report, measured.directions.statistics, repo=plan.output.name)
+    (folder / CARD).write_text(card, "utf-8")
+    report["files"] = hashes(folder, known=baked.hashes)
+    write_report(folder, report)
+    return report
 
 
 @contextmanager
-def adapted(plan: Plan, clock: Clock, ranks: Ranks) -> Iterator[Plan]:
+def merged(asked: Plan, clock: Clock, ranks: Ranks) -> Iterator[Plan]:
     """The plan on the base with its adapter merged, in a folder beside the output that is gone afterwards."""
-    adapter = plan.adapter
-    if adapter is None or plan.keep_adapter:
-        yield plan
+    if asked.adapter is None or asked.keep_adapter:
+        yield asked
         return
-    with scratch(plan.output, "merged") if ranks.leads else nullcontext(Path()) as folder:
-        yield replace(plan, base=clock.stage("merge adapter", lambda: ranks.share(lambda: merge(plan.base, adapter, folder))))
+    with ranks.on_main(scratch(asked.output, "merged")) as folder:
+        with clock.stage("merge adapter"):
+            base = ranks.broadcast(partial(merge, asked.base, asked.adapter, folder))
+        yield replace(asked, base=base)
 
 
 def swept(plan: Plan, measured: Measurement, clock: Clock, hash_of: HashOf | None) -> tuple[Plan, Measurement]:
@@ -92,7 +96,8 @@ def swept(plan: Plan, measured: Measurement, clock: Clock, hash_of: HashOf | Non
     with scratch(plan.output, "sweep") as folder:
         bake_measured(plan, measured, folder, hash_of, for_a_while=True)
         vlm = load_calibrated(folder, plan.recipe, dtype=plan.dtype, device_map=plan.device_map)
-        found = clock.stage("sweep", lambda: run_sweep(vlm, held_out, plan.layers is None, clock.progress))
+        with clock.stage("sweep"):
+            found = run_sweep(vlm, held_out, plan.layers is None, clock.progress)
     chosen = found.chosen.candidate
     left_out = {layer: "left out by the sweep" for layer in measured.choice.layers if layer not in chosen.layers}
     choice = LayerChoice(

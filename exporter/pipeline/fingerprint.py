@@ -16,6 +16,7 @@ from exporter.data.calibration import CalibrationSet
 from exporter.models.base import BaseCheckpoint
 from exporter.pipeline.plan import Plan
 from exporter.runtime.hashing import sha256
+from exporter.runtime.store import Store
 
 
 def base_identity(base: BaseCheckpoint) -> dict[str, Any]:
@@ -54,7 +55,7 @@ def code_identity() -> dict[str, str]:
 
 
 def fingerprint(plan: Plan) -> dict[str, Any]:
-    """What the activations depend on, to the bit."""
+    """What the activations depend on, bit for bit."""
     return {
         "base": base_identity(plan.base),
         "adapter": None if plan.adapter is None else [plan.adapter.sha256, plan.keep_adapter],
@@ -64,3 +65,8 @@ def fingerprint(plan: Plan) -> dict[str, Any]:
         "arithmetic": [plan.dtype, plan.device_map, plan.quantised, plan.batch_size],
         "code": code_identity(),
     }
+
+
+def open_store(plan: Plan) -> Store:
+    """What earlier runs of this plan have computed. Raises InputError."""
+    return Store.open(fingerprint(plan))

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 from exporter.checkpoint.probe import Probe, record_probe
 from exporter.checkpoint.staging import scratch
+from exporter.data.calibration import CalibrationSet
 from exporter.directions.captions import captioned
 from exporter.directions.directions import Directions
 from exporter.directions.fit import fit_directions
@@ -34,47 +34,61 @@ class Measurement:
 
 
 @contextmanager
-def loaded(plan: Plan, quantised: int | None = None) -> Iterator[VLM]:
+def load_base(plan: Plan, quantised: int | None = None) -> Iterator[VLM]:
     """The base model, with what is offloaded to disk in a folder that is gone afterwards."""
     adapter = plan.adapter.folder if plan.adapter is not None and plan.keep_adapter else None
-    options: dict[str, Any] = {"dtype": plan.dtype, "quantised": quantised, "adapter": adapter}
-    if plan.device_map is None:
-        yield load_vlm(plan.base, plan.recipe, **options)
-        return
-    with scratch(plan.output, "offload") as folder:
-        yield load_vlm(plan.base, plan.recipe, device_map=plan.device_map, offload=folder, **options)
+    with ExitStack() as stack:
+        offload = None if plan.device_map is None else stack.enter_context(scratch(plan.output, "offload"))
+        vlm = load_vlm(
+            plan.base,
+            plan.recipe,
+            dtype=plan.dtype,
+            device_map=plan.device_map,
+            offload=offload,
+            quantised=quantised,
+            adapter=adapter,
+        )
+        yield vlm.framed(plan.checked.frame)
 
 
 def measure(plan: Plan, clock: Clock, runner: Batches) -> tuple[Measurement, Probe | None]:
     """Directions and layers; the probe too, unless it must be recorded of another model than the one loaded here."""
     recipe = plan.recipe
     with ExitStack() as stack:
-        vlm = clock.stage("load", lambda: stack.enter_context(loaded(plan, plan.quantised)))
-        vlm = vlm.framed(plan.checked.frame)
-        calibration = plan.calibration
-        if calibration.uncaptioned:
-            write = (vlm, calibration, recipe.wording, recipe.caption_tokens, plan.batch_size, clock.progress, runner)
-            calibration = clock.stage("captions", lambda: captioned(*write))
-        options: dict[str, Any] = {
-            "layers": plan.layers, "batch_size": plan.batch_size, "runner": runner, "progress": clock.progress,
-        }  # fmt: skip
-        directions = clock.stage(
-            "directions", lambda: fit_directions(vlm, calibration, recipe.prompts, recipe.decoder_layers, **options)
-        )
+        with clock.stage("load"):
+            vlm = stack.enter_context(load_base(plan, plan.quantised))
+        calibration = with_captions(plan, vlm, clock, runner)
+        with clock.stage("directions"):
+            directions = fit_directions(
+                vlm,
+                calibration,
+                recipe.prompts,
+                recipe.decoder_layers,
+                layers=plan.layers,
+                batch_size=plan.batch_size,
+                runner=runner,
+                progress=clock.progress,
+            )
         measured = Measurement(directions, choose(plan, directions), vlm.notices)
-        if plan.quantised is not None or recipe.strength == "auto" or not runner.ranks.leads:
+        if plan.quantised is not None or recipe.strength == "auto" or not runner.ranks.is_main:
             return measured, None
-        return measured, clock.stage("probe", lambda: record_probe(vlm, *probed(plan, measured)))
+        with clock.stage("probe"):
+            return measured, record_probe(vlm, *probed(plan, measured))
+
+
+def with_captions(plan: Plan, vlm: VLM, clock: Clock, runner: Batches) -> CalibrationSet:
+    """The calibration set; captions that it lacks are the model's own."""
+    if not plan.calibration.uncaptioned:
+        return plan.calibration
+    recipe = plan.recipe
+    with clock.stage("captions"):
+        return captioned(vlm, plan.calibration, recipe.wording, recipe.caption_tokens, plan.batch_size, clock.progress, runner)
 
 
 def probe_unquantised(plan: Plan, measured: Measurement, clock: Clock) -> Probe:
     """The probe of the weights that are exported, with the settings that a sweep may have changed."""
-
-    def record() -> Probe:
-        with loaded(plan) as vlm:
-            return record_probe(vlm.framed(plan.checked.frame), *probed(plan, measured))
-
-    return clock.stage("probe", record)
+    with clock.stage("probe"), load_base(plan) as vlm:
+        return record_probe(vlm, *probed(plan, measured))
 
 
 def probed(plan: Plan, measured: Measurement) -> tuple[Directions, tuple[int, ...], Recipe, PromptFrame]:

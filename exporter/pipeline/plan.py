@@ -21,7 +21,7 @@ from exporter.models.footprint import Needs, needs
 from exporter.models.quantisation import check_quantisation, check_widths
 from exporter.models.recipe import Recipe, parse_layers
 from exporter.runtime.linking import will_be_linked
-from exporter.runtime.ranks import launched
+from exporter.runtime.ranks import world_size
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,8 @@ class Plan:
 
     @property
     def depth(self) -> int:
-        return int(text_config(self.base)["num_hidden_layers"])
+        """How many decoder layers the model has."""
+        return self.checked.depth
 
     @property
     def layers(self) -> range | None:
@@ -77,7 +78,7 @@ def make_plan(
     files = resolve_small(model, revision)
     quantised = _quantised(load_in_4bit, load_in_8bit)
     check_quantisation(quantised, files)
-    if device_map is not None and launched() > 1:
+    if device_map is not None and world_size() > 1:
         raise InputError(
             "--device-map: under torchrun every process loads the model on a device of its own; leave one of them out."
         )

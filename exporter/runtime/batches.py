@@ -21,7 +21,7 @@ Compute = Callable[[list[int]], torch.Tensor]
 
 
 class Batches:
-    """Computes batches in an order that depends on nothing, so that sums over them come out the same to the bit.
+    """Computes batches in an order that depends on nothing, so that sums over them come out the same, bit for bit.
 
     Every rank computes its share and gets all results: the statistics that are made of them are the same on all ranks, for any
     number of ranks, and after an interruption.
@@ -36,17 +36,17 @@ class Batches:
         """(indices, what `compute` gives for them) of every batch, in order. Raises InputError if one row is too much."""
         self._stages[stage] += 1
         name = f"{stage}-{self._stages[stage]}"
-        fitting = Fitting(compute)
-        size = self.ranks.size
+        shrinking = ShrinkingBatches(compute)
+        size = self.ranks.world_size
         for start in range(0, len(batches), size):
             turn = batches[start : start + size]  # one batch a rank
             names = [f"{name}-{start + i:05d}" for i in range(len(turn))]
-            kept = self.ranks.share(partial(self._kept, names, turn))
-            computed = self.ranks.gather(partial(self._mine, fitting, turn, kept))
+            kept = self.ranks.broadcast(partial(self._kept, names, turn))
+            computed = self.ranks.gather(partial(self._mine, shrinking, turn, kept))
             for indices, batch_name, old, new in zip(turn, names, kept, computed, strict=False):
                 value = old if old is not None else new
                 assert value is not None
-                if old is None and self.ranks.leads:
+                if old is None and self.ranks.is_main:
                     self.store.put(batch_name, value)
                 yield indices, value
 
@@ -55,15 +55,15 @@ class Batches:
         return [v if v is not None and len(v) == len(b) else None for v, b in zip(values, turn, strict=True)]
 
     def _mine(
-        self, fitting: Fitting[int, torch.Tensor], turn: Sequence[list[int]], kept: Sequence[torch.Tensor | None]
+        self, shrinking: ShrinkingBatches[int, torch.Tensor], turn: Sequence[list[int]], kept: Sequence[torch.Tensor | None]
     ) -> torch.Tensor | None:
         rank = self.ranks.rank
         if rank >= len(turn) or kept[rank] is not None:
             return None
-        return torch.cat([value for _, value in fitting(turn[rank])])
+        return torch.cat([value for _, value in shrinking(turn[rank])])
 
 
-class Fitting(Generic[Item, Value]):
+class ShrinkingBatches(Generic[Item, Value]):
     """A computation that halves its batches until they fit, and remembers what fits."""
 
     def __init__(self, compute: Callable[[list[Item]], Value]) -> None:

@@ -1,4 +1,4 @@
-"""PEFT adapters: merged to the bit, kept apart without a silent way around them, refused where they do not fit."""
+"""PEFT adapters: merged bit for bit, kept apart without a silent way around them, refused where they do not fit."""
 
 from __future__ import annotations
 

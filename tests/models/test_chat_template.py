@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import torch
 from tiny import TEMPLATE, picture, tiny_processor
 from transformers import processing_utils
 
+from exporter.checkpoint import verify_worker
 from exporter.errors import InputError
 from exporter.models import chat_template as templates
 from exporter.models.chat_template import encoded, rendered
@@ -63,7 +65,7 @@ def test_a_busy_machine_does_not_count():
     """The process is stopped in the midst of a template, as on a machine that gives its time to others."""
     code = (
         "import time\n"
-        "from exporter import templates\n"
+        "from exporter.models import chat_template as templates\n"
         "templates.LIMIT = 0.3\n"
         "class Slow:\n"
         "    def apply_chat_template(self, conversation, tokenize):\n"
@@ -113,3 +115,8 @@ def test_encoded_is_apply_chat_template_and_renders_once(monkeypatch):
     )
     encoded(processor, conversations, **options)
     assert templates_rendered.count(TEMPLATE) == 1
+
+
+def test_the_process_that_verifies_has_the_same_day():
+    """It runs without this package, so that it has the function again."""
+    assert inspect.getsource(templates.on_the_day) == inspect.getsource(verify_worker.on_the_day)

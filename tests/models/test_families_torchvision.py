@@ -117,7 +117,7 @@ def test_qwen2_vl_as_it_is_published(calibration_file, tmp_path):
 
 def run_cli(prelude, *arguments, path):
     """The command in a process of its own, after the statements of `prelude`; (exit code, stderr)."""
-    code = f"import sys; {prelude}; from exporter.cli import main; main()"
+    code = f"import sys; {prelude}; from exporter.cli.commands import main; main()"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(path), os.environ.get("PYTHONPATH", "")])}
     command = [sys.executable, "-c", code, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)

@@ -278,7 +278,7 @@ def test_prompts_are_those_of_the_processor(runner, vlm, images, prompts):
 
 
 def test_the_runner_imports_neither_torch_nor_transformers():
-    code = "import sys, exporter.onnx_runner, exporter.onnx_compare; assert not {'torch', 'transformers'} & set(sys.modules)"
+    code = "import sys, exporter.onnx.runner, exporter.onnx.compare; assert not {'torch', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": ":".join(sys.path)})
 
 

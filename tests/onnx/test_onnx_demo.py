@@ -145,7 +145,8 @@ def test_generate_takes_the_folder_and_needs_no_pytorch(demo_onnx, questions, tm
     questions[1][0].save(tmp_path / "picture.png")
     asked = ["generate", str(demo_onnx / "onnx"), "--image", str(tmp_path / "picture.png"), "--prompt", questions[0][0], "--json"]
     code = (
-        "import sys; from exporter.cli import main; main(sys.argv[1:], standalone_mode=False); assert 'torch' not in sys.modules"
+        "import sys; from exporter.cli.commands import main; main(sys.argv[1:], standalone_mode=False); "
+        "assert 'torch' not in sys.modules"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, *asked], capture_output=True, text=True, check=False,

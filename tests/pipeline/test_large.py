@@ -22,7 +22,7 @@ from exporter.models.loading import load_vlm
 from exporter.pipeline import export as pipeline
 from exporter.pipeline import measure as measuring
 from exporter.pipeline.export import export
-from exporter.pipeline.measure import loaded
+from exporter.pipeline.measure import load_base
 from exporter.pipeline.plan import make_plan, plan_needs
 
 
@@ -47,7 +47,7 @@ from exporter.activations import AUTO_TOKENS, last_token_activations
 small, large, output, dtype = sys.argv[1:]
 for model in (small, large):
     plan = make_plan(model, output=Path(output), layers="0-3", dtype=dtype)
-    with loaded(plan) as vlm:
+    with load_base(plan) as vlm:
         layers = list(vlm.decoder_layers(plan.recipe.decoder_layers))
         last_token_activations(vlm, layers, vlm.pad([[5] * 64] * (AUTO_TOKENS["cpu"] // 64)))
     status = dict(line.split(":") for line in open("/proc/self/status"))
@@ -119,7 +119,7 @@ def test_directions_of_a_quantised_model(wide, calibration_file, tmp_path, bits)
     pytest.importorskip("bitsandbytes")
     settings = {"layers": "1-2", "calibration": str(calibration_file), f"load_in_{bits}bit": True}
     plan = make_plan(str(wide), output=tmp_path / "out", **settings)
-    with loaded(plan, bits) as vlm:
+    with load_base(plan, bits) as vlm:
         kinds = {type(m).__name__ for m in vlm.model.modules()}
     assert {4: "Linear4bit", 8: "Linear8bitLt"}[bits] in kinds
     if bits == 8:  # the whole way once is enough
@@ -129,7 +129,7 @@ def test_directions_of_a_quantised_model(wide, calibration_file, tmp_path, bits)
     assert "quantised to 4 bits" in (tmp_path / "out" / "README.md").read_text()
     for shard in plan.base.shards:  # what is exported are the weights as they are
         assert (tmp_path / "out" / shard.name).read_bytes() == shard.read_bytes()
-    with loaded(plan) as vlm:
+    with load_base(plan) as vlm:
         arguments = (plan.calibration, plan.recipe.prompts, plan.recipe.decoder_layers)
         plain = fit_directions(vlm, *arguments, layers=plan.layers)
         probe = load_file(tmp_path / "out" / "assets" / "shiftdc_probe.safetensors")

@@ -1,4 +1,4 @@
-"""A run that is killed goes on where it stopped, to the bit; memory that runs out halves the batch."""
+"""A run that is killed goes on where it stopped, bit for bit; memory that runs out halves the batch."""
 
 from __future__ import annotations
 

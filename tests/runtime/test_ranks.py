@@ -1,4 +1,4 @@
-"""Several processes of one run give what one gives, to the bit, and end together."""
+"""Several processes of one run give what one gives, bit for bit, and end together."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def steps(ranks: Ranks, folder: str) -> list:
         return torch.tensor(indices, dtype=torch.float64)[:, None] * 2
 
     store = Store(Path(folder))
-    if ranks.leads:
+    if ranks.is_main:
         store.put("a-1-00001", torch.tensor([[4.0], [6.0]], dtype=torch.float64))
     got = [(i, v.flatten().tolist()) for i, v in Batches(ranks, store).run("a", [[0, 1], [2, 3], [4]], compute)]
     try:

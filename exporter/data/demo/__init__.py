@@ -3,4 +3,4 @@
 from pathlib import Path
 
 MODEL = Path(__file__).parent / "model"
-"""Folder of the packaged model, as `python -m exporter.demo.train` writes it."""
+"""Folder of the packaged model, as `python -m exporter.data.demo.train` writes it."""

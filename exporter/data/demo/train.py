@@ -1,4 +1,4 @@
-"""Train the packaged demo model from nothing: `python -m exporter.demo.train`.
+"""Train the packaged demo model from nothing: `python -m exporter.data.demo.train`.
 
 The order makes the distortion: a language model that answers everything, aligned to refuse harm in text; a vision tower
 that recognises things; then both joined on benign image instructions.

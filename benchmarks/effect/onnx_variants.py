@@ -1,8 +1,8 @@
 """What calibration does at every precision of an ONNX export: attack success, over-refusal, utility, on ONNX Runtime.
 
-    python benchmarks/onnx_variants.py CHECKPOINT [--limit N] [--precision fp32,...] [--threads 1] [--output FILE.json]
+    python -m benchmarks.effect.onnx_variants CHECKPOINT [--limit N] [--precision fp32,...] [--threads 1] [--output FILE.json]
 
-The demo benchmark's test things, judge `prefix`, the checkpoint's own gate, rule and strength.
+The demo benchmark's test split, judge `prefix`, the checkpoint's own gate, rule and strength.
 """
 
 from __future__ import annotations
@@ -25,6 +25,11 @@ from exporter.onnx.runner import OnnxShiftDC
 
 WAYS = {"direct": None, "static": "static", "caption": "caption"}
 BATCH = 32
+#: Of the figures of a way.
+KEPT = (
+    "n_harmful", "n_benign", "asr", "asr_ci95", "over_refusal", "over_refusal_ci95", "utility", "utility_ci95", "degenerate",
+    "seconds_per_reply",
+)  # fmt: skip
 
 
 def replies(runner: OnnxShiftDC, benchmark: Benchmark, way: str) -> list[Reply]:
@@ -69,7 +74,9 @@ def main() -> None:
             shown = ", ".join(f"{k} {100 * figures[k]:.1f} {figures[f'{k}_ci95']}" for k in ("asr", "over_refusal", "utility"))
             print(f"{name:13} {shown}, same as the first precision {100 * same[name]:.1f}", flush=True)
     about = {"threads": arguments.threads, "same_replies_as_first_precision": same}
-    results = about | as_document(summarise(benchmark, outcomes, "prefix", About()))
+    results = as_document(summarise(benchmark, outcomes, "prefix", About())) | about
+    del results["paired"]  # every way is its own
+    results["defences"] = {name: {key: found[key] for key in KEPT} for name, found in results["defences"].items()}
     arguments.output.write_text(json.dumps(results, indent=2) + "\n", "utf-8")
 
 

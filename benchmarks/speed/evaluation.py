@@ -1,6 +1,6 @@
 """The demo's benchmark asked in batches, against one question at a time: the same replies?
 
-python benchmarks/evaluation.py [--limit 8] [--rounds 1]
+python -m benchmarks.speed.evaluation [--limit 8] [--rounds 1]
 """
 
 from __future__ import annotations
@@ -9,8 +9,7 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from side_by_side import one_thread, ratio, row, seconds, write
-
+from benchmarks.support.side_by_side import one_thread, ratio, row, seconds, write
 from exporter.checkpoint.open import open_export
 from exporter.data.benchmarks import load_benchmark
 from exporter.evaluation.defences import DEFENCES, Run

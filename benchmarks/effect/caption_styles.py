@@ -1,6 +1,6 @@
 """What captions of each style do on the demo, and what they cost: attack success, over-refusal, exact answers, time.
 
-python benchmarks/caption_styles.py [--limit 60] [--split development]
+python -m benchmarks.effect.caption_styles [--limit 60] [--split development]
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, get_args
 
-from side_by_side import one_thread, ratio, seconds, write
-
+from benchmarks.support.side_by_side import one_thread, ratio, seconds, write
 from exporter.checkpoint.open import open_export
 from exporter.data.benchmarks import load_benchmark
 from exporter.data.refusals import begins_as_refusal

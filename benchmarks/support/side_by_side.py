@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 
 
 def one_thread() -> None:
@@ -82,12 +82,12 @@ def _resident(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
-def row(work: str, against: str, found: float, reach: float, *, least: bool = False, unit: str = "x", note: str = "") -> dict:
+def row(work: str, against: str, measured: float, target: float, *, least: bool = False, unit: str = "x", note: str = "") -> dict:
     """A row of the table; `least`: the more the better."""
-    reached = found >= reach if least else found <= reach
+    met = measured >= target if least else measured <= target
     return {
-        "work": work, "against": against, "found": round(found, 3), "reach": reach, "least": least, "unit": unit,
-        "reached": bool(reached), "note": note,
+        "work": work, "against": against, "measured": round(measured, 3), "target": target, "least": least, "unit": unit,
+        "met": bool(met), "note": note,
     }  # fmt: skip
 
 
@@ -102,6 +102,6 @@ def write(name: str, rows: list[dict[str, Any]], **about: Any) -> None:
 
 def line(found: dict[str, Any]) -> str:
     sign = ">=" if found["least"] else "<="
-    verdict = "yes" if found["reached"] else "**no**"
-    figure = f"{found['found']:.3g} {found['unit']}"
-    return f"| {found['work']} | {found['against']} | {figure} | {sign} {found['reach']:g} | {verdict} | {found['note']} |"
+    verdict = "yes" if found["met"] else "**no**"
+    figure = f"{found['measured']:.3g} {found['unit']}"
+    return f"| {found['work']} | {found['against']} | {figure} | {sign} {found['target']:g} | {verdict} | {found['note']} |"

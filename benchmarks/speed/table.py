@@ -1,6 +1,6 @@
 """results/*.json as one table, put between the markers of the README's section "Speed".
 
-python benchmarks/table.py
+python -m benchmarks.speed.table
 """
 
 from __future__ import annotations
@@ -8,16 +8,16 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from side_by_side import RESULTS, line
+from benchmarks.support.side_by_side import RESULTS, line
 
-README = Path(__file__).parent.parent / "README.md"
+README = Path(__file__).parents[2] / "README.md"
 NAMES = ("directions", "baking", "replies", "evaluation", "startup")
-BEGIN, END = "<!-- speed: written by benchmarks/table.py -->", "<!-- /speed -->"
+BEGIN, END = "<!-- speed: written by benchmarks/speed/table.py -->", "<!-- /speed -->"
 
 
 def table() -> str:
     found = [json.loads((RESULTS / f"{name}.json").read_text("utf-8")) for name in NAMES]
-    head = ["| work | against | found | asked | reached | |", "|---|---|---|---|---|---|"]
+    head = ["| work | against | measured | target | met | |", "|---|---|---|---|---|---|"]
     return "\n".join([*head, *(line(row) for results in found for row in results["rows"])])
 
 

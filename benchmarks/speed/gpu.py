@@ -1,6 +1,6 @@
 """Random-weight models of full size on a GPU, in bfloat16: times, and shares of the bandwidth and arithmetic that it has.
 
-    python benchmarks/gpu.py [--parts A,B] [--rounds 3] [--minutes 9] [--folder DIR] [--results DIR] [--rehearse]
+    python -m benchmarks.speed.gpu [--parts A,B] [--rounds 3] [--minutes 9] [--folder DIR] [--results DIR] [--rehearse]
 
 LLaVA-1.5-7B, and at the end the shape of LLaVA-1.6-34B. Every part ends by itself: an error is recorded and the next part runs;
 after `--minutes` no further part begins. Results are written part by part to results/gpu-NAME.json, where those of other parts
@@ -27,14 +27,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from directions import some_prompts, ways
-from gpu_table import table
-from in_memory import calibrated_copy  # from tests/, where models.py looks
-from models import FULL, LARGE, Size, model, processor
-from replies import OTHERS, Replies
-from seven_billion import write_calibration
-from side_by_side import RESULTS, seconds
+from in_memory import calibrated_copy
 
+from benchmarks.scale.seven_billion import write_calibration
+from benchmarks.speed.directions import some_prompts, ways
+from benchmarks.speed.gpu_table import table
+from benchmarks.speed.replies import OTHERS, Replies
+from benchmarks.support.models import FULL, LARGE, Size, model, processor
+from benchmarks.support.side_by_side import RESULTS, seconds
 from exporter.directions.activations import by_length
 from exporter.models.base import resolve
 from exporter.models.loading import load_vlm
@@ -438,7 +438,7 @@ def main() -> None:
     parser.add_argument("--rehearse", action="store_true")
     arguments = parser.parse_args()
     if not torch.cuda.is_available() and not arguments.rehearse:
-        sys.exit("benchmarks/gpu.py needs a CUDA GPU with 80 GB, and there is none; nothing was measured. Try --rehearse.")
+        sys.exit("benchmarks/speed/gpu.py needs a CUDA GPU with 80 GB, and there is none; nothing was measured. Try --rehearse.")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     scale = REHEARSAL if arguments.rehearse else Scale()
     chosen = arguments.parts.split(",") if arguments.parts else list(parts(scale))

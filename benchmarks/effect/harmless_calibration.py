@@ -1,6 +1,6 @@
 """Directions without harmful data, and with very little, beside the normal ones: cosines, attack success, over-refusal.
 
-    python benchmarks/harmless_calibration.py [--split development|test] [--limit N] [--output FILE.json]
+    python -m benchmarks.effect.harmless_calibration [--split development|test] [--limit N] [--output FILE.json]
 
 Runs on the packaged demo model. Every route is tried on middle and on late layers, with the model's own captions; the
 harmful rows of the small sets are drawn `DRAWS` times. Prints a table, writes a JSON.

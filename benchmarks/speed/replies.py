@@ -1,6 +1,6 @@
 """What a calibrated reply costs, in parts of a plain one: one image of 576 tokens, a caption and an answer of fixed lengths.
 
-    python benchmarks/replies.py [--rounds 5] [--tokens 64] [--batch-rounds 3] [--near-rounds 15]
+    python -m benchmarks.speed.replies [--rounds 5] [--tokens 64] [--batch-rounds 3] [--near-rounds 15]
 
 Plain: the stock class. Ideal: plain, plus decoding a caption, plus reading the text-only prompt; all three measured here. The
 reference procedure: caption, text pass, image pass, calibrated reply, each by itself.
@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from models import SMALL, Size, save
-from side_by_side import one_thread, ratio, row, seconds, write
-from tiny import picture  # from tests/, where models.py looks
+from tiny import picture
 
+from benchmarks.support.models import SMALL, Size, save
+from benchmarks.support.side_by_side import one_thread, ratio, row, seconds, write
 from exporter.checkpoint.bake import bake
 from exporter.checkpoint.open import load_calibrated
 from exporter.directions.directions import Directions

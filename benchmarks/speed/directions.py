@@ -1,6 +1,6 @@
 """Reading last-token activations: against a bare forward of the same batches, and against the reference procedure.
 
-    python benchmarks/directions.py [--rounds 3] [--prompts 160]
+    python -m benchmarks.speed.directions [--rounds 3] [--prompts 160]
 
 The reference procedure (arXiv:2502.13095, authors' code), written anew: batches of 32 in the order given, lm_head on, every
 hidden state of every token returned and stacked, the last token taken afterwards.
@@ -17,9 +17,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from models import SMALL, model
-from side_by_side import give_back, memory, one_thread, ratio, row, seconds, write
 
+from benchmarks.support.models import SMALL, model
+from benchmarks.support.side_by_side import give_back, memory, one_thread, ratio, row, seconds, write
 from exporter.directions.activations import RunningMean, by_length, last_token_activations
 from exporter.models.vlm import VLM, Inputs
 

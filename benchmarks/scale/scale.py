@@ -1,6 +1,6 @@
 """How reading activations grows: seconds and memory against prompts, their length, layers, hidden size and parameters.
 
-    python benchmarks/scale.py [--rounds 2]
+    python -m benchmarks.scale.scale [--rounds 2]
 
 Writes results/scale.json and scale.png (exponents found and expected), and estimate.md: what 34B and 72B models take on paper, by
 rules that are checked here on two sizes each (`spread.py`: in two processes, and with half of the layers on disk).
@@ -23,11 +23,11 @@ from typing import Any
 import matplotlib
 import numpy as np
 import torch
-from estimate import estimate
-from models import Size, model
-from side_by_side import MMAP_THRESHOLD, RESULTS, give_back, memory, one_thread, seconds, write
-from spread import spread
 
+from benchmarks.scale.estimate import estimate
+from benchmarks.scale.spread import spread
+from benchmarks.support.models import Size, model
+from benchmarks.support.side_by_side import MMAP_THRESHOLD, RESULTS, give_back, memory, one_thread, seconds, write
 from exporter.directions.activations import AUTO_TOKENS, RunningMean, by_length, last_token_activations
 from exporter.models.vlm import VLM
 

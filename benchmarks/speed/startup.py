@@ -1,6 +1,6 @@
 """From a cold start: the export of the demo, and `--help`.
 
-python benchmarks/startup.py
+python -m benchmarks.speed.startup
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from side_by_side import row, write
+from benchmarks.support.side_by_side import row, write
 
-COMMAND = "import sys; from exporter.cli import main; sys.argv[0] = 'shiftdc-export'; main()"
+COMMAND = "import sys; from exporter.cli.commands import main; sys.argv[0] = 'shiftdc-export'; main()"
 
 
 def timed(*arguments: str, importtime: bool = False) -> tuple[float, str]:

@@ -2,7 +2,7 @@
 
 On one file system, which need not clone files: shards are linked. Of a base in a folder of its own they would be copied.
 
-    python benchmarks/baking.py [--rounds 3] [--folder DIR]
+    python -m benchmarks.speed.baking [--rounds 3] [--folder DIR]
 
 In an export a thread hashes the shards while directions are measured. Both are timed here: the bake of whole exports, with what
 it still waits for, and a bake that hashes by itself.
@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from models import GIGABYTE, save
-from side_by_side import one_thread, ratio, row, write
 from transformers import LlavaForConditionalGeneration
 
+from benchmarks.support.models import GIGABYTE, save
+from benchmarks.support.side_by_side import one_thread, ratio, row, write
 from exporter.checkpoint.bake import bake
 from exporter.directions.directions import Directions
 from exporter.modeling.modeling_shiftdc_prompts import PromptFrame

@@ -1,6 +1,6 @@
 """How fast ONNX Runtime is beside PyTorch eager on the CPU: prefill and decode of one uncalibrated and one static reply.
 
-    python benchmarks/onnx_speed.py CHECKPOINT [--rounds 20] [--tokens 24] [--threads 1] [--batch 1] [--output FILE.json]
+    python -m benchmarks.speed.onnx_speed CHECKPOINT [--rounds 20] [--tokens 24] [--threads 1] [--batch 1] [--output FILE.json]
 
 Every round asks all of them in turn; ratios are medians of (ONNX Runtime / PyTorch) within a round, below 1 is faster. Prefill
 includes the image. PyTorch runs in float32.

@@ -118,8 +118,8 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _assumptions(text: int, image: int, tokens: int) -> list[str]:
     return [
-        "Written by `python benchmarks/scale.py`. Neither model was run: **every number under a heading that says arithmetic is "
-        "arithmetic**, by rules that were checked on small models (below). What the measurements look like: "
+        "Written by `python -m benchmarks.scale.scale`. Neither model was run: **every number under a heading that says "
+        "arithmetic is arithmetic**, by rules that were checked on small models (below). What the measurements look like: "
         "[picture](scale.png).",
         "Assumptions:",
         f"- GPUs are A100s of 80 GB: 312 TFLOP/s in bfloat16, of which matrix products reach {SHARE_FLOPS:.0%}; 2 TB/s, of which "

@@ -1,6 +1,6 @@
 """results/gpu-NAME.json as a page of tables.
 
-python benchmarks/gpu_table.py FILE.json
+python -m benchmarks.speed.gpu_table FILE.json
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Kill exports and pushes at random moments and see what is left: python benchmarks/kills.py --kills 200
+"""Kill exports and pushes at random moments and see what is left: python -m benchmarks.faults.kills --kills 200
 
 Each trial is a process that starts an export of a tiny model (into a free place, or over an earlier export with --force), an
 export of the demo model, or a push to a local Hub, and is killed (SIGKILL) at a random moment of a random stage. Then the output
@@ -23,8 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "tests" / "support"))
+ROOT = Path(__file__).parents[2]
 
 import torch  # noqa: E402
 from hub_write import WRITE, Hub, serve  # noqa: E402 (of the tests)

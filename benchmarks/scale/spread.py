@@ -1,6 +1,6 @@
 """Directions by one process, by two of torchrun, and with half of the layers on disk, on two sizes.
 
-    python benchmarks/spread.py
+    python -m benchmarks.scale.spread
 
 Every process has one thread. Two processes need two free cores for their wall time to mean something; the CPU time of the busier
 one is what it would be.
@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from models import Size, save
-from side_by_side import one_thread
 
+from benchmarks.support.models import Size, save
+from benchmarks.support.side_by_side import one_thread
 from exporter.data.calibration_sets import load_calibration
 from exporter.directions.fit import fit_directions
 from exporter.models.base import resolve
@@ -88,13 +88,13 @@ def worker(folder: Path, kind: str) -> None:
             used = [time.process_time() - cpu, runner.inside]
             wall = time.perf_counter() - wall
             found.append([wall, *max(ranks.gather(lambda used=used: used))])
-        if ranks.leads:
+        if ranks.is_main:
             print(json.dumps(found))
 
 
 def run(folder: Path, kind: str) -> list[list[float]]:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] if kind == "two" else []
-    command = [sys.executable, *launcher, __file__, "--worker", str(folder), kind]
+    command = [sys.executable, *launcher, "-m", "benchmarks.scale.spread", "--worker", str(folder), kind]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])

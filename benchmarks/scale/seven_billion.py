@@ -1,6 +1,6 @@
 """A LLaVA-1.5-7B with random weights through directions, bake and verify: seconds and peak memory of every stage.
 
-    python benchmarks/seven_billion.py FOLDER [--result FILE.json] [--keep]
+    python -m benchmarks.scale.seven_billion FOLDER [--result FILE.json] [--keep]
 
 Writes 14 GB of bfloat16 shards of the published shapes into FOLDER, a tensor at a time, exports them, and deletes them. The
 processor is LLaVA's own with a small tokenizer. The calibration set is as small as the exporter takes (8 + 8 requests to fit,
@@ -20,8 +20,7 @@ import threading
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
+ROOT = Path(__file__).parents[2]
 SHARD_BYTES = 2_000_000_000
 IMAGES = 2
 LAYERS = "10-12"
@@ -163,7 +162,7 @@ def resident(pid: int) -> dict[str, int]:
 
 
 def measure(base: Path, output: Path, calibration: Path) -> dict:
-    command = [sys.executable, __file__, str(base), "--export", str(output), str(calibration)]
+    command = [sys.executable, "-m", "benchmarks.scale.seven_billion", str(base), "--export", str(output), str(calibration)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     found: dict = {"stage": "start"}
     peaks: dict[str, dict[str, int]] = {}

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
-
-sys.path.append(str(Path(__file__).parent.parent / "tests" / "support"))
 from tiny import byte_level_tokenizer, tiny_processor
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 
 EOS, PAD, IMAGE = 2, 3, 4
 TEMPLATE = (

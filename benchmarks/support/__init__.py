@@ -1,0 +1,1 @@
+"""What benchmarks share: models of random weights, and ways measured side by side."""
