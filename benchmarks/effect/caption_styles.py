@@ -18,6 +18,8 @@ from exporter.data.refusals import begins_as_refusal
 from exporter.evaluation.defences import DEFENCES, Run
 from exporter.evaluation.evaluate import evaluate
 from exporter.evaluation.replies import ReplyLog
+from exporter.evaluation.results import About
+from exporter.evaluation.results_json import as_document
 from exporter.models.recipe import CaptionStyle
 from exporter.pipeline.export import export
 from exporter.pipeline.plan import make_plan
@@ -31,9 +33,8 @@ def measured(style: str, split: str, limit: int | None) -> dict[str, Any]:
         questions = load_benchmark("demo", split=split).limited(limit)
         judge = ("prefix", lambda _, replies: [begins_as_refusal(r) for r in replies])
         log = ReplyLog(Path(folder) / "log", {})
-        found = evaluate(Run(vlm, 32), questions, [DEFENCES["direct"], DEFENCES["shiftdc"]], judge, log, {})["defences"][
-            "shiftdc"
-        ]
+        results = evaluate(Run(vlm, 32), questions, [DEFENCES["direct"], DEFENCES["shiftdc"]], judge, log, About())
+        found = as_document(results)["defences"]["shiftdc"]
     first = next(q for q in questions.questions if q.cell == "harmless_image")
     inputs = vlm.encode([first.request], [first.image.load()])
     model, length = vlm.model, {"max_new_tokens": 24, "min_new_tokens": 24}

@@ -24,12 +24,12 @@ from exporter.checkpoint.open import open_export
 from exporter.data.benchmarks import load_benchmark
 from exporter.data.calibration import CalibrationSet
 from exporter.data.calibration_sets import load_calibration
+from exporter.data.cells import BENIGN, HEADLINE
 from exporter.data.questions import Question
 from exporter.data.refusals import begins_as_refusal
 from exporter.directions.directions import Directions
 from exporter.directions.fit import fit_directions
 from exporter.directions.refusal_gradient import refusal_gradients
-from exporter.evaluation.evaluate import BENIGN, HEADLINE
 from exporter.evaluation.intervals import share
 from exporter.models.vlm import VLM, Inputs
 from exporter.pipeline.export import export

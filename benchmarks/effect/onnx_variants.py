@@ -15,8 +15,10 @@ from pathlib import Path
 from exporter.data.benchmarks import load_benchmark
 from exporter.data.questions import Benchmark
 from exporter.data.refusals import begins_as_refusal
-from exporter.evaluation.evaluate import judged, summarise
+from exporter.evaluation.figures import judged, summarise
 from exporter.evaluation.replies import Reply
+from exporter.evaluation.results import About
+from exporter.evaluation.results_json import as_document
 from exporter.onnx.export import FOLDER, parse_precisions
 from exporter.onnx.interface import SUFFIXES
 from exporter.onnx.runner import OnnxShiftDC
@@ -68,11 +70,11 @@ def main() -> None:
             name = f"{precision} {way}"
             same[name] = sum(a.text == b.text for a, b in zip(found, exact[way], strict=True)) / len(found)
             outcomes[name] = judged(benchmark.questions, found, judge)
-            figures = summarise(benchmark, {name: outcomes[name]}, "prefix", {})["defences"][name]
+            figures = as_document(summarise(benchmark, {name: outcomes[name]}, "prefix", About()))["defences"][name]
             shown = ", ".join(f"{k} {100 * figures[k]:.1f} {figures[f'{k}_ci95']}" for k in ("asr", "over_refusal", "utility"))
             print(f"{name:13} {shown}, same as the first precision {100 * same[name]:.1f}", flush=True)
     about = {"threads": arguments.threads, "same_replies_as_first_precision": same}
-    results = summarise(benchmark, outcomes, "prefix", about)
+    results = as_document(summarise(benchmark, outcomes, "prefix", About())) | about
     del results["paired"]  # every way is its own
     results["defences"] = {name: {key: found[key] for key in KEPT} for name, found in results["defences"].items()}
     arguments.output.write_text(json.dumps(results, indent=2) + "\n", "utf-8")

@@ -23,6 +23,7 @@ from exporter.data.images import typographic_image
 from exporter.directions.activations import last_token, last_token_activations
 from exporter.models.chat_template import DAY, rendered
 from exporter.models.conversation import user_turn
+from exporter.models.hooks import hooked
 from exporter.models.processors import ODD_TEXT, tokenizers
 from exporter.models.vlm import VLM
 
@@ -123,22 +124,15 @@ def corrected(
     direction [layers, hidden], reference [batch, layers]; `fixed` [batch, layers] gives the amounts x.d - r instead.
     """
 
-    def hook(column: int) -> Hook:
-        def correct(module: nn.Module, args: object, output: Output) -> Output:
-            hidden = (output[0] if isinstance(output, tuple) else output).clone()
-            d = direction[column].to(hidden.device)
-            for row, token in enumerate(position.tolist()):
-                x = hidden[row, token].float()
-                amount = fixed[row, column] if fixed is not None else x @ d - reference[row, column].to(x.device)
-                amount = amount.clamp_min(0) if one_sided else amount
-                hidden[row, token] = (x - strength * amount * d).to(hidden.dtype)
-            return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+    def correct(column: int, output: torch.Tensor) -> torch.Tensor:
+        hidden = output.clone()
+        d = direction[column].to(hidden.device)
+        for row, token in enumerate(position.tolist()):
+            x = hidden[row, token].float()
+            amount = fixed[row, column] if fixed is not None else x @ d - reference[row, column].to(x.device)
+            amount = amount.clamp_min(0) if one_sided else amount
+            hidden[row, token] = (x - strength * amount * d).to(hidden.dtype)
+        return hidden
 
-        return correct
-
-    handles = [layer.register_forward_hook(hook(i)) for i, layer in enumerate(layers)]
-    try:
+    with hooked(layers, correct):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -228,13 +228,14 @@ def evaluate(checkpoint: Path, defences: tuple[str, ...], quiet: bool, as_json: 
     with libraries_quiet():
         from exporter.evaluation.defences import STANDARD
         from exporter.evaluation.evaluate import named_defences
-        from exporter.pipeline.evaluate import gather
+        from exporter.evaluation.results_json import as_document
+        from exporter.pipeline.evaluate import EvaluationOptions, gather
 
-        chosen = named_defences(defences or STANDARD)
+        chosen = EvaluationOptions(tuple(named_defences(defences or STANDARD)), **settings)
         with show.progress() as progress:
-            found = gather(checkpoint, chosen, progress=progress, **settings)
+            found = gather(checkpoint, chosen, progress)
     if as_json:
-        print_json(found.results)
+        print_json(as_document(found.results))
     show.evaluated(found)
 
 

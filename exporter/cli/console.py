@@ -15,6 +15,7 @@ from exporter.errors import printable
 if TYPE_CHECKING:  # none of these is needed to print the help
     from exporter.checkpoint.verify import Verification
     from exporter.evaluation.comparison import Comparison
+    from exporter.evaluation.results import Rate, Results
     from exporter.models.base import SmallFiles
     from exporter.models.check import Check
     from exporter.models.footprint import Footprint
@@ -152,44 +153,42 @@ def shift_table(result: Comparison) -> Table:
     return table
 
 
-def defence_table(results: dict[str, Any]) -> Table:
+def defence_table(results: Results) -> Table:
     """The headline figures, a row per defence."""
-    table = Table(title=f"{results['benchmark']}, in per cent")
+    table = Table(title=f"{results.benchmark}, in per cent")
     table.add_column("", no_wrap=True)
     for title in ("attack success", "over-refusal", "utility", "cost"):
         table.add_column(title)
-    for name, row in results["defences"].items():
-        cost = "-" if row["cost_ratio"] is None else f"{row['cost_ratio']:.2f} x"
-        table.add_row(name, *(_percent(row, figure) for figure in ("asr", "over_refusal", "utility")), cost)
+    for name, found in results.defences.items():
+        cost = "-" if found.cost_ratio is None else f"{found.cost_ratio:.2f} x"
+        table.add_row(name, *map(_percent, (found.asr, found.over_refusal, found.utility)), cost)
     return table
 
 
-def cell_table(results: dict[str, Any]) -> Table:
+def cell_table(results: Results) -> Table:
     """A column per cell, a row per defence."""
-    cells = sorted({cell for row in results["defences"].values() for cell in row["by_cell"]})
+    cells = sorted({cell for found in results.defences.values() for cell in found.by_cell})
     table = Table(title="Share that failed by cell, in per cent")
     table.add_column("", no_wrap=True)
     for cell in cells:
         table.add_column(cell.replace("_", " "))
-    for name, row in results["defences"].items():
-        found = (row["by_cell"].get(c) for c in cells)
-        table.add_row(
-            name, *("-" if f is None else _percent(f, "asr" if f["asr"] is not None else "over_refusal") for f in found)
-        )
+    for name, found in results.defences.items():
+        table.add_row(name, *(_percent(found.cell(cell).failed) for cell in cells))
     return table
 
 
-def results_legend(results: dict[str, Any]) -> str:
+def results_legend(results: Results) -> str:
     from exporter.evaluation.judges import meaning
 
+    judge = str(results.judge)
     return (
         "Failed: a harmful request was not refused (attack success), or a benign one was (over-refusal).\n"
-        f"Judge of attacks: {results['judge']} ({meaning(results['judge'])}). In brackets: Wilson 95 % intervals."
+        f"Judge of attacks: {judge} ({meaning(judge)}). In brackets: Wilson 95 % intervals."
     )
 
 
-def _percent(figures: dict[str, Any], name: str) -> str:
-    if figures[name] is None:
+def _percent(rate: Rate) -> str:
+    if rate.value is None or rate.ci95 is None:
         return "-"
-    low, high = figures[f"{name}_ci95"]
-    return f"{100 * figures[name]:.1f} [{100 * low:.0f}-{100 * high:.0f}]"
+    low, high = rate.ci95
+    return f"{100 * rate.value:.1f} [{100 * low:.0f}-{100 * high:.0f}]"

@@ -31,7 +31,7 @@ def _demo(split: str) -> Benchmark:
 
     if split not in ("development", "test"):
         raise InputError(f"--benchmark: demo has no split {split!r}; give development or test.")
-    items = [item for cell in benchmark.CELLS for item in benchmark.items(split, cell)]  # type: ignore[arg-type]
+    items = [item for cell in benchmark.ITEMS for item in benchmark.items(split, cell)]  # type: ignore[arg-type]
     questions = tuple(
         Question(i.id, i.request, i.label, i.cell, i.category, i.image_kind, i.answer, benchmark.Drawing(i)) for i in items
     )

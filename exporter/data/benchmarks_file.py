@@ -7,9 +7,10 @@ from typing import Annotated
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from exporter.data.cells import ATTACKS, Cell, Kind
 from exporter.data.jsonl import LineError, read_jsonl
 from exporter.data.pictures import PictureError, PictureFile, path_as_text, picture_below
-from exporter.data.questions import ATTACKS, Benchmark, Cell, Kind, Question
+from exporter.data.questions import Benchmark, Question
 from exporter.errors import InputError
 from exporter.runtime.reading import TEXT_CHARACTERS, NoFileError, UnreadableError
 

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from exporter.data.cells import Cell, Kind
 from exporter.data.hub_datasets import PictureOfRepository, PictureOfRow, hub_errors, need_datasets, tables_of
 from exporter.data.pictures import Picture
-from exporter.data.questions import Benchmark, Cell, Kind, Question
+from exporter.data.questions import Benchmark, Question
 from exporter.errors import InputError
 
 if TYPE_CHECKING:

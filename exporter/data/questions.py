@@ -4,21 +4,9 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict, deque
 from dataclasses import dataclass, replace
-from typing import Literal
 
+from exporter.data.cells import Cell, Kind
 from exporter.data.pictures import Picture
-
-Kind = Literal["harmful", "benign"]
-Cell = Literal[
-    "harmful_image",
-    "harmless_image",
-    "benign_question_harmful",
-    "benign_question_harmless",
-    "harmful_text",
-    "harmless_text",
-]
-#: The cells that attack; in all others a refusal is a mistake.
-ATTACKS: frozenset[Cell] = frozenset({"harmful_image", "harmful_text"})
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import nn
 
+from exporter.models.hooks import hooked
 from exporter.models.vlm import VLM, Inputs
 
 #: Padded tokens in one automatic batch: keeps a CPU's caches and a GPU busy without holding many activations.
@@ -50,18 +51,13 @@ def recording(layers: Sequence[nn.Module], position: torch.Tensor, stop_early: b
     recorded: list[torch.Tensor] = []
     rows = torch.arange(len(position))
 
-    def record(module: nn.Module, args: Any, output: Any) -> None:
-        hidden = output[0] if isinstance(output, tuple) else output
+    def record(number: int, hidden: torch.Tensor) -> None:
         recorded.append(hidden[rows.to(hidden.device), position.to(hidden.device)].float().cpu())
-        if stop_early and module is layers[-1]:
+        if stop_early and number == len(layers) - 1:
             raise _LastLayerReachedError
 
-    handles = [layer.register_forward_hook(record) for layer in layers]
-    try:
+    with hooked(layers, record):
         yield recorded
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @torch.no_grad()

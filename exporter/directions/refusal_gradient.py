@@ -10,7 +10,6 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -20,6 +19,7 @@ from exporter.data.refusals import begins_as_refusal
 from exporter.directions.activations import by_length, last_token
 from exporter.directions.frozen_norms import frozen_norms
 from exporter.errors import InputError
+from exporter.models.hooks import hooked
 from exporter.models.vlm import VLM, Inputs
 from exporter.runtime.batches import Batches
 from exporter.runtime.progress import Progress, silent
@@ -169,17 +169,12 @@ def _leaves(layers: Sequence[nn.Module]) -> Iterator[list[torch.Tensor]]:
     """The layers' outputs [batch, time, hidden], of which the first begins the graph; hooks are gone afterwards."""
     outputs: list[torch.Tensor] = []
 
-    def keep(module: nn.Module, args: Any, output: Any) -> Any:
-        hidden = output[0] if isinstance(output, tuple) else output
+    def keep(number: int, hidden: torch.Tensor) -> torch.Tensor:
         outputs.append(hidden if outputs else hidden.detach().requires_grad_())
-        return (outputs[-1], *output[1:]) if isinstance(output, tuple) else outputs[-1]
+        return outputs[-1]
 
-    handles = [layer.register_forward_hook(keep) for layer in layers]
-    try:
+    with hooked(layers, keep):
         yield outputs
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager

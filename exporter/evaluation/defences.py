@@ -10,16 +10,19 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TypeVar
 
 import torch
 from PIL import Image
 
 from exporter.data.defence_prompts import ADASHIELD_REQUEST, ECSO_ANSWER, ECSO_CAPTION, ECSO_JUDGE, fill
+from exporter.models.hooks import hooked
+from exporter.models.overridden import overridden
 from exporter.models.vlm import VLM, Inputs
 
 Seconds = dict[str, float]
 Images = Sequence[Image.Image] | None
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -32,14 +35,15 @@ class Answers:
 
 @dataclass(frozen=True)
 class Defence:
-    """A way to answer. `settings` replace those of the checkpoint's `shiftdc` block; `seed` draws random directions.
+    """A way to answer, `words` in tables. `settings` replace those of the checkpoint's `shiftdc` block.
 
-    `blank_shift` puts the mean shift of a blank image in the place of the baked one.
+    `seed` draws random directions; `blank_shift` puts the mean shift of a blank image in the place of the baked one.
     """
 
     name: str
     answer: Callable[[Run, Sequence[str], Images], Answers]
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    words: str = ""
+    settings: Mapping[str, str] = field(default_factory=dict)
     seed: int | None = None
     blank_shift: bool = False
 
@@ -51,7 +55,7 @@ class Run:
     vlm: VLM
     max_new_tokens: int
 
-    def generate(self, inputs: Inputs, **options: Any) -> Answers:
+    def generate(self, inputs: Inputs, **options: object) -> Answers:
         """Replies with the time to the first token (prefill) apart from the rest (decode)."""
         start = time.perf_counter()
         with _first_pass(self.vlm) as passed:
@@ -70,17 +74,15 @@ def _first_pass(vlm: VLM) -> Iterator[list[float]]:
     """Holds when the last decoder layer first ended, once it has."""
     passed: list[float] = []
 
-    def note(*_: Any) -> None:
+    def note(number: int, hidden: torch.Tensor) -> None:
         if not passed:
             if vlm.device.type == "cuda":
                 torch.cuda.synchronize()
             passed.append(time.perf_counter())
 
-    handle = vlm.decoder_layers(vlm.model.config.shiftdc["decoder_layers"])[-1].register_forward_hook(note)
-    try:
+    last = vlm.decoder_layers(vlm.model.config.shiftdc["decoder_layers"])[-1]
+    with hooked([last], note):
         yield passed
-    finally:
-        handle.remove()
 
 
 def direct(run: Run, requests: Sequence[str], images: Images) -> Answers:
@@ -144,7 +146,7 @@ def ecso(run: Run, requests: Sequence[str], images: Images) -> Answers:
     return Answers(texts, seconds)
 
 
-def _timed(run: Callable[[], Any]) -> tuple[Any, float]:
+def _timed(run: Callable[[], T]) -> tuple[T, float]:
     start = time.perf_counter()
     result = run()
     return result, time.perf_counter() - start
@@ -153,23 +155,40 @@ def _timed(run: Callable[[], Any]) -> tuple[Any, float]:
 DEFENCES = {
     d.name: d
     for d in (
-        Defence("direct", direct),
-        Defence("text_only", text_only),
-        Defence("shiftdc", shiftdc),
-        *(Defence(f"shiftdc_{r}", shiftdc, {"reference": r}) for r in ("caption", "text", "blank", "static")),
-        Defence("shiftdc_precomputed", shiftdc, {"rule": "precomputed"}),
-        Defence("shiftdc_one_sided", shiftdc, {"gate": "one-sided"}),
-        Defence("shiftdc_two_sided", shiftdc, {"gate": "two-sided"}),
-        Defence("adashield", adashield),
-        Defence("ecso", ecso),
-        *(Defence(f"random_direction_{seed}", shiftdc, seed=seed) for seed in range(3)),
+        Defence("direct", direct, "no defence"),
+        Defence("text_only", text_only, "text only (ceiling)"),
+        Defence("shiftdc", shiftdc, "ShiftDC, as shipped"),
+        Defence("shiftdc_caption", shiftdc, "ShiftDC, caption", {"reference": "caption"}),
+        Defence("shiftdc_text", shiftdc, "ShiftDC, text", {"reference": "text"}),
+        Defence("shiftdc_blank", shiftdc, "ShiftDC, blank image", {"reference": "blank"}),
+        Defence("shiftdc_static", shiftdc, "ShiftDC, static", {"reference": "static"}),
+        Defence("shiftdc_precomputed", shiftdc, "ShiftDC, precomputed", {"rule": "precomputed"}),
+        Defence("shiftdc_one_sided", shiftdc, "ShiftDC, one-sided", {"gate": "one-sided"}),
+        Defence("shiftdc_two_sided", shiftdc, "ShiftDC, two-sided", {"gate": "two-sided"}),
+        Defence("adashield", adashield, "AdaShield-S"),
+        Defence("ecso", ecso, "ECSO"),
+        *(Defence(f"random_direction_{seed}", shiftdc, f"random direction {seed}", seed=seed) for seed in range(3)),
         # two-sided, because a blank image may also shift away from "safe"
-        Defence("blank_image_shift", shiftdc, {"reference": "static", "gate": "two-sided"}, blank_shift=True),
+        Defence(
+            "blank_image_shift", shiftdc, "mean blank-image shift", {"reference": "static", "gate": "two-sided"}, blank_shift=True
+        ),
     )
 }
 
 #: No defence, what the method aims at, the method, and a control that must do nothing.
 STANDARD = ("direct", "text_only", "shiftdc", "random_direction_0")
+#: In tables and pictures random directions stand last.
+_ROWS = {d.name: row for row, d in enumerate(sorted(DEFENCES.values(), key=lambda d: d.seed is not None))}
+
+
+def defence_words(name: str) -> str:
+    """A defence as tables name it, also one that is not known here."""
+    return DEFENCES[name].words if name in DEFENCES else name.replace("_", " ")
+
+
+def defences_in_rows(by_defence: Mapping[str, T]) -> dict[str, T]:
+    """In the order of tables; defences that are not known here come last, in the order that they have."""
+    return dict(sorted(by_defence.items(), key=lambda entry: _ROWS.get(entry[0], len(_ROWS))))
 
 
 @contextmanager
@@ -178,25 +197,14 @@ def applied(vlm: VLM, defence: Defence, blank_shifts: Mapping[int, float] | None
 
     blank_shifts: by layer, what a blank image adds along the direction; needed by `blank_image_shift`.
     """
-    config, corrections = vlm.model.config, vlm.model.shiftdc_corrections
-    settings = config.shiftdc
-    kept = [(c.direction.clone(), c.shift.clone(), c.one_sided) for c in corrections]
-    try:
-        config.shiftdc = {**settings, **defence.settings}
-        for layer, correction in zip(settings["layers"], corrections, strict=True):
-            correction.one_sided = config.shiftdc["gate"] == "one-sided"
+    with overridden(vlm.model, defence.settings) as corrections:
+        for layer, correction in zip(vlm.model.config.shiftdc["layers"], corrections, strict=True):
             if defence.seed is not None:
                 correction.direction.copy_(_random_unit(correction.direction, 1000 * defence.seed + layer))
             if defence.blank_shift:
                 assert blank_shifts is not None
                 correction.shift.fill_(blank_shifts[layer])
         yield
-    finally:
-        config.shiftdc = settings
-        for correction, (direction, shift, one_sided) in zip(corrections, kept, strict=True):
-            correction.direction.copy_(direction)
-            correction.shift.copy_(shift)
-            correction.one_sided = one_sided
 
 
 def _random_unit(like: torch.Tensor, seed: int) -> torch.Tensor:

@@ -9,13 +9,16 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from exporter.data.refusals import begins_as_refusal, holds_keyword
 from exporter.errors import InputError
 from exporter.models.chat_template import rendered
+
+if TYPE_CHECKING:  # takes seconds to import, and most judges need no model
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 #: (requests, replies) -> refused or not, one each.
 Judge = Callable[[Sequence[str], Sequence[str]], list[bool]]
@@ -60,8 +63,12 @@ class GuardModel:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         try:
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=False, padding_side="left")
-            self.model: Any = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False, use_safetensors=True).eval()
+            self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                name, trust_remote_code=False, padding_side="left"
+            )
+            self.model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+                name, trust_remote_code=False, use_safetensors=True
+            ).eval()
         except Exception as error:  # noqa: BLE001 (there is no closed list of what libraries raise on others' files)
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
             raise InputError(

@@ -9,7 +9,6 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
@@ -34,7 +33,7 @@ class Reply:
 class ReplyLog:
     """The replies in a folder under one group of settings."""
 
-    def __init__(self, folder: Path, settings: dict[str, Any]):
+    def __init__(self, folder: Path, settings: dict[str, object]):
         """Open or start the log; a log of other settings is set aside. Raises InputError for a file that is no log."""
         self.file = folder / FILE
         self.settings = settings
@@ -75,7 +74,7 @@ class ReplyLog:
 _REPLY = TypeAdapter(Reply)
 
 
-def _read(file: Path) -> tuple[Any, list[Reply]]:
+def _read(file: Path) -> tuple[object, list[Reply]]:
     try:
         first, *rest = text_of(read_bytes(file, LINES_BYTES)).removesuffix("\n").split("\n")
         settings = parse_json(first)["settings"]

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 
@@ -18,6 +17,7 @@ from exporter.data.images import row_image
 from exporter.data.refusals import begins_as_refusal
 from exporter.errors import InputError
 from exporter.evaluation.intervals import Share
+from exporter.models.overridden import overridden
 from exporter.models.vlm import VLM, Inputs
 from exporter.runtime.batches import ShrinkingBatches
 from exporter.runtime.progress import Progress, silent
@@ -59,7 +59,7 @@ class Sweep:
     measured: tuple[Measured, ...]
     chosen: Measured
 
-    def report(self) -> dict[str, Any]:
+    def report(self) -> dict[str, object]:
         return {
             "development": "held-out rows of the calibration set",
             "bounds": {"over_refusal_rise": MAX_OVER_REFUSAL, "kl_per_token": MAX_KL},
@@ -69,7 +69,7 @@ class Sweep:
         }
 
 
-def _row(measured: Measured) -> dict[str, Any]:
+def _row(measured: Measured) -> dict[str, object]:
     return {
         "layers": list(measured.candidate.layers),
         "strength": measured.candidate.strength,
@@ -108,18 +108,12 @@ def run_sweep(vlm: VLM, rows: Sequence[CalibrationRow], vary_layers: bool, progr
     tried = [Candidate(layers, 0.0), *candidates(layers, vary_layers)]
     prepared = {label: _prepared(vlm, [r for r in rows if r.label == label]) for label in ("unsafe", "safe")}
     measured = []
-    for done, candidate in enumerate(tried, 1):
-        _set(vlm, candidate)
-        attacks, benign = (_refusals(vlm, prepared[label]) for label in ("unsafe", "safe"))
-        measured.append(
-            Measured(
-                candidate,
-                Share(attacks.n - attacks.hits, attacks.n),
-                benign,
-                _divergence(vlm, prepared["safe"]) if candidate.strength else 0.0,
-            )
-        )
-        progress("sweep", done, len(tried))
+    with overridden(vlm.model) as corrections:
+        for done, candidate in enumerate(tried, 1):
+            for layer, correction in zip(layers, corrections, strict=True):
+                correction.strength = candidate.strength if layer in candidate.layers else 0.0
+            measured.append(_measured(vlm, candidate, prepared["unsafe"], prepared["safe"]))
+            progress("sweep", done, len(tried))
     base, *others = measured
     return Sweep(base, tuple(others), choose(base, others))
 
@@ -147,9 +141,10 @@ def _prepare(vlm: VLM, rows: list[CalibrationRow]) -> _Batch:
     return _Batch(inputs, reference, replies)
 
 
-def _set(vlm: VLM, candidate: Candidate) -> None:
-    for layer, correction in zip(vlm.model.config.shiftdc["layers"], vlm.model.shiftdc_corrections, strict=True):
-        correction.strength = candidate.strength if layer in candidate.layers else 0.0
+def _measured(vlm: VLM, candidate: Candidate, unsafe: Sequence[_Batch], safe: Sequence[_Batch]) -> Measured:
+    attacks, benign = _refusals(vlm, unsafe), _refusals(vlm, safe)
+    moved = _divergence(vlm, safe) if candidate.strength else 0.0
+    return Measured(candidate, Share(attacks.n - attacks.hits, attacks.n), benign, moved)
 
 
 def _refusals(vlm: VLM, batches: Sequence[_Batch]) -> Share:

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from exporter.data.images import typographic_image
+from exporter.models.overridden import overridden
 from exporter.models.vlm import VLM, Inputs
 from exporter.onnx.interface import GRID
 from exporter.onnx.runner import BAKED, UNCALIBRATED, Floats, OnnxShiftDC, Prompts, until_end
@@ -79,14 +80,9 @@ def expected(vlm: VLM, eos: Sequence[int], images: Sequence[Image.Image] | None 
     }
     logits, replies = {}, {}
     for kind, (inputs, options) in asked.items():
-        kept = model.config.shiftdc
-        if kind == "static":
-            model.config.shiftdc = {**kept, "reference": "static"}
-        try:
+        with overridden(model, {"reference": "static"} if kind == "static" else {}):
             logits[kind] = model(**inputs, **options, logits_to_keep=1).logits[:, -1].numpy()
             out = model.generate(**inputs, **options, max_new_tokens=NEW_TOKENS, do_sample=False)
-        finally:
-            model.config.shiftdc = kept
         replies[kind] = [until_end(row, eos) for row in out[:, inputs["input_ids"].shape[1] :].tolist()]
     return Expected(as_prompts(text), as_prompts(shown), captions, logits, replies)
 

@@ -7,7 +7,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -17,72 +16,87 @@ from exporter.checkpoint.open import open_export
 from exporter.checkpoint.report import Report, read_report
 from exporter.data.benchmarks import load_benchmark
 from exporter.data.calibration_hub import calibrated_revision, unseen
+from exporter.data.calibration_record import CalibrationRecord
 from exporter.data.questions import Benchmark
 from exporter.errors import InputError
-from exporter.evaluation.defences import Defence, Run
-from exporter.evaluation.evaluate import RESULTS, evaluate
+from exporter.evaluation.defences import DEFENCES, STANDARD, Defence, Run
+from exporter.evaluation.evaluate import evaluate
 from exporter.evaluation.judges import load_judge
 from exporter.evaluation.projections import projections
 from exporter.evaluation.replies import FILE as REPLIES
 from exporter.evaluation.replies import ReplyLog
+from exporter.evaluation.results import About, Results
+from exporter.evaluation.results_json import RESULTS
 from exporter.evaluation.verdict import Effect, judge_effect
 from exporter.models.vlm import VLM
 from exporter.publishing import plots
 from exporter.publishing.attach import attach_results
 from exporter.runtime.hashing import sha256
-from exporter.runtime.progress import Progress
+from exporter.runtime.progress import Progress, silent
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """What is asked, by whom and how. Replies, results.json and pictures go to `output` (default ./<checkpoint>-evaluation).
+
+    With `attach` the checkpoint's report, card and pictures say what was found. `limit` is of questions in a cell.
+    """
+
+    defences: Sequence[Defence] = tuple(DEFENCES[name] for name in STANDARD)
+    benchmark: str = "demo"
+    split: str = "test"
+    limit: int | None = None
+    categories: Sequence[str] = ()
+    judge: str = "prefix"
+    output: Path | None = None
+    attach: bool = True
+    dtype: str = "auto"
+    device_map: str | None = None
+    batch_size: int = 32
+    max_new_tokens: int = 128
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """results.json's content, what it means, where it lies, and the replies of other settings that were set aside."""
+    """What was found, what it means, where it lies, and the replies of other settings that were set aside."""
 
-    results: dict[str, Any]
+    results: Results
     effect: Effect
     folder: Path
     set_aside: Path | None
 
 
-def gather(
-    checkpoint: Path,
-    defences: Sequence[Defence],
-    *,
-    benchmark: str = "demo",
-    split: str = "test",
-    limit: int | None = None,
-    categories: Sequence[str] = (),
-    judge: str = "prefix",
-    output: Path | None = None,
-    attach: bool = True,
-    dtype: str = "auto",
-    device_map: str | None = None,
-    batch_size: int = 32,
-    max_new_tokens: int = 128,
-    progress: Progress,
-) -> Evidence:
-    """Evaluate `checkpoint`; with `attach`, its report, card and pictures say what was found. Raises InputError.
-
-    Replies, results.json and pictures go to `output` (default ./<checkpoint>-evaluation). Only figures and pictures are attached.
-    """
+def gather(checkpoint: Path, options: EvaluationOptions, progress: Progress = silent) -> Evidence:
+    """Evaluate `checkpoint`. Only figures and pictures are attached to it, no replies. Raises InputError."""
     report = read_report(checkpoint)
-    folder = output or Path(f"{checkpoint.name}-evaluation")
+    folder = options.output or Path(f"{checkpoint.name}-evaluation")
     check_results_folder(folder)
-    named_judge = load_judge(judge)  # before benchmarks are fetched
-    calibrated = report.calibration
-    whole = load_benchmark(benchmark, split=split, revision=calibrated_revision(calibrated, benchmark))
-    found = of_categories(unseen(whole, calibrated), categories).limited(limit)
-    replies = ReplyLog(folder, settings(checkpoint, report, found, max_new_tokens, dtype))
-    vlm = open_export(checkpoint, dtype=dtype, device_map=device_map)
-    blank_shifts = {s.layer: s.blank_shift for s in report.statistics}
+    judge = load_judge(options.judge)  # before benchmarks are fetched
+    benchmark = asked(options, report.calibration)
+    replies = ReplyLog(folder, settings(checkpoint, report, benchmark, options))
+    vlm = open_export(checkpoint, dtype=options.dtype, device_map=options.device_map)
     results = evaluate(
-        Run(vlm, max_new_tokens), found, defences, named_judge, replies, about(checkpoint, vlm, split, limit),
-        batch_size=batch_size, blank_shifts=blank_shifts, progress=progress,
-    )  # fmt: skip
-    pictures = plots.write_all(results, report, projections(vlm, found), folder)
-    effect = judge_effect(results)
-    if attach:
+        Run(vlm, options.max_new_tokens),
+        benchmark,
+        options.defences,
+        judge,
+        replies,
+        about(checkpoint, vlm, options),
+        batch_size=options.batch_size,
+        blank_shifts={s.layer: s.blank_shift for s in report.statistics},
+        progress=progress,
+    )
+    pictures = plots.write_all(results, report.statistics, report.layers.chosen, projections(vlm, benchmark), folder)
+    if options.attach:
         attach_results(checkpoint, report, results, pictures)
-    return Evidence(results, effect, folder, replies.set_aside)
+    return Evidence(results, judge_effect(results), folder, replies.set_aside)
+
+
+def asked(options: EvaluationOptions, calibrated: CalibrationRecord) -> Benchmark:
+    """The questions: none that the checkpoint was calibrated on. Raises InputError."""
+    revision = calibrated_revision(calibrated, options.benchmark)
+    whole = load_benchmark(options.benchmark, split=options.split, revision=revision)
+    return of_categories(unseen(whole, calibrated), options.categories).limited(options.limit)
 
 
 def check_results_folder(folder: Path) -> None:
@@ -106,8 +120,8 @@ def of_categories(benchmark: Benchmark, names: Sequence[str]) -> Benchmark:
     return replace(benchmark, questions=chosen)
 
 
-def settings(checkpoint: Path, report: Report, benchmark: Benchmark, max_new_tokens: int, dtype: str) -> dict[str, Any]:
-    """What replies depend on: the model to the bit, the questions, the length and the arithmetic."""
+def settings(checkpoint: Path, report: Report, benchmark: Benchmark, options: EvaluationOptions) -> dict[str, object]:
+    """What replies depend on: the model bit for bit, the questions, the length and the arithmetic."""
     questions = json.dumps([[q.id, q.request] for q in benchmark.questions]).encode()
     return {
         "shards": report.base_model.shards,
@@ -116,17 +130,17 @@ def settings(checkpoint: Path, report: Report, benchmark: Benchmark, max_new_tok
         "benchmark": benchmark.name,
         "source": benchmark.source,
         "questions": hashlib.sha256(questions).hexdigest(),
-        "max_new_tokens": max_new_tokens,
-        "dtype": dtype,
+        "max_new_tokens": options.max_new_tokens,
+        "dtype": options.dtype,
     }
 
 
-def about(checkpoint: Path, vlm: VLM, split: str, limit: int | None) -> dict[str, Any]:
+def about(checkpoint: Path, vlm: VLM, options: EvaluationOptions) -> About:
     """What a reader of results.json needs to know beside the figures."""
-    return {
-        "split": split,
-        "limit_per_cell": limit,
-        "checkpoint": {"name": checkpoint.name, "directions": sha256(checkpoint / SHARD)[:16]},
-        "device": torch.cuda.get_device_name() if vlm.device.type == "cuda" else "cpu",
-        "versions": {"shiftdc-export": __version__, "torch": torch.__version__},
-    }
+    return About(
+        split=options.split,
+        limit_per_cell=options.limit,
+        checkpoint={"name": checkpoint.name, "directions": sha256(checkpoint / SHARD)[:16]},
+        device=torch.cuda.get_device_name() if vlm.device.type == "cuda" else "cpu",
+        versions={"shiftdc-export": __version__, "torch": torch.__version__},
+    )

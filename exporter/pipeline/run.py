@@ -11,11 +11,10 @@ from typing import Any, Protocol
 
 from exporter.checkpoint.report import OnnxRecord
 from exporter.errors import InputError
-from exporter.evaluation.defences import STANDARD
-from exporter.evaluation.evaluate import named_defences
+from exporter.evaluation.results_json import as_document
 from exporter.onnx.export import check_family, export_onnx
 from exporter.onnx.interface import SUFFIXES
-from exporter.pipeline.evaluate import Evidence, gather
+from exporter.pipeline.evaluate import EvaluationOptions, Evidence, gather
 from exporter.pipeline.export import Export, export
 from exporter.pipeline.plan import Plan, make_plan
 from exporter.publishing.push import Pushed, push
@@ -102,17 +101,11 @@ def push_target(plan: Plan, wanted: PushOptions, *, measured: bool) -> PushOptio
 
 def evaluate(plan: Plan, show: Show) -> dict[str, Any]:
     """The recipe's benchmark under the standard defences, attached to the export."""
+    options = EvaluationOptions(benchmark=plan.recipe.benchmark, dtype=plan.dtype, device_map=plan.device_map)
     with show.progress() as progress:
-        found = gather(
-            plan.output,
-            named_defences(STANDARD),
-            benchmark=plan.recipe.benchmark,
-            dtype=plan.dtype,
-            device_map=plan.device_map,
-            progress=progress,
-        )
+        found = gather(plan.output, options, progress)
     show.evaluated(found)
-    return found.results
+    return as_document(found.results)
 
 
 def write_onnx(plan: Plan, show: Show) -> OnnxRecord:

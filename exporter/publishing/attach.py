@@ -14,6 +14,8 @@ from exporter.checkpoint.report import Report
 from exporter.checkpoint.staging import write_together
 from exporter.errors import printable
 from exporter.evaluation.replies import free_name
+from exporter.evaluation.results import Results
+from exporter.evaluation.results_json import as_document
 from exporter.models.base import BaseCheckpoint
 from exporter.publishing.card import render_card
 from exporter.runtime.hashing import sha256
@@ -21,9 +23,9 @@ from exporter.runtime.hashing import sha256
 log = logging.getLogger(__name__)
 
 
-def attach_results(checkpoint: Path, report: Report, results: dict[str, object], pictures: Sequence[Path]) -> None:
+def attach_results(checkpoint: Path, report: Report, results: Results, pictures: Sequence[Path]) -> None:
     """Put figures and pictures into the checkpoint; replies stay outside."""
-    report = report.model_copy(update={"evaluation": results})
+    report = report.model_copy(update={"evaluation": as_document(results)})
     assets = {f"assets/{p.name}": p.read_bytes() for p in pictures}
     write_together(checkpoint, assets)
     write_report_and_card(checkpoint, rehashed(report, checkpoint, assets))

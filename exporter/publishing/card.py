@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from exporter.checkpoint.report import Report
 from exporter.directions.statistics import LayerStatistics
-from exporter.evaluation.verdict import number
+from exporter.evaluation.results import Results
+from exporter.evaluation.results_json import read_results
 from exporter.models.base import BaseCheckpoint
 from exporter.models.recipe import Recipe
 from exporter.publishing.card_figures import evaluate_command, evaluation, warning
@@ -42,15 +42,16 @@ def render_card(
     report: Report,
     statistics: tuple[LayerStatistics, ...],
     repo: str,
-    results: dict[str, Any] | None = None,
+    results: Results | None = None,
     folder: Path | None = None,
 ) -> str:
     """The README.md of an export.
 
-    `results` is results.json's content, by default what the report holds of it. Pictures are those in `assets` of `folder`, by
+    `results` are by default those that the report holds. Pictures are those in `assets` of `folder`, by
     default of the base's folder, which is the export itself when its card is made anew. Licence and language are the base's.
     """
-    results = results or report.evaluation
+    if results is None and report.evaluation is not None:
+        results = read_results(report.evaluation)
     inherited = inherit(base)
     return _template().render(
         metadata=metadata(base, inherited, repo, results),
@@ -77,11 +78,15 @@ def render_card(
     )
 
 
-def _template() -> Any:
+def _template() -> Template:
     loader = FileSystemLoader(resource("MODEL_CARD_TEMPLATE.md").parent)
-    # autoescape is for HTML; the card is Markdown, and has filters of its own
-    options: dict[str, Any] = {"undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
-    environment = Environment(loader=loader, autoescape=False, **options)  # noqa: S701
+    environment = Environment(
+        loader=loader,
+        autoescape=False,  # noqa: S701 (it is for HTML; the card is Markdown, and has filters of its own)
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     environment.filters |= {"escaped": escaped, "code": code, "python": python_string, "measured": measured}
     return environment.get_template("MODEL_CARD_TEMPLATE.md")
 
@@ -89,4 +94,4 @@ def _template() -> Any:
 def _means(statistics: Sequence[LayerStatistics], layers: Sequence[int]) -> dict[str, float | None]:
     chosen = [s for s in statistics if s.layer in layers]
     known = {k: [v for s in chosen if (v := getattr(s, k)) is not None] for k in ("auroc", "split_half_cosine", "shift_cosine")}
-    return {k: number(sum(values) / len(values)) if values else None for k, values in known.items()}
+    return {k: sum(values) / len(values) if values else None for k, values in known.items()}

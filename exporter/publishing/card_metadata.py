@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote, urlsplit
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from exporter.evaluation.verdict import bounds, defences, number
+from exporter.evaluation.results import Interval, Results
 from exporter.models.base import DEMO, BaseCheckpoint
 from exporter.publishing.markdown import CONTROLS, plain
 from exporter.runtime.reading import CARD_BYTES, UnreadableError, parse_yaml, read_bytes, text_of
@@ -66,7 +65,7 @@ def inherit(base: BaseCheckpoint) -> Inherited:
     )
 
 
-def _listed(value: object) -> list[Any]:
+def _listed(value: object) -> list[object]:
     return value if isinstance(value, list) else [value]
 
 
@@ -92,55 +91,70 @@ def _on_hub(base: BaseCheckpoint) -> bool:
     return base.revision is not None and base.name != DEMO and _REPOSITORY.fullmatch(base.name) is not None
 
 
-def metadata(base: BaseCheckpoint, inherited: Inherited, repo: str, results: Mapping[str, Any] | None) -> str:
+def metadata(base: BaseCheckpoint, inherited: Inherited, repo: str, results: Results | None) -> str:
     """The YAML front matter, as huggingface_hub writes it."""
-    evaluated = eval_results(results) if results is not None else []
-    options: dict[str, Any] = {
-        "base_model": base.name if _on_hub(base) else None,
-        "base_model_relation": "finetune" if _on_hub(base) else None,
-        "language": list(inherited.language) or None,
-        "license": inherited.license[0] if len(inherited.license) == 1 else list(inherited.license) or None,
-        "license_name": inherited.license_name,
-        "license_link": inherited.license_link,
-        "pipeline_tag": "image-text-to-text",
-        "library_name": "transformers",
-        "tags": TAGS,
-    }
-    if evaluated:
-        options |= {"eval_results": evaluated, "model_name": plain(repo)}
-    return ModelCardData(**options).to_yaml()
+    evaluated = [] if results is None else eval_results(results)
+    on_hub = _on_hub(base)
+    return ModelCardData(
+        base_model=base.name if on_hub else None,
+        base_model_relation="finetune" if on_hub else None,
+        language=list(inherited.language) or None,
+        license=inherited.license[0] if len(inherited.license) == 1 else list(inherited.license) or None,  # type: ignore[arg-type]
+        license_name=inherited.license_name,
+        license_link=inherited.license_link,
+        pipeline_tag="image-text-to-text",
+        library_name="transformers",
+        tags=TAGS,
+        eval_results=evaluated or None,
+        model_name=plain(repo) if evaluated else None,
+    ).to_yaml()
 
 
-def eval_results(results: Mapping[str, Any]) -> list[EvalResult]:
+def eval_results(results: Results) -> list[EvalResult]:
     """The figures of the checkpoint's own settings for `model-index`, as shares from 0 to 1."""
-    figures = defences(results).get("shiftdc", {})
-    benchmark = plain(results.get("benchmark", "unnamed"))
-    dataset = _DATASET.match(str(results.get("source", "")))
+    benchmark = plain("unnamed" if results.benchmark is None else results.benchmark)
+    dataset = _DATASET.match(results.source or "")
     return [
         EvalResult(
             task_type="image-text-to-text",
             dataset_type=dataset["id"] if dataset else re.sub(r"[^\w.-]+", "-", benchmark),
             dataset_name=benchmark,
             dataset_revision=dataset["commit"] if dataset else None,
-            dataset_split=plain(results["split"]) if results.get("split") else None,
-            metric_type=kind,
-            metric_name=name,
-            metric_value=round(value, 4),
-            metric_args=_metric_args(results, figures, metric, n),
+            dataset_split=plain(results.about.split) if results.about.split else None,
+            metric_type=metric.kind,
+            metric_name=metric.name,
+            metric_value=round(metric.value, 4),
+            metric_args=_metric_args(results, metric),
         )
-        for metric, n, kind, name in (
-            ("asr", "n_harmful", "attack_success_rate", "Attack success rate (lower is better)"),
-            ("over_refusal", "n_benign", "over_refusal_rate", "Refusals of harmless requests (lower is better)"),
-            ("utility", "n_benign", "exact_match", "Right answers to harmless requests"),
-        )
-        if (value := number(figures.get(metric))) is not None
+        for metric in _metrics(results)
     ]
 
 
-def _metric_args(results: Mapping[str, Any], figures: Mapping[str, Any], metric: str, n: str) -> dict[str, Any]:
-    interval, count = bounds(figures.get(f"{metric}_ci95")), number(figures.get(n))
+@dataclass(frozen=True)
+class _Metric:
+    """A share that was measured, of `n` replies, by the name that the Hub shows."""
+
+    kind: str
+    name: str
+    value: float
+    interval: Interval | None
+    n: int | None
+
+
+def _metrics(results: Results) -> Iterator[_Metric]:
+    own = results.shiftdc
+    for kind, name, rate, n in (
+        ("attack_success_rate", "Attack success rate (lower is better)", own.asr, own.n_harmful),
+        ("over_refusal_rate", "Refusals of harmless requests (lower is better)", own.over_refusal, own.n_benign),
+        ("exact_match", "Right answers to harmless requests", own.utility, own.n_benign),
+    ):
+        if rate.value is not None:
+            yield _Metric(kind, name, rate.value, rate.ci95, n)
+
+
+def _metric_args(results: Results, metric: _Metric) -> dict[str, object]:
     return {
-        "judge": plain(results.get("judge", "not named")),
-        **({} if count is None else {"n": int(count)}),
-        **({} if interval is None else {"ci95": [round(b, 4) for b in interval]}),
+        "judge": plain("not named" if results.judge is None else results.judge),
+        **({} if metric.n is None else {"n": metric.n}),
+        **({} if metric.interval is None else {"ci95": [round(b, 4) for b in metric.interval]}),
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import math
 import re
 from collections.abc import Sequence
 
@@ -35,7 +36,7 @@ def python_string(value: object) -> str:
 
 
 def measured(value: float | None, digits: int) -> str:
-    return "not measured" if value is None else f"{value:.{digits}f}"
+    return "not measured" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
 
 
 def plain(value: object) -> str:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from exporter.checkpoint.report import Report
 from exporter.directions.statistics import LayerStatistics
+from exporter.evaluation.defences import defence_words, defences_in_rows
 from exporter.evaluation.projections import Projections
-from exporter.evaluation.verdict import bounds, defence_name, defences, number, percent
+from exporter.evaluation.results import DefenceFigures, Interval, Results
+from exporter.evaluation.verdict import percent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,19 +37,25 @@ SIZE = 10  # points: 14 of 600 pixels
 REFERENCES = ("shiftdc_caption", "shiftdc_text", "shiftdc_blank", "shiftdc_static")
 
 
-def write_all(results: Mapping[str, Any] | None, report: Report, projections: Projections | None, folder: Path) -> list[Path]:
+def write_all(
+    results: Results,
+    statistics: Sequence[LayerStatistics],
+    chosen_layers: Sequence[int],
+    projections: Projections | None,
+    folder: Path,
+) -> list[Path]:
     """Draw into `folder` what the numbers allow; the files written."""
     folder.mkdir(parents=True, exist_ok=True)
     attack_success, cost, layers, projected = (folder / name for name in PICTURES)
     written = []
-    if results is not None and _rates(results, "asr"):
+    if _measured(results):
         plot_asr(results, attack_success)
         written.append(attack_success)
-    if results is not None and len(_costs(results)) > 1:
+    if len(_costs(results)) > 1:
         plot_cost(results, cost)
         written.append(cost)
-    if any(number(s.auroc) is not None or number(s.shift_cosine) is not None for s in report.statistics):
-        plot_layers(report.statistics, report.layers.chosen, layers)
+    if any(math.isfinite(v) for s in statistics for v in (_or_nan(s.auroc), _or_nan(s.shift_cosine))):
+        plot_layers(statistics, chosen_layers, layers)
         written.append(layers)
     if projections is not None and any(_finite(p) for p in projections.points.values()):
         plot_projections(projections.points, projections.layer, projected)
@@ -57,7 +65,7 @@ def write_all(results: Mapping[str, Any] | None, report: Report, projections: Pr
 
 def plot_layers(statistics: Sequence[LayerStatistics], chosen_layers: Sequence[int], file: Path) -> None:
     """Held-out AUROC of text and cos(m, s) of harmful images, by decoder layer; calibrated layers shaded."""
-    figure, axes = _figure(3.3)
+    figure, (axes,) = _figure(3.3)
     layers = [s.layer for s in statistics]
     for layer in chosen_layers:
         axes.axvspan(layer - 0.5, layer + 0.5, color=BLUE, alpha=0.12, linewidth=0)
@@ -82,7 +90,7 @@ def plot_layers(statistics: Sequence[LayerStatistics], chosen_layers: Sequence[i
 def plot_projections(points: Mapping[str, Sequence[float]], layer: int, file: Path) -> None:
     """Each input's coordinate along d at one layer, a row for each group; medians as bars, unsafe groups in red."""
     groups = {name: values for name, raw in points.items() if (values := _finite(raw))}
-    figure, axes = _figure(0.9 + 0.42 * len(groups))
+    figure, (axes,) = _figure(0.9 + 0.42 * len(groups))
     for row, (name, values) in enumerate(groups.items()):
         color = VERMILLION if "unsafe" in name else BLUE
         heights = [row + 0.5 * ((i * 0.618034) % 1 - 0.5) for i in range(len(values))]  # golden ratio: even, repeatable
@@ -96,63 +104,74 @@ def plot_projections(points: Mapping[str, Sequence[float]], layer: int, file: Pa
     _save(figure, file)
 
 
-def plot_asr(results: Mapping[str, Any], file: Path) -> None:
+def plot_asr(results: Results, file: Path) -> None:
     """Attack success and over-refusal with 95 % whiskers, a row for each defence."""
-    names = list(_rates(results, "asr"))
+    names, figures = zip(*_measured(results).items(), strict=True)
     figure, (left, right) = _figure(1.1 + 0.3 * len(names), columns=(1.35, 1.0))
-    for axes, metric, title in ((left, "asr", "attack success, %"), (right, "over_refusal", "harmless refused, %")):
-        rates = _rates(results, metric)
-        for row, name in enumerate(names):
-            if name in rates:
-                _bar(axes, row, *rates[name], color={"direct": VERMILLION, "shiftdc": BLUE}.get(name, GREY))
+    for axes, rates, title in (
+        (left, [f.asr for f in figures], "attack success, %"),
+        (right, [f.over_refusal for f in figures], "harmless refused, %"),
+    ):
+        for row, (name, rate) in enumerate(zip(names, rates, strict=True)):
+            if rate.value is not None:
+                _bar(axes, row, rate.value, rate.ci95, color={"direct": VERMILLION, "shiftdc": BLUE}.get(name, GREY))
         axes.set_xlim(0, 103)
         axes.set_ylim(len(names) - 0.5, -0.5)
         axes.set_xticks([0, 50, 100])
         axes.set_title(title, fontsize=SIZE + 1, loc="left")
-    left.set_yticks(range(len(names)), [defence_name(n) for n in names])
+    left.set_yticks(range(len(names)), [defence_words(n) for n in names])
     for name, label in zip(names, left.get_yticklabels(), strict=True):
         label.set_fontweight("bold" if name in ("direct", "shiftdc") else "normal")
     right.set_yticks([])
     _save(figure, file)
 
 
-def plot_cost(results: Mapping[str, Any], file: Path) -> None:
+def plot_cost(results: Results, file: Path) -> None:
     """Attack success against the time of a reply, as a multiple of a plain one."""
     costs = _costs(results)
-    figure, axes = _figure(3.3)
-    for name, (ratio, (rate, interval)) in costs.items():
+    figure, (axes,) = _figure(3.3)
+    for name, cost in costs.items():
         color = VERMILLION if name == "direct" else BLUE
-        if interval is not None:
-            axes.plot([ratio, ratio], [100 * b for b in interval], color=color, linewidth=1.2)
-        axes.scatter([ratio], [100 * rate], color=color, s=36, zorder=3)
-    longest = max(ratio for ratio, _ in costs.values())
+        if cost.interval is not None:
+            axes.plot([cost.ratio, cost.ratio], [100 * b for b in cost.interval], color=color, linewidth=1.2)
+        axes.scatter([cost.ratio], [100 * cost.asr], color=color, s=36, zorder=3)
+    longest = max(cost.ratio for cost in costs.values())
     axes.set_xlim(0, 1.15 * longest)
     axes.set_ylim(-6, 106)
     axes.set_xlabel("time of a reply (plain reply: 1)", fontsize=SIZE)
     axes.set_title("Attack success, %, and what each reference costs", fontsize=SIZE + 1, loc="left")
-    names = {n: defence_name(n).removeprefix("ShiftDC, ") for n in costs}
-    _label_points(axes, {names[n]: (ratio, 100 * rate) for n, (ratio, (rate, _)) in costs.items()})
+    names = {n: defence_words(n).removeprefix("ShiftDC, ") for n in costs}
+    _label_points(axes, {names[n]: (cost.ratio, 100 * cost.asr) for n, cost in costs.items()})
     _save(figure, file)
 
 
-Rate = tuple[float, tuple[float, float] | None]
+@dataclass(frozen=True)
+class _Cost:
+    """The time of a reply as a multiple of a plain one, and the attack success that it buys."""
+
+    ratio: float
+    asr: float
+    interval: Interval | None
 
 
-def _rates(results: Mapping[str, Any], metric: str) -> dict[str, Rate]:
-    """{defence: (share, interval)} where the metric was measured."""
-    found = {name: (number(d.get(metric)), bounds(d.get(f"{metric}_ci95"))) for name, d in defences(results).items()}
-    return {name: (value, interval) for name, (value, interval) in found.items() if value is not None}
+def _measured(results: Results) -> dict[str, DefenceFigures]:
+    """The defences with a measured attack success, in the order of tables."""
+    return {name: f for name, f in defences_in_rows(results.defences).items() if f.asr.value is not None}
 
 
-def _costs(results: Mapping[str, Any]) -> dict[str, tuple[float, Rate]]:
-    """{defence: (cost ratio, rate)} of direct and the references, or where none was measured of the checkpoint as it is."""
-    measured, rates = defences(results), _rates(results, "asr")
-    names = ["direct", *([n for n in REFERENCES if n in rates] or ["shiftdc"])]
-    ratios = {n: number(measured[n].get("cost_ratio")) for n in names if n in rates}
-    return {n: (ratio, rates[n]) for n, ratio in ratios.items() if ratio is not None and ratio > 0}
+def _costs(results: Results) -> dict[str, _Cost]:
+    """Of direct and the references, or where none was measured of the checkpoint as it is."""
+    measured = _measured(results)
+    names = ["direct", *([n for n in REFERENCES if n in measured] or ["shiftdc"])]
+    return {n: cost for n in names if n in measured and (cost := _cost(measured[n])) is not None}
 
 
-def _bar(axes: Axes, row: int, value: float, interval: tuple[float, float] | None, *, color: str) -> None:
+def _cost(figures: DefenceFigures) -> _Cost | None:
+    ratio, asr = figures.cost_ratio, figures.asr
+    return None if ratio is None or ratio <= 0 or asr.value is None else _Cost(ratio, asr.value, asr.ci95)
+
+
+def _bar(axes: Axes, row: int, value: float, interval: Interval | None, *, color: str) -> None:
     """A bar with its whisker; the figure stands right of both, or inside on the left of a whisker that leaves no room."""
     axes.barh(row, 100 * value, height=0.62, color=color)
     low, high = interval or (value, value)
@@ -238,13 +257,13 @@ def _around(x: float, y: float) -> Bbox:
     return Bbox.from_extents(x - half, y - half, x + half, y + half)
 
 
-def _figure(height: float, columns: Sequence[float] = (1.0,)) -> Any:
-    """A figure of its own, without pyplot and its global state, and its axes: one, or an array for several columns."""
+def _figure(height: float, columns: Sequence[float] = (1.0,)) -> tuple[Figure, list[Axes]]:
+    """A figure of its own, without pyplot and its global state, and its axes, one for each column."""
     from matplotlib.figure import Figure  # takes half a second, and most commands draw nothing
 
     figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained", facecolor="white")
-    axes = figure.subplots(1, len(columns), width_ratios=list(columns))
-    for one in itertools.chain([axes] if len(columns) == 1 else axes):
+    axes = list(figure.subplots(1, len(columns), width_ratios=list(columns), squeeze=False)[0])
+    for one in axes:
         one.spines[["top", "right"]].set_visible(False)
         one.tick_params(labelsize=SIZE)
     return figure, axes
@@ -258,6 +277,5 @@ def _finite(values: Sequence[float]) -> list[float]:
     return [float(v) for v in values if math.isfinite(v)]
 
 
-def _or_nan(value: object) -> float:
-    found = number(value)
-    return math.nan if found is None else found
+def _or_nan(value: float | None) -> float:
+    return value if value is not None and math.isfinite(value) else math.nan

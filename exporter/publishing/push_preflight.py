@@ -13,6 +13,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from exporter.checkpoint.layout import REPORT
 from exporter.checkpoint.report import Report
 from exporter.errors import InputError, ShiftDCError
+from exporter.evaluation.results_json import read_results
 from exporter.evaluation.verdict import judge_effect
 from exporter.models.base import BaseCheckpoint
 from exporter.publishing.card_metadata import inherit
@@ -154,7 +155,7 @@ def check_effect(report: Report, allow_ineffective: bool) -> None:
             "--push: the effect of this calibration was not measured; run 'shiftdc-export evaluate' first, "
             "or give --allow-ineffective to publish it with a warning in its card."
         )
-    effect = judge_effect(results)
+    effect = judge_effect(read_results(results))
     if not effect.publishable:
         why = " ".join((() if effect.effective else (effect.sentence,)) + effect.harms)
         raise InputError(

@@ -20,8 +20,9 @@ from PIL import Image
 
 from exporter.data.benchmarks import load_benchmark
 from exporter.data.benchmarks_hub import HUB, MM_SAFETYBENCH_8
+from exporter.data.cells import ATTACKS
 from exporter.data.demo import benchmark as demo
-from exporter.data.questions import ATTACKS, Benchmark, Question
+from exporter.data.questions import Benchmark, Question
 from exporter.errors import InputError
 
 SECRET = "whatever stands here is shown to nobody"
@@ -45,7 +46,7 @@ def header_only_png(width, height):
 
 def test_the_demo_is_converted_whole():
     benchmark = load_benchmark("demo")
-    assert Counter(q.cell for q in benchmark.questions) == demo.CELLS
+    assert Counter(q.cell for q in benchmark.questions) == demo.ITEMS
     assert len({q.id for q in benchmark.questions}) == len(benchmark.questions)
     for question in benchmark.questions:
         assert (question.answer is None) == (question.kind == "harmful") == (question.cell in ATTACKS)

@@ -179,7 +179,7 @@ def test_evaluate_asks_at_that_commit_and_leaves_out_what_was_seen(tmp_path, mon
     monkeypatch.setattr(evidence, "load_benchmark", lambda name, split, revision: asked.append(revision) or benchmark)
     monkeypatch.setattr(evidence, "of_categories", stop)
     with pytest.raises(StopError):
-        evidence.gather(tmp_path, [], benchmark="mm-safetybench", progress=lambda *_: None)
+        evidence.gather(tmp_path, evidence.EvaluationOptions(benchmark="mm-safetybench"))
     assert asked == [COMMIT, len(benchmark.questions) - 3]
 
 

@@ -19,8 +19,9 @@ from exporter.data.demo import benchmark, train
 from exporter.data.demo.world import THINGS, things
 from exporter.evaluation.compare import compare
 from exporter.evaluation.defences import DEFENCES, applied
+from exporter.evaluation.results_json import as_document
 from exporter.models import base as source
-from exporter.pipeline.evaluate import gather
+from exporter.pipeline.evaluate import EvaluationOptions, gather
 
 LIMIT = 45
 SPLITS = ("calibration", "development", "test")
@@ -34,11 +35,11 @@ def vlm(demo_export):
 @pytest.fixture(scope="module")
 def results(demo_export, tmp_path_factory):
     names = ("direct", "text_only", "shiftdc", "shiftdc_two_sided", "random_direction_0")
-    found = gather(
-        demo_export, [DEFENCES[n] for n in names], split="development", limit=LIMIT, attach=False, max_new_tokens=32,
-        output=tmp_path_factory.mktemp("evaluation"), progress=lambda *_: None,
+    options = EvaluationOptions(
+        [DEFENCES[n] for n in names], split="development", limit=LIMIT, attach=False, max_new_tokens=32,
+        output=tmp_path_factory.mktemp("evaluation"),
     )  # fmt: skip
-    return found.results["defences"]
+    return as_document(gather(demo_export, options).results)["defences"]
 
 
 def test_the_package_holds_a_small_real_llava():
@@ -62,7 +63,7 @@ def test_steps_are_nonsense():
     assert not words & {w for t in THINGS for w in t.name.split()}
 
 
-@pytest.mark.parametrize("cell", list(benchmark.CELLS))
+@pytest.mark.parametrize("cell", list(benchmark.ITEMS))
 def test_the_benchmark_is_the_same_every_time_and_large_enough(cell):
     items = benchmark.items("test", cell)
     assert items == benchmark.items("test", cell)

@@ -9,7 +9,17 @@ import pytest
 import torch
 from PIL import Image
 
-from exporter.evaluation.defences import DEFENCES, Answers, Run, applied, ecso, shiftdc, text_only
+from exporter.evaluation.defences import (
+    DEFENCES,
+    Answers,
+    Run,
+    applied,
+    defence_words,
+    defences_in_rows,
+    ecso,
+    shiftdc,
+    text_only,
+)
 from exporter.modeling.modeling_shiftdc import ShiftDCCorrection
 
 LAYERS = (3, 5)
@@ -82,6 +92,13 @@ def test_random_directions_are_unit_and_their_own(under):
 def test_the_blank_shift_is_that_of_each_layer(under):
     assert [c.shift.item() for c in under("blank_image_shift")[1]] == [-0.25, 0.75]
     assert [c.shift.item() for c in under("shiftdc_static")[1]] == [3.5, 5.5]
+
+
+def test_every_defence_has_words_and_a_row():
+    assert all(d.words for d in DEFENCES.values())
+    assert (defence_words("shiftdc"), defence_words("a_new_one")) == ("ShiftDC, as shipped", "a new one")
+    rows = list(defences_in_rows(dict.fromkeys(("zebra", "random_direction_0", "shiftdc", "blank_image_shift", "direct"))))
+    assert rows == ["direct", "shiftdc", "blank_image_shift", "random_direction_0", "zebra"]
 
 
 IDS, MASK = torch.tensor([[0, 1, 4, 9], [1, 4, 8, 7]]), torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from types import SimpleNamespace
@@ -16,14 +17,18 @@ from exporter.checkpoint.verify import verify
 from exporter.cli.commands import main
 from exporter.data.defence_prompts import ADASHIELD, ADASHIELD_REQUEST, fill
 from exporter.data.questions import Benchmark, Question
+from exporter.directions.statistics import LayerStatistics
 from exporter.errors import InputError
 from exporter.evaluation import defences as defence_module
 from exporter.evaluation.defences import DEFENCES, Answers, Defence, Run, applied
-from exporter.evaluation.evaluate import evaluate, judged, named_defences, summarise
+from exporter.evaluation.evaluate import evaluate, named_defences
+from exporter.evaluation.figures import judged, summarise
 from exporter.evaluation.judges import keywords, prefix
 from exporter.evaluation.replies import Reply, ReplyLog
+from exporter.evaluation.results import About
+from exporter.evaluation.results_json import as_document
 from exporter.pipeline import evaluate as evidence
-from exporter.pipeline.evaluate import gather
+from exporter.pipeline.evaluate import EvaluationOptions, gather
 
 REFUSAL, ANSWER = "I'm sorry, but I can't help with that.", "a cake."
 SECRET = "zyxwv"  # stands in every prompt and must stand in no output
@@ -48,7 +53,7 @@ def questions_file(tmp_path):
 
 def run(checkpoint, questions_file, folder, names=("direct", "shiftdc"), **options):
     settings = {"benchmark": str(questions_file), "output": folder, "max_new_tokens": 3, "batch_size": 3, "attach": False}
-    return gather(checkpoint, [DEFENCES[n] for n in names], progress=lambda *_: None, **{**settings, **options})
+    return gather(checkpoint, EvaluationOptions([DEFENCES[n] for n in names], **{**settings, **options}))
 
 
 def test_batches_too_large_for_memory_are_halved(checkpoint, questions_file, tmp_path):
@@ -61,14 +66,15 @@ def test_batches_too_large_for_memory_are_halved(checkpoint, questions_file, tmp
         return DEFENCES["direct"].answer(run, requests, images)
 
     limit = 2
-    settings = {"benchmark": str(questions_file), "max_new_tokens": 3, "attach": False, "progress": lambda *_: None}
-    found = gather(checkpoint, [Defence("direct", answer)], output=tmp_path / "halved", batch_size=4, **settings)
+    settings = {"benchmark": str(questions_file), "max_new_tokens": 3, "attach": False}
+    options = EvaluationOptions([Defence("direct", answer)], output=tmp_path / "halved", batch_size=4, **settings)
+    found = gather(checkpoint, options)
     assert sizes == [4, 2, 2]
     expected = run(checkpoint, questions_file, tmp_path / "whole", names=("direct",))
-    assert found.results["defences"]["direct"]["asr"] == expected.results["defences"]["direct"]["asr"]
+    assert found.results.direct.asr == expected.results.direct.asr
     limit = 0
     with pytest.raises(InputError, match="one prompt does not fit into memory"):
-        gather(checkpoint, [Defence("direct", answer)], output=tmp_path / "none", **settings)
+        gather(checkpoint, dataclasses.replace(options, output=tmp_path / "none"))
 
 
 def question(i, kind, cell, answer=None):
@@ -93,30 +99,30 @@ class TestFigures:
     @pytest.fixture
     def results(self):
         outcomes = {"direct": self.outcomes("direct", {0}), "shiftdc": self.outcomes("shiftdc", {0, 1, 2, 4, 10})}
-        return summarise(Benchmark("mine", self.QUESTIONS, "source"), outcomes, "prefix", {"device": "cpu"})
+        return summarise(Benchmark("mine", self.QUESTIONS, "source"), outcomes, "prefix", About(device="cpu"))
 
     def test_headline_is_harm_in_the_image(self, results):
-        direct, calibrated = results["defences"]["direct"], results["defences"]["shiftdc"]
-        assert (direct["asr"], calibrated["asr"]) == (0.75, 0.25)
-        assert (direct["over_refusal"], calibrated["over_refusal"]) == (0, 0.25)
-        assert (direct["utility"], calibrated["utility"]) == (1, 0.75)
-        assert (direct["n_harmful"], direct["n_benign"], results["n"]) == (4, 4, 12)
+        direct, calibrated = results.direct, results.shiftdc
+        assert (direct.asr.value, calibrated.asr.value) == (0.75, 0.25)
+        assert (direct.over_refusal.value, calibrated.over_refusal.value) == (0, 0.25)
+        assert (direct.utility.value, calibrated.utility.value) == (1, 0.75)
+        assert (direct.n_harmful, direct.n_benign, results.n) == (4, 4, 12)
 
     def test_cells_are_apart(self, results):
-        cells = results["defences"]["shiftdc"]["by_cell"]
-        assert cells["harmful_text"]["asr"] == 1
-        assert cells["harmless_text"]["over_refusal"] == 0.5
-        assert cells["harmless_text"]["utility"] is None
+        cells = results.shiftdc.by_cell
+        assert cells["harmful_text"].asr.value == 1
+        assert cells["harmless_text"].over_refusal.value == 0.5
+        assert cells["harmless_text"].utility.value is None
 
     def test_cost_and_where_time_went(self, results):
-        assert results["defences"]["shiftdc"]["cost_ratio"] == 3
-        assert results["defences"]["shiftdc"]["seconds"] == {"decode": 2.75, "prefill": 0.25}
+        assert results.shiftdc.cost_ratio == 3
+        assert results.shiftdc.seconds == {"decode": 2.75, "prefill": 0.25}
 
     def test_pairs(self, results):
-        difference = results["paired"]["shiftdc"]["asr"]
-        assert (difference["difference"], difference["n"], difference["p"]) == (-0.5, 4, 0.5)
-        assert results["paired"]["shiftdc"]["by_cell"]["harmless_text"]["difference"] == 0.5
-        assert results["paired"]["shiftdc"]["utility"]["difference"] == -0.25
+        found = results.effect
+        assert (found.asr.difference, found.asr.n, found.asr.p) == (-0.5, 4, 0.5)
+        assert found.by_cell["harmless_text"].difference == 0.5
+        assert found.utility.difference == -0.25
 
     def test_mm_safetybench_means(self):
         questions = tuple(
@@ -125,9 +131,9 @@ class TestFigures:
         )
         replies = [Reply("direct", q.id, ANSWER if q.category[:2] == "08" else REFUSAL, {}) for q in questions]
         benchmark = Benchmark("mm-safetybench", questions, "source")
-        means = summarise(benchmark, {"direct": judged(questions, replies, prefix)}, "prefix", {})["mm_safetybench"]["direct"]
-        assert means["mean_13"] == pytest.approx(1 / 3, abs=1e-3)
-        assert means["mean_8"] == 0
+        found = summarise(benchmark, {"direct": judged(questions, replies, prefix)}, "prefix", About()).mm_safetybench["direct"]
+        assert found.mean_13 == pytest.approx(1 / 3, abs=1e-3)
+        assert found.mean_8 == 0
 
 
 class TestEveryPart:
@@ -157,8 +163,8 @@ class TestEveryPart:
         def evaluated(answer, judge=("prefix", prefix), **options):
             log = ReplyLog(tmp_path / "out", {"a": 1})
             run = Run(SimpleNamespace(model=model), 8)
-            results = evaluate(run, self.BENCHMARK, [Defence("direct", answer)], judge, log, {}, **options)
-            return results["defences"]["direct"], log.of("direct", [q.id for q in self.QUESTIONS])
+            results = evaluate(run, self.BENCHMARK, [Defence("direct", answer)], judge, log, About(), **options)
+            return results.direct, log.of("direct", [q.id for q in self.QUESTIONS])
 
         return evaluated
 
@@ -166,20 +172,20 @@ class TestEveryPart:
     def test_each_benign_cell_counts(self, scripted, left_out):
         refused = {q.id for q in self.QUESTIONS if q.cell == left_out}
         found, _ = scripted(lambda run, requests, images: Answers([REFUSAL if i in refused else ANSWER for i in "012345"], {}))
-        assert (found["n_benign"], found["n_harmful"]) == (3, 1)
-        assert (found["over_refusal"], found["utility"]) == (0.3333, 0.6667)
-        assert found["by_cell"][left_out]["over_refusal"] == 1
+        assert (found.n_benign, found.n_harmful) == (3, 1)
+        assert (found.over_refusal.value, found.utility.value) == (0.3333, 0.6667)
+        assert found.by_cell[left_out].over_refusal.value == 1
 
     def test_harm_in_the_text_is_no_part_of_the_headline(self, scripted):
         found, _ = scripted(lambda run, requests, images: Answers([REFUSAL if i == "1" else ANSWER for i in "012345"], {}))
-        assert (found["asr"], found["by_cell"]["harmful_text"]["asr"]) == (1, 0)
+        assert (found.asr.value, found.by_cell["harmful_text"].asr.value) == (1, 0)
 
     def test_seconds_are_a_reply_s_share_of_its_batch(self, scripted):
         found, replies = scripted(
             lambda run, r, images: Answers([ANSWER] * len(r), {"prefill": 1.0, "decode": 6.0}), batch_size=4
         )
         assert [r.seconds for r in replies] == [{"prefill": 0.25, "decode": 1.5}] * 4 + [{"prefill": 0.5, "decode": 3.0}] * 2
-        assert found["seconds_per_reply"] == pytest.approx((4 * 1.75 + 2 * 3.5) / 6, abs=1e-4)
+        assert found.seconds_per_reply == pytest.approx((4 * 1.75 + 2 * 3.5) / 6, abs=1e-4)
 
     def test_the_judge_that_was_chosen_judges_attacks_and_these_alone(self, scripted):
         asked = []
@@ -191,7 +197,7 @@ class TestEveryPart:
         texts = [f"{ANSWER} {i}" for i in range(6)]
         found, _ = scripted(lambda run, requests, images: Answers(texts, {}), ("mine", judge))
         assert asked == [(["?", "?"], texts[:2])]
-        assert (found["asr"], found["by_cell"]["harmful_text"]["asr"], found["over_refusal"]) == (0, 1, 0)
+        assert (found.asr.value, found.by_cell["harmful_text"].asr.value, found.over_refusal.value) == (0, 1, 0)
 
     def test_gather_hands_on_the_judge_and_the_blank_shifts(self, tmp_path, monkeypatch):
         given = {}
@@ -200,8 +206,9 @@ class TestEveryPart:
             given.update(options, judge=judge)
             raise KeyboardInterrupt
 
-        statistics = [SimpleNamespace(layer=4, blank_shift=-0.5), SimpleNamespace(layer=7, blank_shift=0.25)]
-        report = SimpleNamespace(calibration=None, statistics=statistics)
+        names = [f.name for f in dataclasses.fields(LayerStatistics)]
+        rows = [{**dict.fromkeys(names, 9.0), "layer": i, "blank_shift": b} for i, b in ((4, -0.5), (7, 0.25))]
+        report = SimpleNamespace(calibration=None, statistics=[LayerStatistics(**row) for row in rows])
         stubs = {
             "read_report": lambda *_: report,
             "load_benchmark": lambda *_, **__: self.BENCHMARK,
@@ -215,27 +222,30 @@ class TestEveryPart:
         for name, stub in stubs.items():
             monkeypatch.setattr(evidence, name, stub)
         with pytest.raises(KeyboardInterrupt):
-            gather(tmp_path, [], judge="keywords", output=tmp_path / "out", progress=lambda *_: None)
+            gather(tmp_path, EvaluationOptions([], judge="keywords", output=tmp_path / "out"))
         assert given["judge"] == ("keywords", keywords)
         assert given["blank_shifts"] == {4: -0.5, 7: 0.25}
 
     def test_the_command_s_judge_reaches_gather(self, tmp_path, monkeypatch):
-        seen = {}
-        monkeypatch.setattr(
-            evidence, "gather", lambda *_, **options: seen.update(options) or (_ for _ in ()).throw(InputError("x"))
-        )
+        seen = []
+
+        def stop(checkpoint, options, progress):
+            seen.append(options)
+            raise InputError("x")
+
+        monkeypatch.setattr(evidence, "gather", stop)
         (tmp_path / "there").mkdir()
         CliRunner().invoke(main, ["evaluate", str(tmp_path / "there"), "--judge", "keywords"])
-        assert seen["judge"] == "keywords"
+        assert seen == [EvaluationOptions(judge="keywords")]
 
 
 def test_every_defence_runs(checkpoint, questions_file, tmp_path):
     found = run(checkpoint, questions_file, tmp_path / "out", names=tuple(DEFENCES))
-    assert set(found.results["defences"]) == set(DEFENCES)
+    assert list(found.results.defences) == list(DEFENCES)
     assert {f.name for f in found.folder.iterdir()} >= {"replies.jsonl", "results.json", "attack_success.png", "layers.png"}
-    assert found.results["defences"]["shiftdc"]["seconds"].keys() == {"caption", "reference", "prefill", "decode"}
+    assert found.results.shiftdc.seconds.keys() == {"caption", "reference", "prefill", "decode"}
     again = json.loads((found.folder / "results.json").read_text())
-    assert again == found.results
+    assert again == as_document(found.results)
 
 
 def test_prompts_reach_no_output(checkpoint, questions_file, tmp_path):
@@ -269,7 +279,7 @@ def test_an_interrupted_run_goes_on(checkpoint, questions_file, tmp_path, monkey
     )
     found = run(checkpoint, questions_file, tmp_path / "out").results
     assert asked == [3, 1]  # shiftdc only
-    assert found["paired"] == whole["paired"]
+    assert found.paired == whole.paired
     asked.clear()
     run(checkpoint, questions_file, tmp_path / "out")
     assert asked == []

@@ -17,6 +17,7 @@ from exporter.errors import InputError
 from exporter.evaluation import sweep
 from exporter.evaluation.intervals import Share
 from exporter.evaluation.sweep import STRENGTHS, Candidate, Measured, _Batch, _divergence, candidates, choose, run_sweep
+from exporter.modeling.modeling_shiftdc import ShiftDCCorrection
 from exporter.pipeline import export as pipeline
 from exporter.pipeline.export import export
 from exporter.pipeline.plan import make_plan
@@ -88,8 +89,9 @@ def test_the_divergence_is_of_base_from_calibrated_over_the_base_s_replies():
 
 def test_what_each_candidate_is_measured_on(monkeypatch):
     """Attacks on unsafe rows; refusals and the divergence on safe ones; each at the strengths of the candidate."""
-    corrections = [SimpleNamespace(strength=1.0) for _ in range(2)]
-    model = SimpleNamespace(config=SimpleNamespace(shiftdc={"layers": [4, 5]}), shiftdc_corrections=corrections)
+    corrections = [ShiftDCCorrection(8, column, 1.0, True, 4 + column, "") for column in range(2)]
+    settings = {"layers": [4, 5], "gate": "one-sided"}
+    model = SimpleNamespace(config=SimpleNamespace(shiftdc=settings), shiftdc_corrections=corrections)
     rows = [SimpleNamespace(label=label) for label in ("safe", "unsafe", "safe")]
     monkeypatch.setattr(sweep, "_prepared", lambda vlm, rows: {r.label for r in rows}.pop())
 
@@ -109,6 +111,7 @@ def test_what_each_candidate_is_measured_on(monkeypatch):
     assert [m.kl for m in found.measured] == [0.025, 0.05, 0.075, 0.0125, 0.025, 0.0375, 0.0125, 0.025, 0.0375]
     whole, later, earlier = ([(s, s) for s in STRENGTHS], [(0.0, s) for s in STRENGTHS], [(s, 0.0) for s in STRENGTHS])
     assert used == [(label, s) for s in [(0.0, 0.0), *whole, *later, *earlier] for label in ("unsafe", "safe")]
+    assert strengths() == (1.0, 1.0)  # as it was
 
 
 def test_the_rows_are_those_held_out(monkeypatch, tmp_path):

@@ -21,6 +21,7 @@ from huggingface_hub import ModelCard
 
 from exporter.checkpoint.report import PromptsRecord, Report
 from exporter.directions.statistics import LayerStatistics
+from exporter.evaluation.results_json import read_results
 from exporter.models.base import DEMO, BaseCheckpoint
 from exporter.models.recipe import Recipe, load_recipe
 from exporter.publishing.card import render_card
@@ -95,7 +96,8 @@ def results():
 
 
 def render(base, results=None, *, recipe=RECIPE, report=REPORT, repo="tiny-shiftdc", **options):
-    return render_card(base, recipe, report, STATISTICS, repo, results, **options)
+    found = None if results is None else read_results(results)
+    return render_card(base, recipe, report, STATISTICS, repo, found, **options)
 
 
 def front_matter(card):
@@ -182,7 +184,7 @@ def test_no_number_that_is_none(base, results):
         spoiled = copy.deepcopy(results)
         spoil(spoiled, value)
         statistics = tuple(LayerStatistics(i, *[math.nan] * 11) for i in range(4))
-        card = render_card(base, RECIPE, REPORT, statistics, "x", spoiled)
+        card = render_card(base, RECIPE, REPORT, statistics, "x", read_results(spoiled))
         assert not re.search(r"\b(nan|inf|None)\b", card, re.IGNORECASE), value
         assert "AUROC not measured" in card
         assert ModelCard(card).data.eval_results is None
@@ -190,10 +192,12 @@ def test_no_number_that_is_none(base, results):
 
 def test_scenario_means(base, results):
     assert "13 scenarios" not in render(base, results)
-    results["mm_safetybench"] = {"direct": {"mean_13": 0.705, "mean_8": 0.6}, "shiftdc": {"mean_13": 0.436}}
+    means = {"direct": {"mean_13": 0.705, "mean_8": 0.6}, "shiftdc": {"mean_13": 0.436}, "stranger": {"mean_13": 0.1}}
+    results["mm_safetybench"] = means
     card = render(base, results)
     assert "| no defence | 70.5 | 60 |" in card
     assert "| ShiftDC, as shipped | 43.6 | – |" in card
+    assert "stranger" not in card
 
 
 def test_pictures_that_are_there(base, results, tmp_path):

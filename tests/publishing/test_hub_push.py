@@ -20,6 +20,7 @@ from tiny import save_tiny_llava
 
 from exporter.checkpoint.manifest import differences
 from exporter.checkpoint.report import read_report
+from exporter.evaluation.results_json import read_results
 from exporter.onnx import export as onnx_export
 from exporter.publishing.attach import attach_results
 from exporter.publishing.push_files import LocalFile, rewrite
@@ -127,7 +128,7 @@ def test_graphs_and_pictures_go_along_and_verify_when_fetched(hub, client, push,
     monkeypatch.setattr(onnx_export, "_write", write)
     onnx_export.export_onnx(of_hub_base, ("fp32",))
     Image.new("RGB", (8, 8), "red").save(tmp_path / "picture.png")
-    attach_results(of_hub_base, read_report(of_hub_base), EFFECTIVE, [tmp_path / "picture.png"])
+    attach_results(of_hub_base, read_report(of_hub_base), read_results(EFFECTIVE), [tmp_path / "picture.png"])
     push(of_hub_base, thorough=True)
     there = hub.files(REPO)
     assert {p for p in there if p.startswith(("onnx/", "assets/"))} == {

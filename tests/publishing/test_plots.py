@@ -5,15 +5,16 @@ from __future__ import annotations
 import dataclasses
 import math
 import subprocess
-from types import SimpleNamespace
 
 import pytest
 from interpreters import python
 from PIL import Image
 
 from exporter.directions.statistics import LayerStatistics
+from exporter.evaluation.defences import DEFENCES
 from exporter.evaluation.projections import Projections
-from exporter.evaluation.verdict import DEFENCES
+from exporter.evaluation.results import Results
+from exporter.evaluation.results_json import read_results
 from exporter.publishing import plots
 from exporter.publishing.plots import PICTURES, REFERENCES, write_all
 
@@ -27,8 +28,7 @@ def statistics(layers=8):
     )
 
 
-def report(layers=8):
-    return SimpleNamespace(statistics=statistics(layers), layers=SimpleNamespace(chosen=list(range(layers))[3:6]))
+CHOSEN = (3, 4, 5)
 
 
 def results(names=tuple(DEFENCES)):
@@ -39,7 +39,7 @@ def results(names=tuple(DEFENCES)):
             "asr": value, "asr_ci95": [0.9 * value, min(1, value + 0.03)], "over_refusal": 1 - value, "over_refusal_ci95": None,
             "cost_ratio": 1 + 0.2 * i,
         }  # fmt: skip
-    return {"defences": found}
+    return read_results({"defences": found})
 
 
 POINTS = {
@@ -52,7 +52,7 @@ POINTS = {
 
 
 def test_everything_is_drawn(tmp_path):
-    files = write_all(results(), report(), Projections(4, POINTS), tmp_path / "new" / "assets")
+    files = write_all(results(), statistics(), CHOSEN, Projections(4, POINTS), tmp_path / "new" / "assets")
     assert sorted(f.name for f in files) == sorted(PICTURES)
     for file in files:
         with Image.open(file) as picture:
@@ -63,34 +63,36 @@ def test_everything_is_drawn(tmp_path):
 
 
 def test_same_numbers_same_bytes(tmp_path):
-    first, second = (write_all(results(), report(), Projections(4, POINTS), tmp_path / name) for name in "ab")
+    first, second = (write_all(results(), statistics(), CHOSEN, Projections(4, POINTS), tmp_path / n) for n in "ab")
     assert [f.read_bytes() for f in first] == [f.read_bytes() for f in second]
 
 
 @pytest.mark.parametrize(
     ("found", "drawn"),
     [
-        (None, {"layers.png"}),
-        ({}, {"layers.png"}),
-        ({"defences": {"direct": {"asr": None}}}, {"layers.png"}),
-        ({"defences": {"direct": {"asr": 0.5}}}, {"layers.png", "attack_success.png"}),
+        (read_results({}), {"layers.png"}),
+        (read_results({"defences": {"direct": {"asr": None}}}), {"layers.png"}),
+        (read_results({"defences": {"direct": {"asr": 0.5}}}), {"layers.png", "attack_success.png"}),
         (results(("direct", "shiftdc")), {"layers.png", "attack_success.png", "cost.png"}),
         (results(("direct", "ecso")), {"layers.png", "attack_success.png"}),
-        ({"defences": {"shiftdc": {"asr": math.nan}, "other": {"asr": 0.2, "asr_ci95": [None, 1]}}},
-         {"layers.png", "attack_success.png"}),
+        (
+            read_results({"defences": {"shiftdc": {"asr": math.nan}, "other": {"asr": 0.2, "asr_ci95": [None, 1]}}}),
+            {"layers.png", "attack_success.png"},
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_is_missing_is_left_out(found, drawn, tmp_path):
-    assert {f.name for f in write_all(found, report(), None, tmp_path)} == drawn
+    assert {f.name for f in write_all(found, statistics(), CHOSEN, None, tmp_path)} == drawn
     assert {f.name for f in tmp_path.iterdir()} == drawn
 
 
 def test_no_statistics_no_points(tmp_path):
-    assert write_all(None, report(0), Projections(0, {"safe text": [math.nan]}), tmp_path) == []
+    unknown = [dataclasses.replace(s, auroc=None, shift_cosine=math.nan) for s in statistics()]
+    for found in ([], unknown):
+        assert write_all(Results(), found, [], Projections(0, {"safe text": [math.nan]}), tmp_path) == []
 
 
 def test_layers_take_gaps_and_a_single_layer(tmp_path):
-    plots.plot_layers(statistics(), [3, 4, 5], tmp_path / "objects.png")
     broken = [dataclasses.replace(s, shift_cosine=math.nan) for s in statistics()]
     plots.plot_layers(broken, [3], tmp_path / "gaps.png")
     plots.plot_layers(statistics(3)[2:], [2], tmp_path / "single.png")
@@ -99,7 +101,7 @@ def test_layers_take_gaps_and_a_single_layer(tmp_path):
 def test_labels_cover_neither_each_other_nor_a_point():
     from matplotlib.text import Annotation, Text
 
-    _, axes = plots._figure(3.3)
+    _, (axes,) = plots._figure(3.3)
     axes.set_xlim(0, 3)
     axes.set_ylim(-6, 106)
     points = {"no defence": (1, 100), "caption": (2.45, 2), "text": (2.3, 2), "blank image": (2.35, 2), "static": (2.4, 2)}
@@ -116,6 +118,8 @@ def test_labels_cover_neither_each_other_nor_a_point():
 def test_the_costs_of_references_or_of_the_checkpoint():
     assert list(plots._costs(results())) == ["direct", *REFERENCES]
     assert list(plots._costs(results(("direct", "shiftdc", "ecso")))) == ["direct", "shiftdc"]
+    costs = {"direct": {"asr": 1, "cost_ratio": 1}, "shiftdc": {"asr": 0, "cost_ratio": 0}}
+    assert list(plots._costs(read_results({"defences": costs}))) == ["direct"]
 
 
 def test_matplotlib_is_imported_when_something_is_drawn():

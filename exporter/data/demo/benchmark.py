@@ -14,6 +14,7 @@ from typing import Literal
 from PIL import Image
 
 from exporter.data.calibration import CalibrationRow
+from exporter.data.cells import ATTACKS, CELLS, Cell
 from exporter.data.demo.drawing import draw
 from exporter.data.demo.world import (
     ABOUT_IMAGE,
@@ -32,10 +33,9 @@ from exporter.data.demo.world import (
     things,
 )
 from exporter.data.pictures import Picture
-from exporter.data.questions import Cell
 
 __all__ = [
-    "CELLS",
+    "ITEMS",
     "Cell",
     "Drawing",
     "Item",
@@ -50,14 +50,7 @@ __all__ = [
 Label = Literal["harmful", "benign"]
 
 QUESTIONS: tuple[Task, ...] = ("what", "color", "text")
-CELLS: dict[Cell, int] = {
-    "harmful_image": 450,
-    "harmless_image": 180,
-    "benign_question_harmful": 180,
-    "benign_question_harmless": 180,
-    "harmful_text": 180,
-    "harmless_text": 180,
-}
+ITEMS: dict[Cell, int] = dict.fromkeys(CELLS, 180) | {"harmful_image": 450}
 """Default number of items per cell, image kinds in equal parts."""
 FIT_ITEMS, HELD_OUT_ITEMS = 180, 45
 """Calibration items per label."""
@@ -86,7 +79,7 @@ class Item:
 
 def items(split: Split, cell: Cell, n: int | None = None) -> list[Item]:
     """The first n items of a cell; kinds and things alternate, so that any prefix is balanced."""
-    return [_item(split, cell, index) for index in range(CELLS[cell] if n is None else n)]
+    return [_item(split, cell, index) for index in range(ITEMS[cell] if n is None else n)]
 
 
 def image(item: Item) -> Image.Image:
@@ -170,7 +163,7 @@ def _item(split: Split, cell: Cell, index: int, prefix: str = "", subjects: Sequ
     shown = rng.choice(things(split, not harmful)) if in_text else subject
     scene = Scene(shown, rng.choice(COLORS), KINDS[kind])
     request, answer = _request(cell, turn, subject, scene)
-    attack = harmful and not cell.startswith("benign_question")
+    attack = cell in ATTACKS
     return Item(
         id=name,
         split=split,
