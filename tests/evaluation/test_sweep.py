@@ -141,9 +141,10 @@ def test_candidates():
 def test_the_demo_s_sweep_is_in_the_report(tmp_path):
     """On a third of the rows that are held out: it is replies to these that take the time."""
     plan = make_plan("demo", output=tmp_path / "out", strength="auto")
-    rows = plan.calibration.select("fit") + plan.calibration.select("held_out")[::3]
-    assert {r.label for r in rows[-10:]} == {"safe", "unsafe"}
-    done = export(replace(plan, calibration=replace(plan.calibration, rows=tuple(rows))))
+    third = plan.calibration.select("held_out")[::3]
+    assert min(sum(r.label == label for r in third) for label in ("safe", "unsafe")) >= 10
+    rows = (*plan.calibration.select("fit"), *third)
+    done = export(replace(plan, calibration=replace(plan.calibration, rows=rows)))
     report = json.loads((tmp_path / "out" / "shiftdc_report.json").read_text())
     sweep = report["sweep"]
     assert sweep["base"]["strength"] == 0

@@ -29,6 +29,8 @@ import pathlib
 import exporter.cli.commands, exporter.pipeline.export, exporter.publishing.push
 exporter.checkpoint.verify.WORKER = pathlib.Path({str(SUPPORT / "worker_forked.py")!r})
 """
+#: The same for run_cli.py.
+RUN_CLI = f"import sys; sys.path.append({str(SUPPORT)!r}); import with_torchvision" + COMMAND_LINE
 NURSERIES: list[subprocess.Popen[bytes]] = []  # each ends when its stdin, which this process holds open, is closed
 
 
