@@ -29,6 +29,7 @@ from exporter.checkpoint.staging import PURPOSES, check_output, scratch, staged,
 from exporter.cli.commands import main
 from exporter.errors import InputError
 from exporter.pipeline import export as pipeline
+from exporter.pipeline import measure
 from exporter.pipeline.plan import make_plan
 from exporter.runtime import marker
 from exporter.runtime.hashing import sha256
@@ -593,20 +594,28 @@ def test_evaluate_on_a_disk_that_refuses(make_export, tmp_path, monkeypatch):
     assert names(tmp_path) == []
 
 
-POINTS = ("load_vlm", "fit_directions", "record_probe", "bake", "render_card", "verify")
+#: What a run calls, and the module that calls it.
+POINTS = {
+    "load_vlm": measure,
+    "fit_directions": measure,
+    "record_probe": measure,
+    "bake": pipeline,
+    "render_card": pipeline,
+    "verify": pipeline,
+}
 
 
 def test_killed_at_every_stage_and_run_again(base_folder, calibration_file, tmp_path):
-    for point in POINTS:
-        whole = getattr(pipeline, point)
+    for point, module in POINTS.items():
+        whole = getattr(module, point)
 
         def dying(*arguments: Any, point: str = point, whole: Any = whole, **options: Any) -> None:
             if point in ("bake", "verify"):
                 whole(*arguments, **options)  # its files are there
             os.kill(os.getpid(), signal.SIGKILL)
 
-        def work(writing: int, point: str = point, dying: Any = dying) -> None:
-            setattr(pipeline, point, dying)
+        def work(writing: int, module: Any = module, point: str = point, dying: Any = dying) -> None:
+            setattr(module, point, dying)
             export_to(tmp_path / "out", base_folder, calibration_file)
 
         assert answer(*child(work))[0] == -signal.SIGKILL, point

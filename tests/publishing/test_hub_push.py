@@ -123,7 +123,7 @@ def test_graphs_and_pictures_go_along_and_verify_when_fetched(hub, client, push,
         (folder / "config.json").write_text('{"shiftdc": {}}')
         (folder / "decoder_model_merged.onnx").write_bytes(b"graph")
         (folder / "decoder_model_merged.onnx_data").write_bytes(bytes(range(256)) * 4096)
-        return {"versions": {}, "variants": {}}
+        return onnx_export.OnnxEntry({}, {})
 
     monkeypatch.setattr(onnx_export, "_write", write)
     onnx_export.export_onnx(of_hub_base, ("fp32",))
