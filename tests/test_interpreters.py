@@ -64,6 +64,17 @@ def test_what_libraries_read_at_import_is_read():
         assert run(*python(), "-c", code, env={**os.environ, "HF_ENDPOINT": url}).stdout.strip() == url
 
 
+def test_any_number_of_environments_at_once():
+    """More than there is room for, all at once."""
+    asked = [str(i) for i in range(6)] * 2
+    processes = [
+        subprocess.Popen([*python(""), "-c", "import os; print(os.environ['HF_GIVEN'])"], stdout=subprocess.PIPE, text=True,
+                         env={**os.environ, "HF_GIVEN": i})
+        for i in asked
+    ]  # fmt: skip
+    assert [p.communicate()[0].strip() for p in processes] == asked
+
+
 def test_what_it_runs_is_killed_with_it():
     code = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
     process = subprocess.Popen([*python(), "-c", code], stdout=subprocess.PIPE, text=True)

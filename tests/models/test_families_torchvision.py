@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from family_prompts import GREEDY, ROWS, encode
 from interpreters import python
 from test_families import *  # noqa: F403
-from test_families import CAPTION_TOKENS, GREEDY, ROWS, encode, new_tokens
+from test_families import CAPTION_TOKENS, new_tokens
 from tiny import picture
 from tiny_families_torchvision import FAMILIES, qwen2_vl, smolvlm, tiny_family
 from transformers import AutoModelForImageTextToText

@@ -12,9 +12,9 @@ from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
+from family_prompts import GREEDY, ROWS, encode
 from in_memory import calibrated_copy
 from other_device import OTHER, Waits, other_device
-from test_families import GREEDY, ROWS, encode
 from tiny import picture, tiny_model, tiny_processor
 from tiny_families import EOS, IMAGE, PAD, TinyFamily
 from tiny_families import FAMILIES as PLAIN

@@ -39,17 +39,26 @@ def nursery(path: str) -> None:
                 import torch._dynamo  # noqa: F401 (half of the time that importing transformers takes)
 
                 if len(zygotes) == MOST:
-                    oldest = next(iter(zygotes))
-                    end(zygotes.pop(oldest)[0])
+                    dismiss(*zygotes.pop(next(iter(zygotes))))
                 zygotes[key] = fork_zygote(f"{path}-{random.randbytes(8).hex()}", request, listener)
+            zygotes[key] = zygotes.pop(key)  # behind those that were not used lately
             connection.sendall(zygotes[key][1].encode() + b"\n")
+            reap()
     for pid, _ in zygotes.values():
-        end(pid)
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
 
 
-def end(pid: int) -> None:
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
+def dismiss(pid: int, path: str) -> None:
+    """A zygote that ends when those that have found it are served; others will not."""
+    os.unlink(path)
+    os.kill(pid, signal.SIGTERM)
+
+
+def reap() -> None:
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
 
 
 def import_environment(environment: dict[str, str]) -> list[tuple[str, str]]:
@@ -68,28 +77,31 @@ def fork_zygote(path: str, request: dict[str, Any], above: socket.socket) -> tup
 
 
 def zygote(listener: socket.socket, first: dict[str, Any]) -> NoReturn:
-    parent = os.getppid()
+    parent, dismissed = os.getppid(), threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: dismissed.set())
     put_environment({k: v for k, v in first["environment"].items() if k not in SET_LATER})
     if not sys.flags.isolated:
         ours = os.environ.get("PYTHONPATH", "").split(os.pathsep)
         sys.path[:0] = [os.path.abspath(folder) for folder in ours if folder]
     exec(first["imports"], {"__name__": "imports"})
     while os.getppid() == parent:
-        if select.select([listener], [], [], 2)[0]:
+        if not select.select([listener], [], [], 2)[0]:
+            if dismissed.is_set():
+                break
+        else:
             with accepted(listener) as (connection, request, streams):
                 if not fork():
                     listener.close()
                     supervise(connection, request, streams)
                 for stream in streams:
                     os.close(stream)
-        with contextlib.suppress(ChildProcessError):
-            while os.waitpid(-1, os.WNOHANG)[0]:
-                pass
+        reap()
     os._exit(0)
 
 
 def supervise(connection: socket.socket, request: dict[str, Any], streams: list[int]) -> NoReturn:
     """The process runs, and the client is told how it ended; when the client is killed, so is the process."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     pid = fork()
     if not pid:
         connection.close()
