@@ -13,6 +13,7 @@ import torch
 from click.testing import CliRunner
 
 from exporter.checkpoint.open import open_export
+from exporter.checkpoint.report import read_report
 from exporter.checkpoint.verify import verify
 from exporter.cli.commands import main
 from exporter.data.demo import benchmark
@@ -135,8 +136,7 @@ def test_the_report_says_what_was_compared(demo_onnx):
 
 def test_verify_and_push_take_the_folder(demo_onnx):
     assert verify(demo_onnx).tensors > 0
-    report = json.loads((demo_onnx / "shiftdc_report.json").read_text())
-    pushed = {f.path for f in local_files(demo_onnx, report)}
+    pushed = {f.path for f in local_files(demo_onnx, read_report(demo_onnx))}
     assert {f"onnx/{graph_file(g, p)}" for g in GRAPHS for p in SUFFIXES} <= pushed
     assert {"onnx/config.json", "onnx/preprocessor_config.json", "onnx/tokenizer.json"} <= pushed
 

@@ -20,9 +20,9 @@ from exporter.errors import InputError, VerificationError
 from exporter.models.footprint import LIBRARIES
 from exporter.models.loading import load_vlm
 from exporter.pipeline import export as pipeline
+from exporter.pipeline import measure as measuring
 from exporter.pipeline.export import export
 from exporter.pipeline.measure import load_base
-from exporter.pipeline.measure import measure as measuring
 from exporter.pipeline.plan import make_plan, plan_needs
 
 

@@ -26,9 +26,9 @@ from exporter.errors import InputError
 from exporter.models.base import BaseCheckpoint, resolve
 from exporter.models.loading import load_vlm
 from exporter.models.recipe import load_recipe
+from exporter.pipeline import fingerprint as fingerprints
 from exporter.pipeline.export import export
 from exporter.pipeline.fingerprint import base_identity, calibration_identity, code_identity, fingerprint
-from exporter.pipeline.fingerprint import fingerprint as fingerprints
 from exporter.pipeline.plan import make_plan
 from exporter.runtime.batches import Batches, out_of_memory
 from exporter.runtime.store import CACHE, Store
