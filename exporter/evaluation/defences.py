@@ -95,12 +95,14 @@ def text_only(run: Run, requests: Sequence[str], images: Images) -> Answers:
     if images is None:
         return run.ask(requests)
     inputs = run.vlm.encode(requests, images)
-    captions, seconds = _timed(lambda: run.vlm.model.shiftdc_captions(**inputs))
+    seconds: Seconds = {}
+    with _timed(seconds, "caption"):
+        captions = run.vlm.model.shiftdc_captions(**inputs)
     composer = run.vlm.model.shiftdc_composer
     rows = zip(inputs["input_ids"], inputs["attention_mask"].bool(), captions, strict=True)
     counterparts = run.vlm.pad([composer.text_prompt(ids[mask].tolist(), caption) for ids, mask, caption in rows])
     answers = run.generate(counterparts, shiftdc=False)
-    return Answers(answers.texts, {"caption": seconds, **answers.seconds})
+    return Answers(answers.texts, {**seconds, **answers.seconds})
 
 
 def shiftdc(run: Run, requests: Sequence[str], images: Images) -> Answers:
@@ -109,14 +111,16 @@ def shiftdc(run: Run, requests: Sequence[str], images: Images) -> Answers:
     kind = model.config.shiftdc["reference"]
     if images is None or kind == "static":
         return run.generate(inputs)
-    options, spent = {}, {}
-    read = None
+    seconds: Seconds = {}
+    options, read = {}, None
     if kind == "caption":
-        read, spent["caption"] = _timed(lambda: model.shiftdc_image(**inputs))
+        with _timed(seconds, "caption"):
+            read = model.shiftdc_image(**inputs)
         options["captions"] = read.captions
-    reference, spent["reference"] = _timed(lambda: model.shiftdc_reference(**inputs, **options))
+    with _timed(seconds, "reference"):
+        reference = model.shiftdc_reference(**inputs, **options)
     answers = run.generate(inputs, shiftdc_reference=reference, shiftdc_image=read)
-    return Answers(answers.texts, {**spent, **answers.seconds})
+    return Answers(answers.texts, {**seconds, **answers.seconds})
 
 
 def adashield(run: Run, requests: Sequence[str], images: Images) -> Answers:
@@ -127,29 +131,31 @@ def adashield(run: Run, requests: Sequence[str], images: Images) -> Answers:
 def ecso(run: Run, requests: Sequence[str], images: Images) -> Answers:
     """ECSO: answer, ask the model whether the answer is harmful, and where it says yes answer anew from a caption alone."""
     first = run.ask(requests, images)
-    verdicts, judging = _timed(
-        lambda: run.ask([fill(ECSO_JUDGE, question=q, response=r) for q, r in zip(requests, first.texts, strict=True)], images)
-    )
+    seconds = dict(first.seconds)
+    with _timed(seconds, "judge"):
+        asked = [fill(ECSO_JUDGE, question=q, response=r) for q, r in zip(requests, first.texts, strict=True)]
+        verdicts = run.ask(asked, images)
     flagged = [i for i, verdict in enumerate(verdicts.texts) if verdict.lower() in ("yes", "yes.")]
-    seconds = {**first.seconds, "judge": judging}
     if not flagged or images is None:
         return Answers(first.texts, seconds)
     questions = [requests[i] for i in flagged]
-    captions, seconds["caption"] = _timed(
-        lambda: run.ask([fill(ECSO_CAPTION, question=q) for q in questions], [images[i] for i in flagged])
-    )
+    with _timed(seconds, "caption"):
+        captions = run.ask([fill(ECSO_CAPTION, question=q) for q in questions], [images[i] for i in flagged])
     prompts = [fill(ECSO_ANSWER, question=q, caption=c) for q, c in zip(questions, captions.texts, strict=True)]
-    second, seconds["reference"] = _timed(lambda: run.ask(prompts))
+    with _timed(seconds, "reference"):
+        second = run.ask(prompts)
     texts = list(first.texts)
     for i, text in zip(flagged, second.texts, strict=True):
         texts[i] = text
     return Answers(texts, seconds)
 
 
-def _timed(run: Callable[[], T]) -> tuple[T, float]:
+@contextmanager
+def _timed(seconds: Seconds, stage: str) -> Iterator[None]:
+    """Put the seconds that the block takes under its stage."""
     start = time.perf_counter()
-    result = run()
-    return result, time.perf_counter() - start
+    yield
+    seconds[stage] = time.perf_counter() - start
 
 
 DEFENCES = {

@@ -7,8 +7,9 @@ message: whatever the Hub or its client says is scrubbed first.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete, HfApi
@@ -19,6 +20,7 @@ from exporter.errors import VerificationError
 from exporter.publishing.hub_errors import HUB_ERRORS, ask, cannot_copy, client_timeouts, deadline, is_transient, reason_of
 from exporter.publishing.push_files import LocalFile, local_files, rewrite, tree
 from exporter.publishing.push_preflight import check_base, check_effect, preflight
+from exporter.runtime.clock import Clock
 from exporter.runtime.progress import Progress, silent
 
 #: Seconds before a commit that was cut off, or refused for now, is tried again. The client itself repeats uploads only.
@@ -94,19 +96,16 @@ def push(
     target = Target(preflight(repo_id, private=private, revision=revision, create_pr=create_pr), private, create_pr, revision)
     check_effect(report, allow_ineffective)
     check_base(checkpoint, report.base_model.id, report.base_model.revision)
-    _with_progress(progress, "verify", lambda: verify(checkpoint))
+    clock = Clock(progress)
+    with clock.stage("verify"):
+        verify(checkpoint)
     with client_timeouts():
         files = local_files(checkpoint, report, rewrite(checkpoint, report, target.repo_id))
-        ask(target.repo_id, lambda: _prepare(target))
-        pushed = ask(target.repo_id, lambda: _upload(target, files, progress))
-        _with_progress(progress, "compare", lambda: _compare(target.repo_id, pushed.commit, files))
+        ask(target.repo_id, partial(_prepare, target))
+        pushed = ask(target.repo_id, partial(_upload, target, files, progress))
+        with clock.stage("compare"):
+            _compare(target.repo_id, pushed.commit, files)
     return pushed
-
-
-def _with_progress(progress: Progress, name: str, run: Callable[[], object]) -> None:
-    progress(name, 0, 1)
-    run()
-    progress(name, 1, 1)
 
 
 def _prepare(target: Target) -> None:
