@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+import transformers
 from tiny import CORPUS, byte_level_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -195,3 +198,54 @@ def test_each_name_gives_its_own_judge():
 def test_no_such_guard(tmp_path):
     with pytest.raises(InputError, match="neither prefix nor keywords"):
         load_judge(str(tmp_path))
+
+
+class TestLoadingAGuard:
+    """Stubs in the place of transformers' loaders."""
+
+    @pytest.fixture
+    def asked(self, monkeypatch):
+        """What the loaders were asked for, by loader."""
+        found = {}
+
+        def loader(name, loaded):
+            def load(repository, **options):
+                found[name] = (repository, options)
+                return loaded
+
+            return load
+
+        model = SimpleNamespace(eval=lambda: "model")
+        tokenizer = SimpleNamespace(chat_template="a template")
+        monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", loader("tokenizer", tokenizer))
+        monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", loader("model", model))
+        found["stub"] = tokenizer
+        return found
+
+    def test_no_code_of_others_and_no_pickle(self, asked):
+        name, judge = load_judge("org/guard")
+        assert name == "org/guard" and judge.batch_size == 8
+        assert asked["tokenizer"] == ("org/guard", {"trust_remote_code": False, "padding_side": "left"})
+        assert asked["model"] == ("org/guard", {"trust_remote_code": False, "use_safetensors": True})
+
+    def test_a_folder_goes_by_its_name(self, asked, tmp_path):
+        assert load_judge(str(tmp_path))[0] == tmp_path.name
+
+    def test_a_guard_without_a_template_is_refused(self, asked):
+        asked["stub"].chat_template = None
+        with pytest.raises(InputError, match=r"^--judge: the guard model 'org/guard' has no chat template, so no conversation"):
+            load_judge("org/guard")
+
+    @pytest.mark.parametrize(("error", "reason"), [(OSError("..no file.\nand more"), r"\.\.no file"), (OSError(), "OSError")])
+    def test_the_first_line_of_the_reason_is_said(self, monkeypatch, error, reason):
+        def fail(*_, **__):
+            raise error
+
+        monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", fail)
+        sentence = rf"can be loaded from it \({reason}\); give one of these, or the id or folder of a guard model\.$"
+        with pytest.raises(InputError, match=sentence):
+            load_judge("org/guard")
+
+
+def test_half_of_the_last_24_words_is_enough():
+    assert is_degenerate(" ".join([*(f"word{i}" for i in range(13)), *["no"] * 12]))
