@@ -169,7 +169,7 @@ def onnx(checkpoint: Path, precision: str, quiet: bool, as_json: bool) -> None:
             entry = export_onnx(checkpoint, precisions, progress)
     if as_json:
         return print_json({"checkpoint": str(checkpoint), **entry.as_json()})
-    return show.traced(checkpoint, entry.as_json())
+    return show.traced(checkpoint, entry)
 
 
 @main.command()

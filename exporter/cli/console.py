@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # none of these is needed to print the help
     from exporter.models.check import Check
     from exporter.models.footprint import Footprint
     from exporter.models.recipe import Recipe
+    from exporter.onnx.export import OnnxEntry
     from exporter.pipeline.export import Export
     from exporter.pipeline.plan import Plan
     from exporter.publishing.push import Pushed, PushPlan
@@ -136,12 +137,12 @@ def pushed_text(done: Pushed) -> str:
     )
 
 
-def onnx_table(folder: Path, entry: dict[str, Any]) -> Table:
+def onnx_table(folder: Path, entry: OnnxEntry) -> Table:
     table = Table("precision", "size", "largest logit difference", "same tokens", title=f"{folder}, against PyTorch in float32")
-    for precision, found in entry["variants"].items():
-        size = sum(found["bytes"].values()) / 1e6
-        difference = max(found["max_logit_difference"].values())
-        table.add_row(precision, f"{size:.1f} MB", f"{difference:.2g}", f"{found['token_agreement']:.1%}")
+    for precision, found in entry.variants.items():
+        size = sum(found.bytes.values()) / 1e6
+        difference = max(found.parity.max_logit_difference.values())
+        table.add_row(precision, f"{size:.1f} MB", f"{difference:.2g}", f"{found.parity.token_agreement:.1%}")
     return table
 
 

@@ -6,7 +6,7 @@ import json
 import sys
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 from rich.console import Console
@@ -17,6 +17,7 @@ from exporter.errors import printable
 
 if TYPE_CHECKING:  # none of these is needed to print the help
     from exporter.evaluation.comparison import Comparison
+    from exporter.onnx.export import OnnxEntry
     from exporter.pipeline.evaluate import Evidence
     from exporter.pipeline.export import Export
     from exporter.pipeline.plan import Plan
@@ -57,7 +58,7 @@ class Terminal:
         click.echo(f"Replies, results and pictures: {found.folder}")
         _beware(found)
 
-    def traced(self, checkpoint: Path, entry: dict[str, Any]) -> None:
+    def traced(self, checkpoint: Path, entry: OnnxEntry) -> None:
         Console().print(console.onnx_table(checkpoint / "onnx", entry))
 
     def pushed(self, done: Pushed) -> None:
@@ -93,7 +94,7 @@ class Document(Terminal):
     def evaluated(self, found: Evidence) -> None:
         _beware(found)
 
-    def traced(self, checkpoint: Path, entry: dict[str, Any]) -> None:
+    def traced(self, checkpoint: Path, entry: OnnxEntry) -> None:
         """Part of the document at the end."""
 
     def pushed(self, done: Pushed) -> None:

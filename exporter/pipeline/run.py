@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from exporter.checkpoint.report import OnnxRecord
 from exporter.errors import InputError
 from exporter.evaluation.results_json import as_document
-from exporter.onnx.export import check_family, export_onnx
+from exporter.onnx.export import OnnxEntry, check_family, export_onnx
 from exporter.onnx.interface import SUFFIXES
 from exporter.pipeline.evaluate import EvaluationOptions, Evidence, gather
 from exporter.pipeline.export import Export, export
@@ -53,7 +53,7 @@ class Show(Protocol):
     def planned(self, plan: Plan, repo_id: str | None) -> None: ...
     def exported(self, done: Export) -> None: ...
     def evaluated(self, found: Evidence) -> None: ...
-    def traced(self, checkpoint: Path, entry: dict[str, Any]) -> None: ...
+    def traced(self, checkpoint: Path, entry: OnnxEntry) -> None: ...
     def pushed(self, done: Pushed) -> None: ...
 
 
@@ -111,9 +111,9 @@ def evaluate(plan: Plan, show: Show) -> dict[str, Any]:
 def write_onnx(plan: Plan, show: Show) -> OnnxRecord:
     """ONNX graphs at every precision."""
     with show.progress() as progress:
-        entry = export_onnx(plan.output, tuple(SUFFIXES), progress).as_json()
+        entry = export_onnx(plan.output, tuple(SUFFIXES), progress)
     show.traced(plan.output, entry)
-    return OnnxRecord.model_validate(entry)
+    return OnnxRecord.model_validate(entry.as_json())
 
 
 def publish(plan: Plan, target: PushOptions, show: Show) -> None:
