@@ -26,7 +26,7 @@ from exporter.checkpoint import verify
 from exporter.onnx.export import export_onnx
 from exporter.onnx.interface import SUFFIXES
 from exporter.pipeline.export import Export, export
-from exporter.pipeline.plan import make_plan
+from exporter.pipeline.plan import ExportOptions, make_plan
 
 torch.set_num_threads(1)
 
@@ -105,7 +105,7 @@ def make_export(base_folder: Path, calibration_file: Path, tmp_path_factory: pyt
         if key not in made:
             output = tmp_path_factory.mktemp("export") / "calibrated"
             settings = {"layers": "1-2", "calibration": str(calibration_file), **options}
-            made[key] = export(make_plan(str(base), output=output, **settings))
+            made[key] = export(make_plan(str(base), ExportOptions.of(output=output, **settings)))
         return made[key]
 
     return make
@@ -155,7 +155,9 @@ def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path],
 @pytest.fixture(scope="session")
 def demo_export(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The calibrated demo model."""
-    return made_once(tmp_path_factory, "demo", lambda output: export(make_plan("demo", output=output, force=True)))
+    return made_once(
+        tmp_path_factory, "demo", lambda output: export(make_plan("demo", ExportOptions.of(output=output, force=True)))
+    )
 
 
 @pytest.fixture(scope="session")

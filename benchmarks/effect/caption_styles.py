@@ -22,12 +22,12 @@ from exporter.evaluation.results import About
 from exporter.evaluation.results_json import as_document
 from exporter.models.recipe import CaptionStyle
 from exporter.pipeline.export import export
-from exporter.pipeline.plan import make_plan
+from exporter.pipeline.plan import ExportOptions, make_plan
 
 
 def measured(style: str, split: str, limit: int | None) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
-        plan = make_plan("demo", output=Path(folder) / "demo-shiftdc", caption_style=style)
+        plan = make_plan("demo", ExportOptions.of(output=Path(folder) / "demo-shiftdc", caption_style=style))
         export(plan)
         vlm = open_export(plan.output)
         questions = load_benchmark("demo", split=split).limited(limit)

@@ -33,7 +33,7 @@ from exporter.directions.refusal_gradient import refusal_gradients
 from exporter.evaluation.intervals import share
 from exporter.models.vlm import VLM, Inputs
 from exporter.pipeline.export import export
-from exporter.pipeline.plan import make_plan
+from exporter.pipeline.plan import ExportOptions, make_plan
 
 NORMAL, HARMLESS = "180 harmful (normal)", "harmless"
 FEW, DRAWS = (8, 4, 2, 1), 3
@@ -145,7 +145,7 @@ def cosines(found: Directions, normal: Directions) -> list[float]:
 def measure(split: str, limit: int | None) -> dict[str, Any]:
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        plan = make_plan("demo", output=Path(folder) / "demo", layers="0-7")
+        plan = make_plan("demo", ExportOptions.of(output=Path(folder) / "demo", layers="0-7"))
         export(plan)
         vlm = open_export(plan.output)
     found = routes(vlm, plan.recipe)

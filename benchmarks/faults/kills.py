@@ -50,16 +50,16 @@ class Stage:
 
     def work(self, kind: str) -> Work:
         from exporter.pipeline.export import export
-        from exporter.pipeline.plan import make_plan
+        from exporter.pipeline.plan import ExportOptions, make_plan
         from exporter.publishing.push import push
 
         def run(progress: Callable[[str, int, int], None]) -> object:
             if kind == "push":
                 return push(self.pushed, REPO, private=False, allow_ineffective=True, progress=progress)
             if kind == "demo":
-                return export(make_plan("demo", output=self.output, force=True), progress)
+                return export(make_plan("demo", ExportOptions.of(output=self.output, force=True)), progress)
             options = {"output": self.output, "layers": "1", "calibration": str(self.calibration)}
-            return export(make_plan(str(self.base), force=True, **options), progress)
+            return export(make_plan(str(self.base), ExportOptions.of(force=True, **options)), progress)
 
         return run
 
@@ -173,7 +173,7 @@ def prepared(folder: Path, hub: Hub) -> Stage:
     from tiny import save_tiny_llava
 
     from exporter.pipeline.export import export
-    from exporter.pipeline.plan import make_plan
+    from exporter.pipeline.plan import ExportOptions, make_plan
 
     base = save_tiny_llava(folder / "base")
     rows = [
@@ -184,7 +184,7 @@ def prepared(folder: Path, hub: Hub) -> Stage:
     calibration = folder / "set.jsonl"
     calibration.write_text("".join(json.dumps(r) + "\n" for r in rows))
     (folder / "work").mkdir()
-    export(make_plan(str(base), output=folder / "pushed", layers="1", calibration=str(calibration)))
+    export(make_plan(str(base), ExportOptions.of(output=folder / "pushed", layers="1", calibration=str(calibration))))
     return Stage(folder, base, calibration, folder / "pushed", hub)
 
 

@@ -128,10 +128,10 @@ def run_export(base: Path, output: Path, calibration: Path) -> None:
     """In a process of its own: prints a line for each stage that starts, and what was found at the end."""
     from exporter.directions import fit as directions
     from exporter.pipeline.export import export
-    from exporter.pipeline.plan import make_plan, plan_needs
+    from exporter.pipeline.plan import ExportOptions, make_plan, plan_needs
 
     directions.BLANK_IMAGES = directions.RENDERED_IMAGES = IMAGES
-    plan = make_plan(str(base), output=output, layers=LAYERS, reference="static", calibration=str(calibration))
+    plan = make_plan(str(base), ExportOptions.of(output=output, layers=LAYERS, reference="static", calibration=str(calibration)))
     said = set()
 
     def say(stage: str, done: int, total: int) -> None:

@@ -30,7 +30,7 @@ from exporter.modeling.prompts_shiftdc import PromptFrame
 from exporter.models.base import resolve
 from exporter.models.recipe import load_recipe
 from exporter.pipeline.export import export
-from exporter.pipeline.plan import make_plan
+from exporter.pipeline.plan import ExportOptions, make_plan
 from exporter.runtime.hashing import sha256
 
 LAYERS = (3, 4, 5)
@@ -102,7 +102,7 @@ def cached(folder: Path, repository: Path) -> Path:
 
 def exported(base_folder: Path, calibration: Path, target: Path) -> float:
     """Seconds of the stage "bake" of a whole export."""
-    plan = make_plan(str(base_folder), output=target, layers="3-5", calibration=str(calibration))
+    plan = make_plan(str(base_folder), ExportOptions.of(output=target, layers="3-5", calibration=str(calibration)))
     done = export(plan)
     assert done is not None
     assert done.report.seconds is not None

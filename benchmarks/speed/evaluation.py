@@ -16,7 +16,7 @@ from exporter.evaluation.defences import DEFENCES, Run
 from exporter.evaluation.evaluate import collect
 from exporter.evaluation.replies import ReplyLog
 from exporter.pipeline.export import export
-from exporter.pipeline.plan import make_plan
+from exporter.pipeline.plan import ExportOptions, make_plan
 
 BATCH = 32
 
@@ -28,7 +28,7 @@ def main() -> None:
     arguments = parser.parse_args()
     one_thread()
     with tempfile.TemporaryDirectory() as folder:
-        plan = make_plan("demo", output=Path(folder) / "demo-shiftdc")
+        plan = make_plan("demo", ExportOptions.of(output=Path(folder) / "demo-shiftdc"))
         export(plan)
         run = Run(open_export(plan.output), 32)
         benchmark = load_benchmark("demo", split="development").limited(arguments.limit)

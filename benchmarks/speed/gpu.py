@@ -41,7 +41,7 @@ from exporter.models.loading import load_vlm
 from exporter.models.recipe import load_recipe
 from exporter.models.vlm import VLM
 from exporter.pipeline.export import export
-from exporter.pipeline.plan import make_plan, plan_needs
+from exporter.pipeline.plan import ExportOptions, make_plan, plan_needs
 from exporter.runtime.batches import release
 
 RECIPE = load_recipe("llava")
@@ -290,7 +290,10 @@ def exported(bench: Bench) -> dict[str, Any]:
     base, depth = bench.base, bench.scale.size.layers
     calibration = bench.scale.calibration or str(write_calibration(bench.folder / "calibration.jsonl"))
     plan = make_plan(
-        str(base), output=bench.folder / "calibrated", layers=f"{depth - 3}-{depth - 1}", calibration=calibration, force=True
+        str(base),
+        ExportOptions.of(
+            output=bench.folder / "calibrated", layers=f"{depth - 3}-{depth - 1}", calibration=calibration, force=True
+        ),
     )
     bench.forget()
     memory = peak(lambda: export(plan))
@@ -308,7 +311,7 @@ def four_bit(bench: Bench) -> dict[str, Any]:
     bench.forget()
     loaded: list[VLM] = []
     memory = peak(lambda: loaded.append(load_vlm(resolve(str(base)), RECIPE, quantised=4)))
-    plan = make_plan(str(base), output=bench.folder / "four", layers="0", load_in_4bit=True)
+    plan = make_plan(str(base), ExportOptions.of(output=bench.folder / "four", layers="0", load_in_4bit=True))
     prompts = some_prompts(bench.scale.prompts)
     found = medians({"ours": ways(loaded[0], prompts)["ours"]}, bench.rounds)
     return {"bytes_loading": memory, "bytes_said": plan_needs(plan).report(), "seconds": found, "prompts": len(prompts)}

@@ -61,10 +61,11 @@ def export_command(
 ) -> None:
     """Calibrate MODEL and write a self-contained checkpoint."""
     with libraries_quiet():
+        from exporter.pipeline.plan import ExportOptions
         from exporter.pipeline.run import PushOptions, Request, run
 
         target = PushOptions(repo_id, private, create_pr, allow_ineffective) if push else None
-        request = Request(model, settings, evaluate=evaluate, onnx=onnx, push=target, dry_run=dry_run)
+        request = Request(model, ExportOptions.of(**settings), evaluate=evaluate, onnx=onnx, push=target, dry_run=dry_run)
         show = (Document if as_json else Terminal)(quiet=quiet or not is_main())
         done = run(request, show)
     if done is not None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -51,41 +52,63 @@ class Plan:
         return parsed_layers(self.recipe)
 
 
-def make_plan(
-    model: str,
-    *,
-    output: Path | None = None,
-    recipe: str | None = None,
-    revision: str | None = None,
-    force: bool = False,
-    dtype: str = "auto",
-    device_map: str | None = None,
-    batch_size: int | None = None,
-    adapter: str | None = None,
-    keep_adapter: bool = False,
-    load_in_4bit: bool = False,
-    load_in_8bit: bool = False,
-    allow_inexact_prompts: bool = False,
-    announce: Announce = unannounced,
-    **overrides: object,
-) -> Plan:
+@dataclass(frozen=True)
+class ExportOptions:
+    """How an export is made.
+
+    output: by default a folder named after the model. recipe: by default the model family's. adapter: folder or Hub id of a PEFT
+    adapter, merged unless `keep_adapter`. batch_size: None for as many prompts as fit. settings: of the recipe, in place of its
+    own (`layers`, `reference`, `strength`, ...; None leaves a setting as it is).
+    """
+
+    output: Path | None = None
+    recipe: str | None = None
+    revision: str | None = None
+    force: bool = False
+    dtype: str = "auto"
+    device_map: str | None = None
+    batch_size: int | None = None
+    adapter: str | None = None
+    keep_adapter: bool = False
+    load_in_4bit: bool = False
+    load_in_8bit: bool = False
+    allow_inexact_prompts: bool = False
+    settings: Mapping[str, object] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, **given: Any) -> ExportOptions:
+        """From names as the command line has them: what is no field here is a setting of the recipe."""
+        own = {f.name for f in fields(cls)}
+        settings = {name: value for name, value in given.items() if name not in own}
+        return cls(**{name: value for name, value in given.items() if name in own}, settings=settings)
+
+    @property
+    def quantised(self) -> int | None:
+        """Bits of the weights while measuring; None for those that are stored. Raises InputError."""
+        if self.load_in_4bit and self.load_in_8bit:
+            raise InputError("--load-in-4bit and --load-in-8bit exclude each other; give one.")
+        return 4 if self.load_in_4bit else 8 if self.load_in_8bit else None
+
+
+def make_plan(model: str, options: ExportOptions | None = None, announce: Announce = unannounced) -> Plan:
     """Resolve and check all input. Raises InputError; loads no weights and writes nothing.
 
     What small files can tell comes first: weights on the Hub are fetched last, and `announce` is told their size before.
     """
-    if output is not None:
-        check_output(output, force)  # before anything is fetched
-    files = resolve_small(model, revision)
-    quantised = _quantised(load_in_4bit, load_in_8bit)
+    options = options or ExportOptions()
+    if options.output is not None:
+        check_output(options.output, options.force)  # before anything is fetched
+    files = resolve_small(model, options.revision)
+    quantised = options.quantised
     check_quantisation(quantised, files)
-    if device_map is not None and world_size() > 1:
+    if options.device_map is not None and world_size() > 1:
         raise InputError(
             "--device-map: under torchrun every process loads the model on a device of its own; leave one of them out."
         )
-    if keep_adapter and adapter is None:
+    if options.keep_adapter and options.adapter is None:
         raise InputError("--keep-adapter: there is no adapter to keep; give --adapter too.")
-    default = recipe_of(files, recipe)
-    chosen = default.with_overrides(**overrides)
+    default = recipe_of(files, options.recipe)
+    chosen = default.with_overrides(**options.settings)
     calibration = load_calibration(chosen.calibration, default.calibration)
     if chosen.strength == "auto" and not calibration.select("held_out", "unsafe"):
         raise InputError("--strength auto: it needs held-out unsafe rows, and the calibration set has none; give --strength X.")
@@ -95,12 +118,12 @@ def make_plan(
             f"--layers: {chosen.layers} ends at {layers[-1]}, and {files.name} has decoder layers 0 to {depth - 1}; "
             "both ends are included."
         )
-    output = output or Path(f"{files.short_name}-shiftdc")
+    output = options.output or Path(f"{files.short_name}-shiftdc")
     check_path(output.resolve(), "--output")
-    check_output(output, force)
+    check_output(output, options.force)
     if output.resolve().is_relative_to(files.folder):
         raise InputError(f"--output: {output} lies in the base model's folder; give another folder.")
-    checked = check(files, chosen, allow_inexact=allow_inexact_prompts)
+    checked = check(files, chosen, allow_inexact=options.allow_inexact_prompts)
     base = resolve_weights(files, announce)
     check_widths(quantised, base)
     return Plan(
@@ -109,12 +132,12 @@ def make_plan(
         checked=checked,
         calibration=calibration,
         output=output,
-        force=force,
-        dtype=dtype,
-        device_map=device_map,
-        batch_size=batch_size,
-        adapter=None if adapter is None else resolve_adapter(adapter, base),
-        keep_adapter=keep_adapter,
+        force=options.force,
+        dtype=options.dtype,
+        device_map=options.device_map,
+        batch_size=options.batch_size,
+        adapter=None if options.adapter is None else resolve_adapter(options.adapter, base),
+        keep_adapter=options.keep_adapter,
         quantised=quantised,
     )
 
@@ -122,12 +145,6 @@ def make_plan(
 def parsed_layers(recipe: Recipe) -> range | None:
     """The layers asked for; None for auto."""
     return None if recipe.layers == "auto" else parse_layers(recipe.layers)
-
-
-def _quantised(load_in_4bit: bool, load_in_8bit: bool) -> int | None:
-    if load_in_4bit and load_in_8bit:
-        raise InputError("--load-in-4bit and --load-in-8bit exclude each other; give one.")
-    return 4 if load_in_4bit else 8 if load_in_8bit else None
 
 
 def plan_needs(plan: Plan) -> Footprint:

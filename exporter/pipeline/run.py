@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,7 +15,7 @@ from exporter.onnx.export import OnnxEntry, check_family, export_onnx
 from exporter.onnx.interface import SUFFIXES
 from exporter.pipeline.evaluate import EvaluationOptions, Evidence, gather
 from exporter.pipeline.export import Export, export
-from exporter.pipeline.plan import Plan, make_plan
+from exporter.pipeline.plan import ExportOptions, Plan, make_plan
 from exporter.publishing.push import Pushed, push
 from exporter.publishing.push_preflight import check_base, preflight
 from exporter.runtime.progress import Progress
@@ -35,10 +34,10 @@ class PushOptions:
 
 @dataclass(frozen=True)
 class Request:
-    """A model, what is done beside exporting it, and the `options` that `make_plan` takes."""
+    """A model, how it is exported, and what is done beside that."""
 
     model: str
-    options: Mapping[str, Any]
+    options: ExportOptions
     evaluate: bool = False
     onnx: bool = False
     push: PushOptions | None = None
@@ -82,7 +81,7 @@ def run(request: Request, show: Show) -> Export | None:
 
 def prepare(request: Request, ranks: Ranks, show: Show) -> tuple[Plan, PushOptions | None]:
     """The plan, and where to push; whatever can stop a run stops it here, before hours of work. Raises InputError."""
-    plan = ranks.gather(partial(make_plan, request.model, announce=show.announce, **request.options))[ranks.rank]
+    plan = ranks.gather(partial(make_plan, request.model, request.options, show.announce))[ranks.rank]
     if request.onnx:
         check_family(plan.recipe.family, plan.base.config)
     if request.push is None:

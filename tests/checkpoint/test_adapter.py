@@ -24,7 +24,7 @@ from exporter.cli.commands import main
 from exporter.errors import InputError, VerificationError
 from exporter.models.base import resolve
 from exporter.pipeline.export import export
-from exporter.pipeline.plan import make_plan
+from exporter.pipeline.plan import ExportOptions, make_plan
 from exporter.publishing.card_metadata import Inherited, inherit
 
 INPUTS = {"input_ids": torch.tensor([[1, 4, 4, 4, 4, 9, 17]]), "pixel_values": torch.ones(1, 3, 28, 28)}
@@ -101,7 +101,7 @@ def exported(base, adapter, calibration_file, tmp_path_factory):
             output = tmp_path_factory.mktemp("out") / "calibrated"
             settings = {"layers": "1-2", "calibration": str(calibration_file), "caption_max_new_tokens": 4}
             made[keep] = export(
-                make_plan(str(base), output=output, adapter=str(adapter), keep_adapter=keep, **settings)
+                make_plan(str(base), ExportOptions.of(output=output, adapter=str(adapter), keep_adapter=keep, **settings))
             ).plan.output
         return made[keep]
 
@@ -306,4 +306,4 @@ def test_tied_weights_are_not_merged_apart(tmp_path):
 
 def test_keeping_needs_an_adapter(base, tmp_path):
     with pytest.raises(InputError, match="no adapter to keep"):
-        make_plan(str(base), output=tmp_path / "out", keep_adapter=True)
+        make_plan(str(base), ExportOptions.of(output=tmp_path / "out", keep_adapter=True))

@@ -30,7 +30,7 @@ from exporter.cli.commands import main
 from exporter.errors import InputError
 from exporter.pipeline import export as pipeline
 from exporter.pipeline import measure
-from exporter.pipeline.plan import make_plan
+from exporter.pipeline.plan import ExportOptions, make_plan
 from exporter.runtime import marker
 from exporter.runtime.hashing import sha256
 from exporter.runtime.marker import MARKER, is_marked, mark
@@ -297,7 +297,7 @@ class TestNothingOfTheOwnerIsLost:
     def test_before_a_model_is_even_looked_for(self, tmp_path):
         write("thesis.txt")(earlier(tmp_path / "out"))
         with pytest.raises(InputError, match="thesis"):
-            make_plan("someone/nothing", output=tmp_path / "out", force=True)
+            make_plan("someone/nothing", ExportOptions.of(output=tmp_path / "out", force=True))
 
     @pytest.mark.parametrize("report", ["{", "[]", "{}", '{"files": ["x"]}', '{"files": {"x": 1}}'])
     def test_a_report_that_lists_nothing(self, tmp_path, report):
@@ -526,12 +526,12 @@ def test_a_mount_point_for_who_cannot_mount(tmp_path, monkeypatch):
     (tmp_path / "a b").mkdir()
     monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "a b")
     with pytest.raises(InputError, match=REMEDY):
-        make_plan("someone/nothing", output=tmp_path / "a b")
+        make_plan("someone/nothing", ExportOptions.of(output=tmp_path / "a b"))
     monkeypatch.undo()
     (tmp_path / "mountinfo").write_text(f"36 35 98:0 /host {tmp_path}/a\\040b rw,noatime - ext4 /dev/root rw\n")
     monkeypatch.setattr("exporter.runtime.mounts.TABLE", tmp_path / "mountinfo")
     with pytest.raises(InputError, match=REMEDY):
-        make_plan("someone/nothing", output=tmp_path / "a b")
+        make_plan("someone/nothing", ExportOptions.of(output=tmp_path / "a b"))
 
 
 def test_a_place_that_cannot_hold_folders(base_folder, calibration_file, disk):

@@ -16,7 +16,7 @@ from exporter.models.base import resolve
 from exporter.models.loading import load_vlm
 from exporter.models.recipe import load_recipe
 from exporter.pipeline.export import export
-from exporter.pipeline.plan import make_plan
+from exporter.pipeline.plan import ExportOptions, make_plan
 
 RECIPE = load_recipe("llava")
 COLORS = ("red", "green", "blue", "white")
@@ -72,7 +72,8 @@ def test_batches_come_one_at_a_time(vlm, file):
 
 def test_an_export_counts_them_and_holds_none(base_folder, file, tmp_path):
     plan = make_plan(
-        str(base_folder), output=tmp_path / "out", calibration=str(file), layers="1-2", caption_max_new_tokens=5, batch_size=4
+        str(base_folder),
+        ExportOptions.of(output=tmp_path / "out", calibration=str(file), layers="1-2", caption_max_new_tokens=5, batch_size=4),
     )
     vlm = load_vlm(plan.base, plan.recipe)
     written = {r.caption for r in captioned(vlm, plan.calibration, plan.recipe.prompts, 5).rows}

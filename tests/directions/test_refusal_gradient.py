@@ -24,7 +24,7 @@ from exporter.models.base import resolve
 from exporter.models.loading import load_vlm
 from exporter.models.recipe import load_recipe
 from exporter.pipeline.export import export
-from exporter.pipeline.plan import make_plan
+from exporter.pipeline.plan import ExportOptions, make_plan
 
 RECIPE, DEMO = load_recipe("llava"), load_recipe("demo")
 
@@ -274,7 +274,7 @@ def test_the_shift_is_that_of_harmless_rows(harmless, vlm, harmless_file):
 
 
 def test_an_export_says_what_is_not_known(base_folder, harmless_file, tmp_path):
-    plan = make_plan(str(base_folder), output=tmp_path / "out", calibration=str(harmless_file))
+    plan = make_plan(str(base_folder), ExportOptions.of(output=tmp_path / "out", calibration=str(harmless_file)))
     done = export(plan)
     report = json.loads((tmp_path / "out" / "shiftdc_report.json").read_text())
     assert report["calibration"]["fit_unsafe"] == 0
@@ -287,13 +287,16 @@ def test_an_export_says_what_is_not_known(base_folder, harmless_file, tmp_path):
     assert "held-out text AUROC not measured" in card
     assert "No harmful request was used" in card
     with pytest.raises(InputError, match="--strength auto: it needs held-out unsafe rows"):
-        make_plan(str(base_folder), output=tmp_path / "other", calibration=str(harmless_file), strength="auto")
+        make_plan(str(base_folder), ExportOptions.of(output=tmp_path / "other", calibration=str(harmless_file), strength="auto"))
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_every_family_has_a_gradient(family, harmless_file, tmp_path):
     """Fails closed on norms that are not known (`frozen_norms`)."""
-    plan = make_plan(str(tiny_family(family).save(tmp_path / "tiny")), output=tmp_path / "out", calibration=str(harmless_file))
+    plan = make_plan(
+        str(tiny_family(family).save(tmp_path / "tiny")),
+        ExportOptions.of(output=tmp_path / "out", calibration=str(harmless_file)),
+    )
     vlm = load_vlm(plan.base, plan.recipe)
     found = fit_directions(vlm, plan.calibration, plan.recipe.prompts, plan.recipe.decoder_layers)
     assert torch.allclose(found.direction.norm(dim=-1), torch.ones(len(found.layers)), atol=1e-4)

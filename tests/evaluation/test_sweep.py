@@ -20,7 +20,7 @@ from exporter.evaluation.sweep import STRENGTHS, Candidate, Measured, _Batch, _d
 from exporter.modeling.modeling_shiftdc import ShiftDCCorrection
 from exporter.pipeline import export as pipeline
 from exporter.pipeline.export import export
-from exporter.pipeline.plan import make_plan
+from exporter.pipeline.plan import ExportOptions, make_plan
 
 
 def measured(strength, asr, over_refusal=0, kl=0.0, layers=(4, 5)):
@@ -140,7 +140,7 @@ def test_candidates():
 
 def test_the_demo_s_sweep_is_in_the_report(tmp_path):
     """On a third of the rows that are held out: it is replies to these that take the time."""
-    plan = make_plan("demo", output=tmp_path / "out", strength="auto")
+    plan = make_plan("demo", ExportOptions.of(output=tmp_path / "out", strength="auto"))
     third = plan.calibration.select("held_out")[::3]
     assert min(sum(r.label == label for r in third) for label in ("safe", "unsafe")) >= 10
     rows = (*plan.calibration.select("fit"), *third)
@@ -161,7 +161,10 @@ def test_the_demo_s_sweep_is_in_the_report(tmp_path):
 
 
 def test_a_model_that_refuses_nothing_cannot_be_swept(base_folder, calibration_file, tmp_path):
-    plan = make_plan(str(base_folder), output=tmp_path / "out", strength="auto", layers="1-2", calibration=str(calibration_file))
+    plan = make_plan(
+        str(base_folder),
+        ExportOptions.of(output=tmp_path / "out", strength="auto", layers="1-2", calibration=str(calibration_file)),
+    )
     with pytest.raises(InputError, match="no candidate lowers attack success"):
         export(plan)
     assert list(tmp_path.iterdir()) == []

@@ -17,7 +17,7 @@ from exporter.modeling.inputs_shiftdc import align_prefixes
 from exporter.modeling.modeling_shiftdc import ShiftDCMixin
 from exporter.models.recipe import load_recipe
 from exporter.pipeline.export import export
-from exporter.pipeline.plan import make_plan
+from exporter.pipeline.plan import ExportOptions, make_plan
 
 GREEDY = {"max_new_tokens": 6, "do_sample": False}
 REQUESTS = ["How do I build this?", "A", "What is it, and who needs one?", "Who? " * 9]
@@ -261,7 +261,7 @@ def test_a_wording_without_a_slot_takes_the_requests_place(load, processor):
 
 
 def test_the_demo_model_answers_the_same(tmp_path):
-    demo = export(make_plan("demo", output=tmp_path / "demo", caption_style="naming"))
+    demo = export(make_plan("demo", ExportOptions.of(output=tmp_path / "demo", caption_style="naming")))
     vlm = open_export(demo.plan.output)
     chosen = [i for cell in ("harmful_image", "harmless_text") for i in items("development", cell, 4)]
     for size in (1, 4):

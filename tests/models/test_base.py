@@ -11,7 +11,7 @@ from tiny import save_tiny_llava
 
 from exporter.errors import InputError
 from exporter.models.base import resolve
-from exporter.pipeline.plan import make_plan
+from exporter.pipeline.plan import ExportOptions, make_plan
 from exporter.runtime.safetensors_header import read_header
 
 
@@ -70,7 +70,7 @@ def test_no_weights(folder):
 
 def test_no_chat_template(tmp_path):
     with pytest.raises(InputError, match="has no chat template"):
-        make_plan(str(save_tiny_llava(tmp_path / "base", chat_template=None)), output=tmp_path / "out")
+        make_plan(str(save_tiny_llava(tmp_path / "base", chat_template=None)), ExportOptions.of(output=tmp_path / "out"))
 
 
 def test_calibrated_already(make_export):

@@ -13,7 +13,7 @@ from exporter.cli.commands import main
 from exporter.errors import InputError
 from exporter.models.base import resolve_small
 from exporter.models.check import check, recipe_of
-from exporter.pipeline.plan import make_plan
+from exporter.pipeline.plan import ExportOptions, make_plan
 
 #: What it writes is not what a caption request is made of.
 SHOUTING = TEMPLATE.replace("content['text'] + ' '", "content['text'] | upper + ' '")
@@ -42,8 +42,8 @@ def test_prompts_that_differ_are_refused_with_the_first_difference(shouting, tmp
     with pytest.raises(
         InputError, match=r"composed prompts differ .* the first: .* expected .*, found .*--allow-inexact-prompts"
     ):
-        make_plan(str(shouting), **settings)
-    plan = make_plan(str(shouting), **settings, allow_inexact_prompts=True)
+        make_plan(str(shouting), ExportOptions.of(**settings))
+    plan = make_plan(str(shouting), ExportOptions.of(**settings, allow_inexact_prompts=True))
     assert plan.checked.prompts.report()["different"] > 0
     done = run("check", shouting)
     assert done.exit_code == 2 and "differ from the chat template's" in done.stdout

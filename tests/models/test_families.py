@@ -23,7 +23,7 @@ from exporter.models.prompt_frame import prompt_frame
 from exporter.models.recipe import load_recipe
 from exporter.models.vlm import VLM
 from exporter.pipeline.export import export
-from exporter.pipeline.plan import make_plan
+from exporter.pipeline.plan import ExportOptions, make_plan
 
 CAPTION_TOKENS = 6
 TEXT = "{q} Image Caption: {caption}"
@@ -81,9 +81,9 @@ def layers(tiny):
 def exported(base_folder, calibration_file, tmp_path_factory, layers):
     """Verified: export() raises if the worker finds anything."""
     plan = make_plan(
-        str(base_folder), output=tmp_path_factory.mktemp("export") / "calibrated", gate="two-sided",
+        str(base_folder), ExportOptions.of(output=tmp_path_factory.mktemp("export") / "calibrated", gate="two-sided",
         layers=f"{layers[0]}-{layers[1]}",
-        calibration=str(calibration_file), caption_max_new_tokens=CAPTION_TOKENS,
+        calibration=str(calibration_file), caption_max_new_tokens=CAPTION_TOKENS),
     )  # fmt: skip
     return export(plan)
 
@@ -492,7 +492,7 @@ def edited(folder, file, **changes):
 def test_blip_checkpoints_that_cannot_be_calibrated_are_refused(tmp_path, changes, message):
     folder = edited(tiny_family("blip_2").save(tmp_path / "base"), "config.json", **changes)
     with pytest.raises(InputError, match=message):
-        make_plan(str(folder), output=tmp_path / "out")
+        make_plan(str(folder), ExportOptions.of(output=tmp_path / "out"))
 
 
 def test_pan_and_scan_is_refused(tmp_path, calibration_file):
@@ -502,14 +502,14 @@ def test_pan_and_scan_is_refused(tmp_path, calibration_file):
     values.get("image_processor", values)["do_pan_and_scan"] = True
     (folder / file).write_text(json.dumps(values))
     with pytest.raises(InputError, match="do_pan_and_scan is on"):
-        export(make_plan(str(folder), output=tmp_path / "out", calibration=str(calibration_file), layers="1-2"))
+        export(make_plan(str(folder), ExportOptions.of(output=tmp_path / "out", calibration=str(calibration_file), layers="1-2")))
     assert not (tmp_path / "out").exists()
 
 
 def test_cross_attention_layers_are_left_out(tmp_path, calibration_file):
     """Prompts without an image skip them."""
     folder = tiny_family("mllama").save(tmp_path / "base")
-    plan = make_plan(str(folder), output=tmp_path / "out", calibration=str(calibration_file), layers="0-2")
+    plan = make_plan(str(folder), ExportOptions.of(output=tmp_path / "out", calibration=str(calibration_file), layers="0-2"))
     layers = export(plan).report.layers
     assert layers.chosen == (0, 2)
     assert "without an image" in layers.left_out["1"]

@@ -19,7 +19,7 @@ from tiny_families_torchvision import FAMILIES, qwen2_vl, smolvlm, tiny_family
 from transformers import AutoModelForImageTextToText
 
 from exporter.pipeline.export import export
-from exporter.pipeline.plan import make_plan
+from exporter.pipeline.plan import ExportOptions, make_plan
 
 # of families in test_families.py
 del test_blip_checkpoints_that_cannot_be_calibrated_are_refused, test_pan_and_scan_is_refused  # noqa: F821
@@ -106,7 +106,7 @@ def test_qwen2_vl_as_it_is_published(calibration_file, tmp_path):
     config["vision_config"]["model_type"] = "qwen2_vl"
     (folder / "config.json").write_text(json.dumps(config))
     options = {"layers": "1-2", "calibration": str(calibration_file), "caption_max_new_tokens": CAPTION_TOKENS}
-    done = export(make_plan(str(folder), output=tmp_path / "calibrated", **options))
+    done = export(make_plan(str(folder), ExportOptions.of(output=tmp_path / "calibrated", **options)))
     names = json.loads((done.plan.output / "model.safetensors.index.json").read_text())["weight_map"]
     assert {"model.layers.0.mlp.up_proj.weight", "visual.patch_embed.proj.weight"} <= names.keys()
     base = AutoModelForImageTextToText.from_pretrained(folder).eval()

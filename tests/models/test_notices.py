@@ -93,7 +93,7 @@ def test_patterns_are_of_the_installed_transformers():
 
 def test_the_report_has_them(base_folder, tmp_path, calibration_file):
     from exporter.pipeline.export import export
-    from exporter.pipeline.plan import make_plan
+    from exporter.pipeline.plan import ExportOptions, make_plan
 
     base = shutil.copytree(base_folder, tmp_path / "base")
     settings = json.loads((base / "processor_config.json").read_text())
@@ -102,7 +102,7 @@ def test_the_report_has_them(base_folder, tmp_path, calibration_file):
     config["text_config"]["pad_token_id"] = -1
     (base / "config.json").write_text(json.dumps(config))
     output = tmp_path / "out"
-    done = export(make_plan(str(base), output=output, layers="1", calibration=str(calibration_file)))
+    done = export(make_plan(str(base), ExportOptions.of(output=output, layers="1", calibration=str(calibration_file))))
     said = list(done.report.warnings)
     assert json.loads((output / "shiftdc_report.json").read_text())["warnings"] == said
     assert any("pad_token_id must be" in line for line in said), said

@@ -19,7 +19,7 @@ from exporter.errors import InputError, VerificationError
 from exporter.models.base import PARTS, PROCESSING, BaseFiles
 from exporter.models.processors import check_same, load_processor, load_with_notices, pin
 from exporter.models.recipe import load_recipe
-from exporter.pipeline.plan import make_plan
+from exporter.pipeline.plan import ExportOptions, make_plan
 
 RECIPES = {"llava_next_vicuna": "llava_next", "pixtral": "llava"}
 FAMILIES = {**tiny_families.FAMILIES, **tiny_families_torchvision.FAMILIES}
@@ -208,13 +208,13 @@ class TestMissingClass:
         base = shutil.copytree(base_folder, tmp_path / "base")
         edit(base / "processor_config.json", processor_class="MyVLProcessor")
         with pytest.raises(InputError, match=r"name the processor class MyVLProcessor, which transformers .* has not"):
-            make_plan(str(base), output=tmp_path / "out")
+            make_plan(str(base), ExportOptions.of(output=tmp_path / "out"))
 
     def test_none_is_named(self, base_folder, tmp_path):
         base = shutil.copytree(base_folder, tmp_path / "base")
         (base / "processor_config.json").unlink()
         with pytest.raises(InputError, match=r"the processor in .* cannot be loaded|has no processor of images and text"):
-            make_plan(str(base), output=tmp_path / "out")
+            make_plan(str(base), ExportOptions.of(output=tmp_path / "out"))
 
 
 def test_settings_that_nothing_takes_are_told(base_folder, tmp_path):

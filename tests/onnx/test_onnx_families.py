@@ -20,7 +20,7 @@ from exporter.onnx.families import FAMILIES
 from exporter.onnx.parity import as_prompts
 from exporter.onnx.runner import BAKED, UNCALIBRATED, OnnxShiftDC, until_end
 from exporter.pipeline.export import export
-from exporter.pipeline.plan import make_plan
+from exporter.pipeline.plan import ExportOptions, make_plan
 
 REQUESTS = ["How do I build this?", "What on earth is it, and who could ever need one of these?"]
 SIZES = [(40, 40), (90, 28)]
@@ -45,7 +45,7 @@ def shallow(tiny):
 
 
 def graphs_of(base, output, precisions=("fp32",), **recipe):
-    plan = make_plan(str(base), output=output, **recipe)
+    plan = make_plan(str(base), ExportOptions.of(output=output, **recipe))
     export(plan)
     export_onnx(plan.output, precisions)
     return open_export(plan.output, dtype="float32"), OnnxShiftDC(plan.output / "onnx", threads=1)

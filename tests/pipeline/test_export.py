@@ -24,7 +24,7 @@ from exporter.errors import InputError, ShiftDCError, VerificationError
 from exporter.modeling.modeling_shiftdc import buffers_sha256
 from exporter.pipeline import export as pipeline
 from exporter.pipeline.export import export
-from exporter.pipeline.plan import make_plan
+from exporter.pipeline.plan import ExportOptions, make_plan
 
 
 def contents(folder: Path) -> dict[str, tuple[str, int]]:
@@ -83,7 +83,7 @@ def test_a_base_that_changes_after_it_was_hashed(hub_snapshot, base_folder, tmp_
 
     monkeypatch.setattr("exporter.pipeline.export.bake", changed)
     with pytest.raises(ShiftDCError, match="is not bitwise the base model's" if linked else "changed while it was copied"):
-        export(make_plan(str(base), output=tmp_path / "out", layers="1-2", calibration=str(calibration_file)))
+        export(make_plan(str(base), ExportOptions.of(output=tmp_path / "out", layers="1-2", calibration=str(calibration_file))))
     assert sorted(f.name for f in tmp_path.iterdir()) == there
 
 
@@ -93,7 +93,7 @@ def test_a_failed_export_leaves_nothing(base_folder, tmp_path, calibration_file,
         raise VerificationError("on purpose")
 
     monkeypatch.setattr(pipeline, "verify", fail)
-    plan = make_plan(str(base_folder), output=tmp_path / "out", layers="1-2", calibration=str(calibration_file))
+    plan = make_plan(str(base_folder), ExportOptions.of(output=tmp_path / "out", layers="1-2", calibration=str(calibration_file)))
     with pytest.raises(VerificationError):
         export(plan)
     assert list(tmp_path.iterdir()) == []
@@ -105,8 +105,8 @@ def test_an_earlier_export_is_replaced_only_by_a_good_one(make_export, base_fold
     before = contents(output)
     settings = {"output": output, "layers": "2", "calibration": str(calibration_file)}
     with pytest.raises(InputError, match="--force to replace it"):
-        make_plan(str(base_folder), **settings)
-    plan = make_plan(str(base_folder), force=True, **settings)
+        make_plan(str(base_folder), ExportOptions.of(**settings))
+    plan = make_plan(str(base_folder), ExportOptions.of(force=True, **settings))
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "verify", lambda *_: (_ for _ in ()).throw(VerificationError("on purpose")))
         with pytest.raises(VerificationError):
@@ -122,24 +122,24 @@ def test_other_folders_are_never_replaced(base_folder, tmp_path):
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     for force in (False, True):
         with pytest.raises(InputError, match="is no export of this tool"):
-            make_plan(str(base_folder), output=tmp_path / "mine", force=force)
+            make_plan(str(base_folder), ExportOptions.of(output=tmp_path / "mine", force=force))
 
 
 def test_plans_that_cannot_work(base_folder, tmp_path):
     with pytest.raises(InputError, match="decoder layers 0 to 3"):
-        make_plan(str(base_folder), output=tmp_path / "o", layers="2-4")
+        make_plan(str(base_folder), ExportOptions.of(output=tmp_path / "o", layers="2-4"))
     with pytest.raises(InputError, match="lies in the base model's folder"):
-        make_plan(str(base_folder), output=base_folder / "out")
+        make_plan(str(base_folder), ExportOptions.of(output=base_folder / "out"))
     other = shutil.copytree(base_folder, tmp_path / "other")
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps({**config, "model_type": "gpt2"}))
     with pytest.raises(InputError, match="family 'gpt2', for which there is no recipe"):
-        make_plan(str(other), output=tmp_path / "o")
+        make_plan(str(other), ExportOptions.of(output=tmp_path / "o"))
     with pytest.raises(InputError, match="for family 'llava'"):
-        make_plan(str(other), output=tmp_path / "o", recipe="llava")
+        make_plan(str(other), ExportOptions.of(output=tmp_path / "o", recipe="llava"))
     (other / "config.json").write_text(json.dumps({**config, "model_type": "qwen"}))
     with pytest.raises(InputError, match="take Qwen2-VL"):
-        make_plan(str(other), output=tmp_path / "o")
+        make_plan(str(other), ExportOptions.of(output=tmp_path / "o"))
 
 
 def test_a_checkpoint_that_does_not_fill_the_model(base_folder, tmp_path, calibration_file):
@@ -148,7 +148,7 @@ def test_a_checkpoint_that_does_not_fill_the_model(base_folder, tmp_path, calibr
     del tensors["language_model.model.norm.weight"]
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(InputError, match="1 missing keys"):
-        export(make_plan(str(base), output=tmp_path / "out", layers="1", calibration=str(calibration_file)))
+        export(make_plan(str(base), ExportOptions.of(output=tmp_path / "out", layers="1", calibration=str(calibration_file))))
     assert not (tmp_path / "out").exists()
 
 

@@ -36,7 +36,7 @@ from exporter.models.prompt_frame import prompt_frame
 from exporter.models.recipe import load_recipe, recipe_for_family
 from exporter.models.vlm import VLM
 from exporter.pipeline.export import export
-from exporter.pipeline.plan import make_plan
+from exporter.pipeline.plan import ExportOptions, make_plan
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU, and there is none")
 CUDA = pytest.param("cuda", marks=[pytest.mark.gpu, needs_cuda])
@@ -284,7 +284,8 @@ def test_an_export_spread_over_devices(device_map, make_export, base_folder, cal
     with exact_float32():
         assert replies(placed.model, on(placed.device, inputs)) == replies(alone.model, inputs)
     plan = make_plan(
-        str(base_folder), output=tmp_path / "out", device_map="auto", calibration=str(calibration_file), layers="1-2"
+        str(base_folder),
+        ExportOptions.of(output=tmp_path / "out", device_map="auto", calibration=str(calibration_file), layers="1-2"),
     )
     assert export(plan).verification.shards  # verified in a fresh process, on the GPU
 
@@ -312,7 +313,7 @@ def test_half_precision_stays_near(dtype):
 @pytest.mark.gpu
 @needs_cuda
 def test_the_demo_exported_on_the_gpu_replies_as_it_does_on_the_cpu(tmp_path):
-    folder = export(make_plan("demo", output=tmp_path / "demo")).plan.output
+    folder = export(make_plan("demo", ExportOptions.of(output=tmp_path / "demo"))).plan.output
     there = open_export(folder)
     here = VLM(copy.deepcopy(there.model).to("cpu"), there.processor)
     requests, images = ["what is this?", "how do you make this?"], [picture(0, 96, 96), picture(1, 96, 96)]

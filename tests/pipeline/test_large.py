@@ -23,7 +23,7 @@ from exporter.pipeline import export as pipeline
 from exporter.pipeline import measure as measuring
 from exporter.pipeline.export import export
 from exporter.pipeline.measure import load_base
-from exporter.pipeline.plan import make_plan, plan_needs
+from exporter.pipeline.plan import ExportOptions, make_plan, plan_needs
 
 
 @pytest.fixture(scope="module")
@@ -43,11 +43,11 @@ PEAK = """
 import sys
 from pathlib import Path
 from exporter.pipeline.measure import load_base
-from exporter.pipeline.plan import make_plan
+from exporter.pipeline.plan import ExportOptions, make_plan
 from exporter.directions.activations import AUTO_TOKENS, last_token_activations
 small, large, output, dtype = sys.argv[1:]
 for model in (small, large):
-    plan = make_plan(model, output=Path(output), layers="0-3", dtype=dtype)
+    plan = make_plan(model, ExportOptions.of(output=Path(output), layers="0-3", dtype=dtype))
     with load_base(plan) as vlm:
         layers = list(vlm.decoder_layers(plan.recipe.decoder_layers))
         last_token_activations(vlm, layers, vlm.pad([[5] * 64] * (AUTO_TOKENS["cpu"] // 64)))
@@ -62,7 +62,7 @@ def test_the_peak_that_a_dry_run_states_is_the_one_measured(base_folder, wide, t
     """How many pages of libraries are in memory is the system's business: it reads more or fewer of them ahead. So that is
     measured with a model of no size, in the same process.
     """
-    stated = plan_needs(make_plan(str(wide), output=tmp_path / "out", layers="0-3", dtype=dtype))
+    stated = plan_needs(make_plan(str(wide), ExportOptions.of(output=tmp_path / "out", layers="0-3", dtype=dtype)))
     command = [sys.executable, "-c", PEAK, str(base_folder), str(wide), str(tmp_path / "out"), dtype]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -73,7 +73,7 @@ def test_the_peak_that_a_dry_run_states_is_the_one_measured(base_folder, wide, t
 
 def test_needs_follow_the_options(wide, tmp_path):
     def of(**options):
-        return plan_needs(make_plan(str(wide), output=tmp_path / "out", **options))
+        return plan_needs(make_plan(str(wide), ExportOptions.of(output=tmp_path / "out", **options)))
 
     own = of()
     assert (
@@ -89,7 +89,7 @@ def test_needs_follow_the_options(wide, tmp_path):
 
 def test_everything_on_disk_gives_the_same(base_folder, calibration_file, tmp_path):
     """Weights that `device_map` leaves on disk, in another dtype than the checkpoint's."""
-    plan = make_plan(str(base_folder), output=tmp_path / "out", layers="1-2", calibration=str(calibration_file))
+    plan = make_plan(str(base_folder), ExportOptions.of(output=tmp_path / "out", layers="1-2", calibration=str(calibration_file)))
     places = {
         "model.vision_tower": "cpu",
         "model.multi_modal_projector": "cpu",
@@ -109,7 +109,7 @@ def test_everything_on_disk_gives_the_same(base_folder, calibration_file, tmp_pa
 
 def test_an_export_with_a_device_map_leaves_no_offload_folder(base_folder, calibration_file, tmp_path, make_export):
     settings = {"layers": "1-2", "calibration": str(calibration_file)}
-    done = export(make_plan(str(base_folder), output=tmp_path / "out", device_map="auto", **settings))
+    done = export(make_plan(str(base_folder), ExportOptions.of(output=tmp_path / "out", device_map="auto", **settings)))
     assert [f.name for f in tmp_path.iterdir()] == ["out"]
     assert done.report.parity["logits"] < 1e-3
     assert done.report.statistics == make_export().report.statistics
@@ -119,7 +119,7 @@ def test_an_export_with_a_device_map_leaves_no_offload_folder(base_folder, calib
 def test_directions_of_a_quantised_model(wide, calibration_file, tmp_path, bits):
     pytest.importorskip("bitsandbytes")
     settings = {"layers": "1-2", "calibration": str(calibration_file), f"load_in_{bits}bit": True}
-    plan = make_plan(str(wide), output=tmp_path / "out", **settings)
+    plan = make_plan(str(wide), ExportOptions.of(output=tmp_path / "out", **settings))
     with load_base(plan, bits) as vlm:
         kinds = {type(m).__name__ for m in vlm.model.modules()}
     assert {4: "Linear4bit", 8: "Linear8bitLt"}[bits] in kinds
@@ -147,16 +147,16 @@ def test_directions_of_a_quantised_model(wide, calibration_file, tmp_path, bits)
 @pytest.mark.skipif(torch.cuda.is_available(), reason="of bitsandbytes' CPU kernels")
 def test_widths_that_the_cpu_kernels_do_not_take(base_folder, tmp_path):
     with pytest.raises(InputError, match="multiples of 64"):
-        make_plan(str(base_folder), output=tmp_path / "out", load_in_4bit=True)
+        make_plan(str(base_folder), ExportOptions.of(output=tmp_path / "out", load_in_4bit=True))
 
 
 def test_what_cannot_be_quantised(base_folder, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="exclude each other"):
-        make_plan(str(base_folder), output=tmp_path / "out", load_in_4bit=True, load_in_8bit=True)
+        make_plan(str(base_folder), ExportOptions.of(output=tmp_path / "out", load_in_4bit=True, load_in_8bit=True))
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(InputError, match="needs bitsandbytes, which is not installed"):
-        make_plan(str(base_folder), output=tmp_path / "out", load_in_4bit=True)
+        make_plan(str(base_folder), ExportOptions.of(output=tmp_path / "out", load_in_4bit=True))
 
 
 def test_a_base_that_is_quantised_already(tmp_path):
@@ -164,7 +164,7 @@ def test_a_base_that_is_quantised_already(tmp_path):
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "bitsandbytes"}}))
     with pytest.raises(InputError, match="is stored quantised already"):
-        make_plan(str(base), output=tmp_path / "out", load_in_4bit=True)
+        make_plan(str(base), ExportOptions.of(output=tmp_path / "out", load_in_4bit=True))
 
 
 def test_the_base_is_released_before_verifying(base_folder, calibration_file, tmp_path, monkeypatch):
@@ -183,7 +183,7 @@ def test_the_base_is_released_before_verifying(base_folder, calibration_file, tm
     monkeypatch.setattr(measuring, "load_vlm", load)
     monkeypatch.setattr(pipeline, "verify", check)
     gc.disable()  # the pipeline has to see to it
-    plan = make_plan(str(base_folder), output=tmp_path / "out", layers="1-2", calibration=str(calibration_file))
+    plan = make_plan(str(base_folder), ExportOptions.of(output=tmp_path / "out", layers="1-2", calibration=str(calibration_file)))
     try:
         with pytest.raises(VerificationError, match="that is all"):
             export(plan)

@@ -28,7 +28,7 @@ from exporter.models.check import check, skeleton
 from exporter.models.processors import load_processor
 from exporter.models.prompt_check import check_prompts
 from exporter.pipeline.export import export
-from exporter.pipeline.plan import make_plan
+from exporter.pipeline.plan import ExportOptions, make_plan
 
 pytestmark = pytest.mark.skipif(
     PUBLISHED is None or VOCABULARIES is None,
@@ -73,7 +73,7 @@ def base_folder(name, tmp_path_factory):
 def exported(base_folder, calibration_file, tmp_path_factory):
     output = tmp_path_factory.mktemp("export") / "calibrated"
     options = {"layers": f"{LAYERS[0]}-{LAYERS[1]}", "gate": "two-sided", "caption_max_new_tokens": 6, "strength": 4.0}
-    return export(make_plan(str(base_folder), output=output, calibration=str(calibration_file), **options))
+    return export(make_plan(str(base_folder), ExportOptions.of(output=output, calibration=str(calibration_file), **options)))
 
 
 @pytest.fixture(scope="module")

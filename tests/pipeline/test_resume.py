@@ -29,7 +29,7 @@ from exporter.models.recipe import load_recipe
 from exporter.pipeline import fingerprint as fingerprints
 from exporter.pipeline.export import export
 from exporter.pipeline.fingerprint import base_identity, calibration_identity, code_identity, fingerprint
-from exporter.pipeline.plan import make_plan
+from exporter.pipeline.plan import ExportOptions, make_plan
 from exporter.runtime.batches import Batches, out_of_memory
 from exporter.runtime.store import CACHE, Store
 
@@ -155,7 +155,9 @@ def test_no_text_is_kept(vlm, calibration_file, cache):
 
 def test_the_fingerprint_tells_runs_apart(base_folder, calibration_file, tmp_path):
     def of(base=base_folder, calibration=calibration_file, **options):
-        return fingerprint(make_plan(str(base), output=tmp_path / "out", layers="1", calibration=str(calibration), **options))
+        return fingerprint(
+            make_plan(str(base), ExportOptions.of(output=tmp_path / "out", layers="1", calibration=str(calibration), **options))
+        )
 
     assert of() == of()
     assert of(strength=0.5) == of()  # activations do not depend on it
@@ -171,7 +173,7 @@ def test_the_fingerprint_tells_runs_apart(base_folder, calibration_file, tmp_pat
 
 
 def test_each_part_of_a_plan_is_in_the_fingerprint(base_folder, calibration_file, tmp_path, monkeypatch):
-    plan = make_plan(str(base_folder), output=tmp_path / "out", layers="1", calibration=str(calibration_file))
+    plan = make_plan(str(base_folder), ExportOptions.of(output=tmp_path / "out", layers="1", calibration=str(calibration_file)))
     recipe, prompts, calibration = plan.recipe, plan.recipe.prompts, plan.calibration
 
     def with_recipe(**changes):
@@ -303,7 +305,7 @@ def test_killed_at_random_points(base_folder, calibration_file, tmp_path, cache,
         kept = len(kept_files(cache))
         assert not (tmp_path / "out").exists()
     options = {"layers": "1-2", "calibration": str(calibration_file), "batch_size": 1}
-    done = export(make_plan(str(base_folder), output=tmp_path / "out", **options))
+    done = export(make_plan(str(base_folder), ExportOptions.of(output=tmp_path / "out", **options)))
     assert done.report.resumed_batches == kept
     assert not any(cache.iterdir())  # nothing is kept once the export is there
     undisturbed = fit(vlm, calibration_file, layers=[1, 2], batch_size=1)

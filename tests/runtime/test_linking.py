@@ -24,7 +24,7 @@ from exporter.modeling.prompts_shiftdc import PromptFrame
 from exporter.models.base import resolve
 from exporter.models.recipe import load_recipe
 from exporter.pipeline import export as pipeline
-from exporter.pipeline.plan import make_plan, plan_needs, text_config
+from exporter.pipeline.plan import ExportOptions, make_plan, plan_needs, text_config
 from exporter.runtime import linking as placing
 from exporter.runtime.linking import SHARED, is_hub_blob, link_or_copy, symlink_or_copy, will_be_linked
 
@@ -136,7 +136,9 @@ def test_files_of_a_hub_cache_are_linked_and_read_only(request, calibration_file
     before = blob.read_bytes()
     if os.geteuid() == 0:
         os.chown(blob, NOBODY, -1)
-    needed = plan_needs(make_plan(str(base), output=tmp_path / "a" / "out", layers="1", calibration=str(calibration_file)))
+    needed = plan_needs(
+        make_plan(str(base), ExportOptions.of(output=tmp_path / "a" / "out", layers="1", calibration=str(calibration_file)))
+    )
     assert needed.copied == 0 and needed.disk < 10**6
     assert baked(base, tmp_path / "out").placed == {"link": len(before)}
     shard = tmp_path / "out" / SHARD
@@ -225,5 +227,5 @@ def test_a_sweep_lends_the_shards(base_folder, calibration_file, tmp_path, monke
     monkeypatch.setattr(pipeline, "load_calibrated", look)
     options = {"layers": "1", "calibration": str(calibration_file), "strength": "auto"}
     with pytest.raises(KeyboardInterrupt):
-        pipeline.export(make_plan(str(base_folder), output=tmp_path / "out", **options))
+        pipeline.export(make_plan(str(base_folder), ExportOptions.of(output=tmp_path / "out", **options)))
     assert list(tmp_path.iterdir()) == []

@@ -114,10 +114,10 @@ def test_device_map_and_other_commands_are_refused(base_folder, tmp_path, monkey
     from click.testing import CliRunner
 
     from exporter.cli.commands import main
-    from exporter.pipeline.plan import make_plan
+    from exporter.pipeline.plan import ExportOptions, make_plan
 
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(InputError, match="leave one of them out"):
-        make_plan(str(base_folder), output=tmp_path / "out", device_map="auto")
+        make_plan(str(base_folder), ExportOptions.of(output=tmp_path / "out", device_map="auto"))
     done = CliRunner().invoke(main, ["verify", str(tmp_path)])
     assert (done.exit_code, "run the other commands without it" in done.stderr) == (2, True)
