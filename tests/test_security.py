@@ -212,7 +212,7 @@ def new_generate(folder: Path, canary: Path) -> None:
 
 
 def changed_code(folder: Path, canary: Path) -> None:
-    (folder / "modeling_shiftdc_llava.py").write_text(code(canary) + (folder / "modeling_shiftdc_llava.py").read_text())
+    (folder / "modeling_shiftdc.py").write_text(code(canary) + (folder / "modeling_shiftdc.py").read_text())
 
 
 def other_repository(folder: Path, canary: Path) -> None:
@@ -240,7 +240,7 @@ def code_of_a_part(folder: Path, canary: Path) -> None:
         (code_of_a_part, r"qformer_tokenizer/tokenizer_config\.json names code"),
         (new_code, r"evil\.py is not the code of this version"),
         (new_generate, r"custom_generate/generate\.py is not the code of this version"),
-        (changed_code, r"modeling_shiftdc_llava\.py is not the code of this version"),
+        (changed_code, r"modeling_shiftdc\.py is not the code of this version"),
         (other_repository, r"config\.json names other classes or code \(auto_map\)"),
         (processor_code, r"processor_config\.json names code"),
         (nested_code, r"config\.json names code"),

@@ -69,7 +69,7 @@ def routes(vlm: VLM, recipe: Any) -> dict[str, list[Directions]]:
     whole = load_calibration("demo")
 
     def fit(calibration: CalibrationSet) -> Directions:
-        return fit_directions(vlm, calibration, recipe.prompts, recipe.decoder_layers)
+        return fit_directions(vlm, calibration, recipe.prompts)
 
     normal, harmless = fit(whole), fit(load_calibration("harmless", "demo"))
     few = {f"{n} harmful": [fit(subset(whole, n, d)) for d in range(DRAWS)] for n in FEW}
@@ -88,7 +88,7 @@ def wrong(vlm: VLM, recipe: Any, calibration: CalibrationSet) -> torch.Tensor:
     """Unit directions of a first token with which the model begins no refusal, [layers, hidden]."""
     token = vlm.tokenizer(WRONG_OPENER, add_special_tokens=False)["input_ids"][0]
     prompts = [vlm.token_ids(recipe.prompts.counterpart(r.request, r.caption)) for r in calibration.select("fit", "safe")]
-    layers = list(vlm.decoder_layers(recipe.decoder_layers))
+    layers = list(vlm.decoder_layers)
     gradient = torch.cat([g for _, g, _ in refusal_gradients(vlm, layers, prompts, [token])]).mean(0)
     return -gradient / gradient.norm(dim=-1, keepdim=True)
 

@@ -102,7 +102,7 @@ def loaded(size: Size) -> VLM:
 def reading(work: Pass) -> Way:
     """As `exporter.directions` reads text prompts."""
     vlm = loaded(work.size)
-    layers = list(vlm.decoder_layers("model.language_model.layers"))
+    layers = list(vlm.decoder_layers)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(5, work.size.vocabulary, (work.prompts, work.length), generator=generator)
 

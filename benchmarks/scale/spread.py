@@ -84,7 +84,7 @@ def worker(folder: Path, kind: str) -> None:
             ranks.gather(lambda: None)  # all begin together
             wall, cpu = time.perf_counter(), time.process_time()
             runner = Timed(ranks)
-            fit_directions(vlm, calibration(), recipe.prompts, recipe.decoder_layers, runner=runner)
+            fit_directions(vlm, calibration(), recipe.prompts, runner=runner)
             used = [time.process_time() - cpu, runner.inside]
             wall = time.perf_counter() - wall
             found.append([wall, *max(ranks.gather(lambda used=used: used))])

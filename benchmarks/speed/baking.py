@@ -26,6 +26,7 @@ from benchmarks.support.side_by_side import one_thread, ratio, row, write
 from exporter.checkpoint.bake import bake
 from exporter.checkpoint.calibrated import Calibrated
 from exporter.directions.directions import Directions
+from exporter.modeling.configuration_shiftdc import ShiftDCTraits
 from exporter.modeling.prompts_shiftdc import PromptFrame
 from exporter.models.base import resolve
 from exporter.models.recipe import load_recipe
@@ -43,6 +44,7 @@ ROWS = [
 
 #: Of prompts that are never made.
 FRAME = PromptFrame((), (), (), (), (), ((),), ((),), ((),), ("", ""), "", "", False)
+TRAITS = ShiftDCTraits("model.language_model.layers", "vision_feature_select_strategy", image_token_id=4)
 
 
 def new_bytes(folder: Path, base: Path) -> int:
@@ -115,7 +117,7 @@ def baked(base_folder: Path, target: Path) -> float:
     directions = Directions(LAYERS, unit, torch.ones(len(LAYERS)), ())
     target.mkdir()
     start = time.perf_counter()
-    bake(base, Calibrated(recipe, directions, LAYERS, FRAME), target)
+    bake(base, Calibrated(recipe, directions, LAYERS, FRAME, TRAITS), target)
     return time.perf_counter() - start
 
 

@@ -52,7 +52,7 @@ def batches(prompts: list[list[int]], device: torch.device = CPU) -> list[Inputs
 
 
 def ways(vlm: VLM, prompts: list[list[int]]) -> dict[str, Callable[[], object]]:
-    layers = list(vlm.decoder_layers("model.language_model.layers"))
+    layers = list(vlm.decoder_layers)
 
     def ours() -> RunningMean:
         stats = RunningMean()

@@ -105,7 +105,7 @@ def made(size: Size, device: torch.device) -> Any:
 
 
 def calibrated(stock: VLM) -> VLM:
-    depth = len(stock.decoder_layers(RECIPE.decoder_layers))
+    depth = len(stock.decoder_layers)
     return calibrated_copy(stock, RECIPE, tuple(range(depth // 3, depth // 3 + min(3, depth // 3 + 1))))
 
 
@@ -175,7 +175,7 @@ def reading(bench: Bench, vlm: VLM, prompts: list[list[int]]) -> dict[str, Any]:
     work = ways(vlm, prompts)
     memory = {name: peak(way) for name, way in work.items()}
     found = medians(work, bench.rounds)
-    layers = vlm.decoder_layers(RECIPE.decoder_layers)
+    layers = vlm.decoder_layers
     weights, hidden = parameters(layers), vlm.model.config.get_text_config().hidden_size
     tokens = sum(map(len, prompts))
     attention = 2 * len(layers) * hidden * sum(len(p) ** 2 for p in prompts)

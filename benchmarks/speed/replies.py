@@ -27,6 +27,7 @@ from exporter.models.base import resolve
 from exporter.models.loading import load_vlm
 from exporter.models.prompt_frame import prompt_frame
 from exporter.models.recipe import load_recipe
+from exporter.models.trials import tried_traits
 from exporter.models.vlm import VLM
 
 QUESTION, OTHERS = "What is it?", ["What is it?", "Who needs it, and what for?", "Why?", "How is it made at home?"]
@@ -41,7 +42,8 @@ def calibrated(base_folder: Path, folder: Path, size: Size = SMALL) -> VLM:
     )
     folder.mkdir()
     directions = Directions(LAYERS, unit, torch.ones(len(LAYERS)), ())
-    bake(base, Calibrated(recipe, directions, LAYERS, prompt_frame(load_vlm(base, recipe), recipe.wording)), folder)
+    vlm = load_vlm(base, recipe)
+    bake(base, Calibrated(recipe, directions, LAYERS, prompt_frame(vlm, recipe.wording), tried_traits(vlm)), folder)
     return load_calibrated(folder, recipe)
 
 

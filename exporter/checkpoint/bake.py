@@ -47,7 +47,7 @@ def shiftdc_block(calibrated: Calibrated, base: BaseCheckpoint, adapter: Path | 
         "strength": calibrated.strength,
         "layers": list(calibrated.layers),
         "buffers_sha256": [buffers_sha256(direction, shift) for _, direction, shift in calibrated.vectors],
-        "decoder_layers": recipe.decoder_layers,
+        "traits": calibrated.traits.as_json(),
         "caption_max_new_tokens": recipe.caption_tokens,
         "prompt": calibrated.frame.as_json(),
         "base_model": {"id": base.name, "revision": base.revision},
@@ -104,8 +104,8 @@ def _put_shards(base: BaseCheckpoint, folder: Path, hash_of: HashOf, temporary: 
 def _save_vectors(calibrated: Calibrated, folder: Path) -> None:
     tensors = {}
     for layer, direction, shift in calibrated.vectors:
-        tensors[buffer_key(calibrated.recipe.decoder_layers, layer, "direction")] = direction.contiguous()
-        tensors[buffer_key(calibrated.recipe.decoder_layers, layer, "shift")] = shift.clone()
+        tensors[buffer_key(calibrated.traits.decoder_layers, layer, "direction")] = direction.contiguous()
+        tensors[buffer_key(calibrated.traits.decoder_layers, layer, "shift")] = shift.clone()
     save_file(tensors, folder / SHARD, metadata={"format": "pt"})
     (folder / SHARD).chmod(0o644)  # safetensors writes 0600
 

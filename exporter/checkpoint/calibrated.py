@@ -8,18 +8,21 @@ from dataclasses import dataclass
 import torch
 
 from exporter.directions.directions import Directions
+from exporter.modeling.configuration_shiftdc import ShiftDCTraits
 from exporter.modeling.prompts_shiftdc import PromptFrame
 from exporter.models.recipe import Recipe
 
 
 @dataclass(frozen=True)
 class Calibrated:
-    """A recipe, the directions that were measured with it, the layers that were chosen of theirs, and the prompts' frame."""
+    """A recipe, the directions that were measured with it, the layers that were chosen of theirs, the prompts' frame, and the
+    traits of the model."""
 
     recipe: Recipe
     directions: Directions
     layers: tuple[int, ...]
     frame: PromptFrame
+    traits: ShiftDCTraits
 
     @property
     def strength(self) -> float:

@@ -61,7 +61,7 @@ def record_probe(vlm: VLM, calibrated: Calibrated) -> Probe:
     The reference lies one step along the direction below the prompt's own coordinates, so that every gate corrects.
     """
     recipe, layers = calibrated.recipe, calibrated.layers
-    modules = vlm.decoder_layers(recipe.decoder_layers)
+    modules = vlm.decoder_layers
     chosen = [modules[i] for i in layers]
     direction = torch.stack([vector for _, vector, _ in calibrated.vectors])
     step = torch.tensor([s.step for s in calibrated.directions.statistics if s.layer in layers])

@@ -110,7 +110,7 @@ def _buffers(folder: Path, headers: Headers) -> list[str]:
     layers = settings.get("layers") if isinstance(settings, dict) else None
     if not isinstance(settings, dict) or not isinstance(layers, list) or not layers:
         return ["config.json has no usable shiftdc block"]
-    path = str(settings.get("decoder_layers"))
+    path = str(settings.get("traits", {}).get("decoder_layers"))
     expected = {buffer_key(path, layer, name) for layer in layers for name in BUFFERS}
     held = headers[SHARD]
     problems = [f"{key} is missing" for key in sorted(expected - held.keys())]

@@ -36,7 +36,6 @@ def fit_directions(
     vlm: VLM,
     calibration: CalibrationSet,
     prompts: Wording,
-    decoder_layers: str,
     *,
     layers: Sequence[int] | None = None,
     batch_size: int | None = None,
@@ -47,7 +46,7 @@ def fit_directions(
 
     Both sides go through the chat template. Means are streamed in float64.
     """
-    modules = vlm.decoder_layers(decoder_layers)
+    modules = vlm.decoder_layers
     chosen = tuple(i for i in (range(len(modules)) if layers is None else layers) if i not in vlm.image_layers)
     reader = _Reader(vlm, [modules[i] for i in chosen], prompts, batch_size, progress, runner or Batches())
     vectors = _difference(reader, calibration) if calibration.select("fit", "unsafe") else _gradient(reader, calibration)

@@ -45,7 +45,7 @@ def _reply(vlm: VLM, inputs: Inputs, max_new_tokens: int, **options: object) -> 
 
 def _layer_shifts(vlm: VLM, inputs: Inputs, reference: torch.Tensor | None) -> tuple[LayerShift, ...]:
     settings = vlm.model.config.shiftdc
-    layers = vlm.decoder_layers(settings["decoder_layers"])
+    layers = vlm.decoder_layers
     before = vlm.model.shiftdc_coordinates(**inputs)[0]
     position = last_token(inputs["attention_mask"])
     # these hooks run after the corrections', which were registered first

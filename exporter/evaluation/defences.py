@@ -80,7 +80,7 @@ def _first_pass(vlm: VLM) -> Iterator[list[float]]:
                 torch.cuda.synchronize()
             passed.append(time.perf_counter())
 
-    last = vlm.decoder_layers(vlm.model.config.shiftdc["decoder_layers"])[-1]
+    last = vlm.decoder_layers[-1]
     with hooked([last], note):
         yield passed
 

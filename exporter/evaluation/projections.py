@@ -33,7 +33,7 @@ def projections(vlm: VLM, benchmark: Benchmark) -> Projections | None:
         return None
     column = len(config["layers"]) // 2
     layer = config["layers"][column]
-    module = vlm.decoder_layers(config["decoder_layers"])[layer]
+    module = vlm.decoder_layers[layer]
     points: dict[str, list[float]] = {}
     for side, cell in (("unsafe", "harmful_image"), ("safe", "harmless_image")):
         chosen = [q for q in benchmark.limited(PROJECTED).questions if q.cell == cell and q.image is not None]

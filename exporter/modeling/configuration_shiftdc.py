@@ -8,14 +8,16 @@ It imports none of the other files: it is read first, also by versions of transf
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal
 
 import transformers
+from transformers import PreTrainedConfig
 
 if TYPE_CHECKING:  # what the mixin is mixed into
     from typing import Self
@@ -30,13 +32,16 @@ TRANSFORMERS = "5.20"
 #: 1: directions without a record of them.
 #: 2: the config records the SHA-256 of every layer's buffers (`buffers_sha256`).
 #: 3: the settings of 2; the code lies in other files, one for each role, and `auto_map` names these.
-FORMAT_VERSION = 3
+#: 4: the config says what was measured of the base model (`traits`), so that one file of code serves every class.
+FORMAT_VERSION = 4
 #: In an exported config.json this sentence stands in one field that the stock config class validates (its value is kept in the
 #: `shiftdc` block). A stock class, which would run uncalibrated, then ends in an error that prints the sentence.
 STOCK_CLASS_GUARD = (
     "This checkpoint is calibrated by ShiftDC and would be uncalibrated in a stock class: "
     "load it with AutoModelForImageTextToText.from_pretrained(..., trust_remote_code=True)."
 )
+#: What the model_type of a calibrated checkpoint starts with; the base's follows.
+PREFIX = "shiftdc_"
 #: config.json, parsed.
 ConfigDict = dict[str, Any]
 
@@ -52,6 +57,72 @@ def require_transformers(found: str) -> None:
 
 
 require_transformers(transformers.__version__)
+
+
+@dataclass(frozen=True)
+class TokenInput:
+    """An input as long as the prompt.
+
+    Args:
+        elsewhere, image (`int`):
+            What stands at an image token, and at all others.
+        in_text (`bool`):
+            Whether prompts without an image have it too.
+    """
+
+    elsewhere: int
+    image: int
+    in_text: bool
+
+
+@dataclass(frozen=True)
+class ShiftDCTraits:
+    """What was measured of the base model at export, by which one file of code serves every class.
+
+    Args:
+        decoder_layers (`str`):
+            Path of the decoder layers in the model.
+        guard_field (`str`):
+            The field of config.json that keeps stock classes away.
+        image_token_id (`int`):
+            The token id that stands for a part of an image.
+        video_token_id (`int`, *optional*):
+            The same for videos, where they have a token of their own.
+        pixel_inputs (`tuple[str, ...]`):
+            The arguments of forward() that hold pictures.
+        row_inputs (`tuple[str, ...]`):
+            Image arguments with an entry for every row of the batch, with an image or without.
+        token_inputs (`dict[str, TokenInput]`):
+            Arguments as long as the prompt.
+        blank_pixel (`float`):
+            Every pixel of the blank reference, after normalisation: the processor's mean colour, if that is no padding.
+        shares_prefix (`bool`):
+            Whether a reply may go on from the KV cache of the prompt's beginning, up to the end of the image.
+        backbone_state (`tuple[str, ...]`):
+            Attributes in which the base class keeps something from one pass to the next, as paths in the model.
+    """
+
+    decoder_layers: str
+    guard_field: str
+    image_token_id: int
+    video_token_id: int | None = None
+    pixel_inputs: tuple[str, ...] = ("pixel_values",)
+    row_inputs: tuple[str, ...] = ()
+    token_inputs: Mapping[str, TokenInput] = field(default_factory=dict)
+    blank_pixel: float = 0.0
+    shares_prefix: bool = False
+    backbone_state: tuple[str, ...] = ()
+
+    def as_json(self) -> ConfigDict:
+        """Plain values."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> ShiftDCTraits:
+        """What `as_json` was made from."""
+        known: ConfigDict = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        known["token_inputs"] = {k: TokenInput(**v) for k, v in values["token_inputs"].items()}
+        return cls(**known)
 
 
 @dataclass(frozen=True)
@@ -74,8 +145,8 @@ class ShiftDCSettings:
             The calibrated decoder layers.
         buffers_sha256 (`tuple[str, ...]`):
             SHA-256 of each layer's direction and shift.
-        decoder_layers (`str`):
-            Path of the decoder layers in the model.
+        traits (`ShiftDCTraits`):
+            What was measured of the base model.
         caption_max_new_tokens (`int`):
             Length of a caption.
         prompt (`dict`):
@@ -90,7 +161,7 @@ class ShiftDCSettings:
     strength: float
     layers: tuple[int, ...]
     buffers_sha256: tuple[str, ...]
-    decoder_layers: str
+    traits: ShiftDCTraits
     caption_max_new_tokens: int
     prompt: dict[str, object]
     adapter: str | None = None
@@ -115,19 +186,12 @@ class ShiftDCSettings:
         if missing := [f.name for f in fields(cls) if f.default is MISSING and f.name not in block]:
             raise ValueError(f"config.shiftdc.{missing[0]} is missing; fetch the checkpoint again, or export it again.")
         known: ConfigDict = {f.name: block[f.name] for f in fields(cls) if f.name in block}
-        return cls(**{**known, "layers": tuple(block["layers"]), "buffers_sha256": tuple(hashes)})
+        traits = ShiftDCTraits.from_json(block["traits"])
+        return cls(**{**known, "traits": traits, "layers": tuple(block["layers"]), "buffers_sha256": tuple(hashes)})
 
 
 class ShiftDCConfigMixin(_Config):
-    """Adds the `shiftdc` block to a family's config and keeps stock config classes from reading the checkpoint."""
-
-    #: A field whose values the family's stock config class checks.
-    shiftdc_guard_field = "tie_word_embeddings"
-
-    @staticmethod
-    def shiftdc_unsupported(config: Mapping[str, Any]) -> str | None:
-        """Why a base checkpoint with this config.json cannot be calibrated, with what to do; None where it can."""
-        return None
+    """Adds the `shiftdc` block to a stock config and keeps stock config classes from reading the checkpoint."""
 
     @classmethod
     def from_dict(cls, config_dict: ConfigDict, **kwargs: object) -> Self:
@@ -141,119 +205,54 @@ class ShiftDCConfigMixin(_Config):
     @classmethod
     def shiftdc_guarded(cls, config: ConfigDict) -> ConfigDict:
         """`config` as it is written to config.json."""
-        field = cls.shiftdc_guard_field
-        if "shiftdc" not in config or config.get(field) == STOCK_CLASS_GUARD:
+        if "shiftdc" not in config or "guarded" in config["shiftdc"]:
             return config
-        guarded = {"field": field, "value": config[field]} if field in config else {"field": field}
-        parts = {k: {**v, field: STOCK_CLASS_GUARD} for k, v in config.items() if cls._shiftdc_taken_for_whole(v)}
-        return {**config, **parts, field: STOCK_CLASS_GUARD, "shiftdc": {**config["shiftdc"], "guarded": guarded}}
+        name = config["shiftdc"]["traits"]["guard_field"]
+        guarded = {"value": config[name]} if name in config else {}
+        parts = {k: {**v, name: STOCK_CLASS_GUARD} for k, v in config.items() if cls._shiftdc_taken_for_whole(v)}
+        return {**config, **parts, name: STOCK_CLASS_GUARD, "shiftdc": {**config["shiftdc"], "guarded": guarded}}
 
     @classmethod
     def _shiftdc_taken_for_whole(cls, part: object) -> bool:
         """Whether a stock config class would read this part alone: it looks for its own model_type, which Qwen's towers have."""
-        return isinstance(part, dict) and part.get("model_type") == cls.model_type.removeprefix("shiftdc_")
+        return isinstance(part, dict) and part.get("model_type") == cls.model_type.removeprefix(PREFIX)
 
     @classmethod
     def shiftdc_unguarded(cls, config: ConfigDict) -> ConfigDict:
         """What `shiftdc_guarded` was made from."""
-        field = cls.shiftdc_guard_field
-        if config.get(field) != STOCK_CLASS_GUARD:
+        block = config.get("shiftdc")
+        if not isinstance(block, dict) or "guarded" not in block:
             return config
-        settings = {k: v for k, v in config["shiftdc"].items() if k != "guarded"}
-        guarded = config["shiftdc"]["guarded"]
+        name, guarded = block["traits"]["guard_field"], block["guarded"]
         kept = {
-            k: {name: x for name, x in v.items() if x != STOCK_CLASS_GUARD} if cls._shiftdc_taken_for_whole(v) else v
+            k: {part: x for part, x in v.items() if x != STOCK_CLASS_GUARD} if cls._shiftdc_taken_for_whole(v) else v
             for k, v in config.items()
-            if k != field
+            if k != name
         }
-        return {**kept, **({field: guarded["value"]} if "value" in guarded else {}), "shiftdc": settings}
+        settings = {k: v for k, v in block.items() if k != "guarded"}
+        return {**kept, **({name: guarded["value"]} if "value" in guarded else {}), "shiftdc": settings}
 
 
-class ShiftDCBlipConfigMixin(ShiftDCConfigMixin):
-    shiftdc_guard_field = "num_query_tokens"
-
-    @staticmethod
-    def shiftdc_unsupported(config: Mapping[str, Any]) -> str | None:
-        if config.get("text_config", {}).get("model_type") == "t5":
-            return "its language model is an encoder-decoder (T5), and the method is for decoders; take one with a decoder"
-        if config.get("image_token_index", config.get("image_token_id")) is None:
-            return "its config.json names no image_token_index, so image prompts cannot be told; fetch its newest revision"
-        return None
+@functools.cache
+def config_class(stock: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
+    """The calibrated counterpart of a config class of transformers. It is also an attribute of this module."""
+    name = f"ShiftDC{stock.__name__}"
+    made = type(name, (ShiftDCConfigMixin, stock), {"model_type": PREFIX + stock.model_type, "__module__": __name__})
+    globals()[name] = made
+    return made
 
 
-class ShiftDCAyaVisionConfig(ShiftDCConfigMixin, transformers.AyaVisionConfig):
-    model_type = "shiftdc_aya_vision"
-    shiftdc_guard_field = "vision_feature_select_strategy"
+def __getattr__(name: str) -> type[PreTrainedConfig]:
+    """`ShiftDCLlavaConfig` for transformers' `LlavaConfig`, and so on: config.json and pickles name these."""
+    return config_class(stock_class(name, __name__))
 
 
-class ShiftDCBlip2Config(ShiftDCBlipConfigMixin, transformers.Blip2Config):
-    model_type = "shiftdc_blip-2"
-
-
-class ShiftDCGemma3Config(ShiftDCConfigMixin, transformers.Gemma3Config):
-    model_type = "shiftdc_gemma3"
-    shiftdc_guard_field = "mm_tokens_per_image"
-
-
-class ShiftDCIdefics3Config(ShiftDCConfigMixin, transformers.Idefics3Config):
-    model_type = "shiftdc_idefics3"
-    shiftdc_guard_field = "scale_factor"
-
-
-class ShiftDCInstructBlipConfig(ShiftDCBlipConfigMixin, transformers.InstructBlipConfig):
-    model_type = "shiftdc_instructblip"
-
-
-class ShiftDCInternVLConfig(ShiftDCConfigMixin, transformers.InternVLConfig):
-    model_type = "shiftdc_internvl"
-    shiftdc_guard_field = "image_seq_length"
-
-
-class ShiftDCLlavaConfig(ShiftDCConfigMixin, transformers.LlavaConfig):
-    model_type = "shiftdc_llava"
-    shiftdc_guard_field = "vision_feature_select_strategy"
-
-
-class ShiftDCLlavaNextConfig(ShiftDCConfigMixin, transformers.LlavaNextConfig):
-    model_type = "shiftdc_llava_next"
-    shiftdc_guard_field = "vision_feature_select_strategy"
-
-
-class ShiftDCLlavaOnevisionConfig(ShiftDCConfigMixin, transformers.LlavaOnevisionConfig):
-    model_type = "shiftdc_llava_onevision"
-    shiftdc_guard_field = "vision_feature_select_strategy"
-
-
-class ShiftDCMistral3Config(ShiftDCConfigMixin, transformers.Mistral3Config):
-    model_type = "shiftdc_mistral3"
-    shiftdc_guard_field = "spatial_merge_size"
-
-
-class ShiftDCMllamaConfig(ShiftDCConfigMixin, transformers.MllamaConfig):
-    model_type = "shiftdc_mllama"
-    shiftdc_guard_field = "image_token_index"
-
-
-class ShiftDCPaliGemmaConfig(ShiftDCConfigMixin, transformers.PaliGemmaConfig):
-    model_type = "shiftdc_paligemma"
-    shiftdc_guard_field = "projection_dim"
-
-
-class ShiftDCQwen2_5_VLConfig(ShiftDCConfigMixin, transformers.Qwen2_5_VLConfig):  # noqa: N801 (as transformers names it)
-    model_type = "shiftdc_qwen2_5_vl"
-    shiftdc_guard_field = "vision_start_token_id"
-
-
-class ShiftDCQwen2VLConfig(ShiftDCConfigMixin, transformers.Qwen2VLConfig):
-    model_type = "shiftdc_qwen2_vl"
-    shiftdc_guard_field = "vision_start_token_id"
-
-
-class ShiftDCQwen3VLConfig(ShiftDCConfigMixin, transformers.Qwen3VLConfig):
-    model_type = "shiftdc_qwen3_vl"
-    shiftdc_guard_field = "vision_start_token_id"
-
-
-class ShiftDCSmolVLMConfig(ShiftDCConfigMixin, transformers.SmolVLMConfig):
-    model_type = "shiftdc_smolvlm"
-    shiftdc_guard_field = "scale_factor"
+def stock_class(name: str, module: str) -> Any:
+    """The class of transformers that `name` is the calibrated counterpart of. Raises AttributeError."""
+    found = getattr(transformers, name.removeprefix("ShiftDC"), None) if name.startswith("ShiftDC") else None
+    if found is None:
+        raise AttributeError(
+            f"There is no {name} in {module}: transformers {transformers.__version__} has no class of that name; use the "
+            "version that the checkpoint's README names."
+        )
+    return found

@@ -268,7 +268,7 @@ class OwnPrompt:
 def cut_back(turn: Turn, images: ImageArguments, shares_prefix: bool) -> Images:
     """Cut the cache back to what this turn can go on from; the image inputs that are to be read (again).
 
-    shares_prefix: `shiftdc_shares_prefix` of the model.
+    shares_prefix: as in the traits of the model.
     """
     held, cache, prompt = turn.held, turn.cache, turn.prompt
     if held is None or cache is None:

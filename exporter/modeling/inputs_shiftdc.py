@@ -67,12 +67,12 @@ class Prompt:
 class ImageArguments:
     """The arguments by which a family's forward() is given images.
 
-    names: all of them. by_row, token_inputs: `shiftdc_row_inputs` and `shiftdc_token_inputs` of the model class.
+    names: all of them. by_row: `row_inputs` of the traits. token_inputs: `shiftdc_token_inputs` of the model class.
     """
 
     names: frozenset[str]
     by_row: frozenset[str]
-    token_inputs: Callable[[torch.Tensor, int, Images], Images]
+    token_inputs: Callable[[torch.Tensor, Images], Images]
     image_token_id: int
     video_token_id: int | None
 
@@ -92,12 +92,12 @@ class ImageArguments:
             )
 
     def of_rows(self, images: Images, rows: torch.Tensor) -> Images:
-        """`images`, for these rows alone; the other rows hold none."""
-        return {k: v[rows] if k in self.by_row else v for k, v in images.items()}
+        """`images`, for these rows alone; the other rows hold none, and may have no entry."""
+        return {k: v[rows] if k in self.by_row and len(v) == len(rows) else v for k, v in images.items()}
 
     def for_tokens(self, ids: torch.Tensor, given: Images) -> Images:
         """The arguments that are as long as the prompt, for prompts `ids` that were composed here; given: the original ones."""
-        return self.token_inputs(ids, self.image_token_id, given)
+        return self.token_inputs(ids, given)
 
     def without_tokens(self, images: Images, ids: torch.Tensor) -> Images:
         """`images`, of prompts `ids`, without the arguments that are as long as the prompt."""

@@ -9,8 +9,9 @@ to safe, Eq. 7 of the paper replaces the coordinate `x.d` of the image prompt by
 `gate: one-sided` corrects `max(0, x.d - r)` only, so that no input is ever moved toward "safe".
 
 `ShiftDCCorrection.forward` is the equation, `ShiftDCMixin.generate` what happens in which order, and the block at the top of
-`ShiftDCMixin` what a family may change (modeling_shiftdc_<family>.py). The other files, in the order in which generate() needs
-them: settings (configuration_shiftdc.py), a batch of prompts (inputs_shiftdc.py), what was said before, in a KV cache
+`ShiftDCMixin` what a class may need of its own (modeling_shiftdc_mllama.py, modeling_shiftdc_blip.py). All other classes are made
+here, on demand, of transformers' own (`calibrated_class`). The other files, in the order in which generate() needs them:
+settings (configuration_shiftdc.py), a batch of prompts (inputs_shiftdc.py), what was said before, in a KV cache
 (conversation_shiftdc.py), captions (image_prefix_shiftdc.py), and prompts without an image (prompts_shiftdc.py).
 """
 
@@ -29,10 +30,10 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedConfig
 from transformers.cache_utils import Cache
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
-from transformers.generation import GenerationConfig
+from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.utils import ModelOutput, is_peft_available, logging
 
-from .configuration_shiftdc import ShiftDCSettings
+from .configuration_shiftdc import ShiftDCSettings, ShiftDCTraits, config_class, stock_class
 from .conversation_shiftdc import (
     UNKNOWN_CACHE,
     Pass,
@@ -57,7 +58,6 @@ from .conversation_shiftdc import (
 )
 from .image_prefix_shiftdc import ShiftDCImage, behind_prefixes, new_cache, read_images, reads_padding, takes_cache
 from .inputs_shiftdc import (
-    TOKEN_TYPES,
     UNMARKED_IMAGE,
     Arguments,
     ImageArguments,
@@ -88,7 +88,7 @@ logger = logging.get_logger(__name__)
 
 #: Arguments of from_pretrained() that say how to fetch, for tokenizer and adapter as for the model.
 _FETCHING = ("revision", "cache_dir", "token", "local_files_only", "force_download", "proxies", "subfolder")
-#: Held by generate() of families that leave something in the model from one pass to the next (`shiftdc_backbone_state`).
+#: Held by generate() of classes that leave something in the model from one pass to the next (`backbone_state`).
 _ALONE = threading.RLock()
 #: The classes of which this process has made a model.
 _MADE: set[type] = set()
@@ -260,41 +260,35 @@ def calibrate(
 class ShiftDCMixin(_Model):
     """A calibrated `...ForConditionalGeneration`; put it before the transformers class in the list of bases."""
 
-    # What a family may change
+    # What a class may need of its own; what was measured of it is in `ShiftDCTraits`
 
-    #: Whether the KV cache of a prompt's beginning, up to the end of the image, is the same whatever follows.
-    shiftdc_shares_prefix = True
     #: Whether a conversation may go on in `past_key_values`.
     shiftdc_continues_caches = True
-    #: Image inputs that have an entry for every row of the batch, with an image or without.
-    shiftdc_row_inputs: frozenset[str] = frozenset()
-    #: Attributes of the backbone in which the base class keeps something from one pass to the next.
-    shiftdc_backbone_state: tuple[str, ...] = ()
-    #: Every pixel of the blank reference, after normalisation: the processor's mean colour.
-    shiftdc_blank_pixel = 0.0
 
     @staticmethod
-    def shiftdc_image_layers(text_config: PreTrainedConfig) -> frozenset[int]:
-        """Decoder layers that prompts without an image skip: they have no text-only coordinate and cannot be calibrated."""
-        return frozenset()
-
-    @staticmethod
-    def shiftdc_token_inputs(ids: torch.Tensor, image_token_id: int, given: Images) -> Images:
+    def shiftdc_token_inputs(traits: ShiftDCTraits, ids: torch.Tensor, given: Images) -> Images:
         """Inputs as long as the prompt, for prompts `ids` [batch, time] that were composed here; `given`: the original ones.
 
-        By default those that mark a token of an image by 1, where the original prompt has them.
+        Prompts with an image have those that the original has, prompts without one those that the processor gives them.
         """
-        return {name: (ids == image_token_id).long() for name in given if name in TOKEN_TYPES}
+        wanted = {n: t for n, t in traits.token_inputs.items() if n in given or (t.in_text and not given)}
+        is_image = ids == traits.image_token_id
+        return {name: torch.where(is_image, told.image, told.elsewhere) for name, told in wanted.items()}
 
     @staticmethod
-    def shiftdc_unmarked_image(rows: torch.Tensor, images: Images) -> bool:
+    def shiftdc_unmarked_image(traits: ShiftDCTraits, rows: torch.Tensor, images: Images) -> bool:
         """Whether an image is shown to a row of which `rows` [batch] says that it holds none: it would go uncalibrated."""
-        return not rows.any() and any(v is not None for k, v in images.items() if k.startswith("pixel_values"))
+        return not rows.any() and any(images.get(name) is not None for name in traits.pixel_inputs)
 
     @staticmethod
     def shiftdc_backbone(model: _Model, **inputs: object) -> None:
         """One pass of `model` (this class, or the transformers class) through its decoder layers, without cache."""
-        model.model(**inputs, use_cache=False)
+        inner = getattr(model, "model", None)
+        if inner is not None and _takes(type(inner).forward, inputs):
+            inner(**inputs, use_cache=False)
+        else:
+            stock: Any = next(c for c in type(model).__mro__ if c.__module__.startswith("transformers."))
+            stock.forward(model, **inputs, use_cache=False, logits_to_keep=1)
 
     # Loading
 
@@ -319,7 +313,7 @@ class ShiftDCMixin(_Model):
         self._shiftdc_ready = False
         self.shiftdc_tokenizer: PreTrainedTokenizerBase | None = None
         self._shiftdc_composer: PromptComposer | None = None
-        layers = self.get_submodule(settings.decoder_layers)
+        layers = self.get_submodule(settings.traits.decoder_layers)
         hidden_size, strength, one_sided = config.get_text_config().hidden_size, settings.strength, settings.gate == "one-sided"
         for column, (index, sha256) in enumerate(zip(settings.layers, settings.buffers_sha256, strict=True)):
             layers[index].shiftdc = ShiftDCCorrection(hidden_size, column, float(strength), one_sided, index, sha256)
@@ -372,7 +366,7 @@ class ShiftDCMixin(_Model):
         """
         self.shiftdc_tokenizer = tokenizer
         frame = PromptFrame.from_json(self._shiftdc_settings.prompt)
-        self._shiftdc_composer = PromptComposer(frame, TokenizerCodec(tokenizer), self.config.image_token_id)
+        self._shiftdc_composer = PromptComposer(frame, TokenizerCodec(tokenizer), self._shiftdc_traits.image_token_id)
 
     def _shiftdc_load_tokenizer(self, where: Arguments) -> PreTrainedTokenizerBase:
         """The tokenizer beside the weights. Raises ValueError."""
@@ -427,7 +421,7 @@ class ShiftDCMixin(_Model):
     def shiftdc_corrections(self) -> list[ShiftDCCorrection]:
         """The corrections of the calibrated layers, in the order of `shiftdc_reference`'s columns."""
         settings = self._shiftdc_settings
-        layers = self.get_submodule(settings.decoder_layers)
+        layers = self.get_submodule(settings.traits.decoder_layers)
         return [layers[i].shiftdc for i in settings.layers]
 
     def shiftdc_check(self) -> None:
@@ -445,11 +439,15 @@ class ShiftDCMixin(_Model):
         return ShiftDCSettings.of(self.config)
 
     @property
+    def _shiftdc_traits(self) -> ShiftDCTraits:
+        return self._shiftdc_settings.traits
+
+    @property
     def _shiftdc_images(self) -> ImageArguments:
-        config = self.config
+        traits = self._shiftdc_traits
         return ImageArguments(
-            self._shiftdc_image_names, self.shiftdc_row_inputs, self.shiftdc_token_inputs,
-            config.image_token_id, getattr(config, "video_token_id", None),
+            self._shiftdc_image_names, frozenset(traits.row_inputs), functools.partial(self.shiftdc_token_inputs, traits),
+            traits.image_token_id, traits.video_token_id,
         )  # fmt: skip
 
     @property
@@ -467,19 +465,20 @@ class ShiftDCMixin(_Model):
     def _shiftdc_shows_image(self, prompt: Prompt) -> bool:
         """Whether any row holds an image. Raises ValueError where that is not to be seen in the ids."""
         self._shiftdc_images.refuse_videos(prompt.ids)
-        if self.shiftdc_unmarked_image(prompt.rows, prompt.images):
+        if self.shiftdc_unmarked_image(self._shiftdc_traits, prompt.rows, prompt.images):
             raise ValueError(UNMARKED_IMAGE)
         return bool(prompt.rows.any())
 
     @contextmanager
     def _shiftdc_preserving_state(self) -> Iterator[None]:
         """Passes in here leave no trace: a reply that is being decoded goes on as if they had not been."""
-        kept = {name: getattr(self.model, name) for name in self.shiftdc_backbone_state}
+        places = [path.rpartition(".")[::2] for path in self._shiftdc_traits.backbone_state]
+        kept = [(module, name, getattr(module, name)) for module, name in ((self.get_submodule(m), n) for m, n in places)]
         try:
             yield
         finally:
-            for name, value in kept.items():
-                setattr(self.model, name, value)
+            for module, name, value in kept:
+                setattr(module, name, value)
 
     # Generation
 
@@ -560,7 +559,7 @@ class ShiftDCMixin(_Model):
     @contextmanager
     def _shiftdc_one_at_a_time(self) -> Iterator[None]:
         """In families that keep positions in the model one reply is written at a time, whatever the number of threads."""
-        if not self.shiftdc_backbone_state:
+        if not self._shiftdc_traits.backbone_state:
             yield
         else:
             with _ALONE:
@@ -607,7 +606,7 @@ class ShiftDCMixin(_Model):
         return (config, set(others)) if takes_cache(config, others) else None
 
     def _shiftdc_keeps_cache(self) -> bool:
-        return self.shiftdc_shares_prefix and self.generation_config.cache_implementation is None
+        return self._shiftdc_traits.shares_prefix and self.generation_config.cache_implementation is None
 
     @torch.no_grad()
     def _shiftdc_read(self, prompt: Prompt, keep: bool) -> ShiftDCImage:
@@ -655,7 +654,7 @@ class ShiftDCMixin(_Model):
     def _shiftdc_reply(self, turn: Turn, options: Arguments) -> torch.Tensor | ModelOutput:
         """The reply to the whole conversation, from the part of it that the caller's cache holds uncorrected."""
         prompt, given = turn.prompt, {"input_ids": turn.prompt.ids}
-        images = cut_back(turn, self._shiftdc_images, self.shiftdc_shares_prefix)
+        images = cut_back(turn, self._shiftdc_images, self._shiftdc_traits.shares_prefix)
         if prompt.mask is not None:
             given["attention_mask"] = prompt.mask
         if turn.cache is not None:
@@ -794,7 +793,7 @@ class ShiftDCMixin(_Model):
         prompts = self._shiftdc_padding.token_lists(prompt)
         if kind == "blank":
             images = self._shiftdc_images.of_rows(prompt.images, prompt.rows)
-            images = {k: self._shiftdc_blank(v) if k == "pixel_values" else v for k, v in images.items()}
+            images = {k: self._shiftdc_blank(v) if k in self._shiftdc_traits.pixel_inputs else v for k, v in images.items()}
             require_pixels(images)
             coordinates = self._shiftdc_last_coordinates(prompts, prompt.ids.device, images)
         else:
@@ -810,10 +809,11 @@ class ShiftDCMixin(_Model):
 
     def _shiftdc_blank(self, pixels: torch.Tensor) -> torch.Tensor:
         """A neutral image for every image; what is only padding (all zeros) stays padding."""
-        if self.shiftdc_blank_pixel == 0:
+        blank = self._shiftdc_traits.blank_pixel
+        if blank == 0:
             return torch.zeros_like(pixels)
         images = pixels.flatten(-3).ne(0).any(-1)[..., None, None, None]
-        return images.to(pixels.dtype).expand_as(pixels) * self.shiftdc_blank_pixel
+        return images.to(pixels.dtype).expand_as(pixels) * blank
 
     def _shiftdc_last_coordinates(self, prompts: list[list[int]], device: torch.device, images: Images) -> torch.Tensor:
         """`x.d` of the last token of prompts that were composed here."""
@@ -924,7 +924,7 @@ class ShiftDCMixin(_Model):
         require_row_mask(step.inputs.get("attention_mask"))
         refuse_packed_rows(step.inputs, prompt.mask)
         ends = prompt_ends(self.shiftdc_composer, prompt.ids, prompt.mask, prompt.rows, labels_of(step))
-        return ending_at(step, ends, self.config.image_token_id, self.shiftdc_shares_prefix)
+        return ending_at(step, ends, self._shiftdc_traits.image_token_id, self._shiftdc_traits.shares_prefix)
 
     def _shiftdc_pass(
         self,
@@ -976,7 +976,30 @@ def _with_shiftdc_arguments(
     return bound
 
 
-def register_key_conversion(cls: type, *names: str) -> None:
+@functools.cache
+def _parameters(forward: Callable[..., object]) -> frozenset[str]:
+    """The names of a forward()'s parameters."""
+    return frozenset(inspect.signature(forward).parameters)
+
+
+def _takes(forward: Callable[..., object], inputs: Arguments) -> bool:
+    """Whether a forward() has parameters for all inputs but those of ShiftDC, which go on to the decoder layers."""
+    return {n for n in inputs if not n.startswith("shiftdc")} <= _parameters(forward)
+
+
+def calibrated_class(stock: Any, own: type[ShiftDCMixin] = ShiftDCMixin, module: str = __name__) -> type[ShiftDCMixin]:
+    """The calibrated counterpart of a `...ForConditionalGeneration` of transformers.
+
+    own: the mixin. module: where the class can be found by its name.
+    """
+    # GenerationMixin is named, so that transformers makes no class of its own of this one, which could not be pickled
+    values = {"config_class": config_class(stock.config_class), "__module__": module}
+    made = type(f"ShiftDC{stock.__name__}", (own, stock, GenerationMixin), values)
+    _register_key_conversion(made, stock.__name__, stock.config_class.model_type)
+    return made
+
+
+def _register_key_conversion(cls: type, *names: str) -> None:
     """Give `cls` the checkpoint key renaming of a transformers class or model_type.
 
     transformers skips it for classes of other modules, which would load old checkpoints with random weights.
@@ -985,3 +1008,9 @@ def register_key_conversion(cls: type, *names: str) -> None:
         if (mapping := get_checkpoint_conversion_mapping(name)) is not None:
             register_checkpoint_conversion_mapping(cls.__name__, mapping, overwrite=True)
             return
+
+
+def __getattr__(name: str) -> type[ShiftDCMixin]:
+    """`ShiftDCLlavaForConditionalGeneration` for transformers' `LlavaForConditionalGeneration`, and so on."""
+    made = globals()[name] = calibrated_class(stock_class(name, __name__))
+    return made

@@ -14,8 +14,9 @@ from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
 from transformers.utils import ModelOutput
 
+from .configuration_shiftdc import stock_class
 from .inputs_shiftdc import Arguments, by_name, position_to_correct, refuse_embeddings, require_pixels
-from .modeling_shiftdc import ShiftDCMixin
+from .modeling_shiftdc import ShiftDCMixin, calibrated_class
 
 if TYPE_CHECKING:  # what the mixin is mixed into
     from transformers.generation import GenerationMixin as _LanguageModel
@@ -71,7 +72,6 @@ class ShiftDCBlipMixin(ShiftDCMixin):
     """The outer model embeds image and prompt once and lets its language model generate."""
 
     #: Only the language model has a cache, and it never sees the image's tokens.
-    shiftdc_shares_prefix = False
     shiftdc_continues_caches = False
     language_model: PreTrainedModel
 
@@ -109,8 +109,14 @@ class ShiftDCBlipMixin(ShiftDCMixin):
         text = {k: v for k, v in kwargs.items() if not k.startswith(("qformer_", "shiftdc")) and k != "pixel_values"}
         if kwargs.get("shiftdc") is not False:
             refuse_embeddings(text)
-        if text.get("input_ids") is not None and (text["input_ids"] == self.config.image_token_id).any():
+        if text.get("input_ids") is not None and (text["input_ids"] == self._shiftdc_traits.image_token_id).any():
             require_pixels({})
         if kwargs.get("shiftdc") is not False:
             self._shiftdc_refuse_cache(kwargs.get("past_key_values"))
         return self.language_model.generate(**text, shiftdc=False)
+
+
+def __getattr__(name: str) -> type[ShiftDCMixin]:
+    """`ShiftDCBlip2ForConditionalGeneration` and `ShiftDCInstructBlipForConditionalGeneration`."""
+    made = globals()[name] = calibrated_class(stock_class(name, __name__), ShiftDCBlipMixin, __name__)
+    return made

@@ -6,45 +6,36 @@
 from itertools import pairwise
 
 import torch
-from transformers import MllamaForConditionalGeneration, PreTrainedConfig
-from transformers.generation import GenerationMixin
+from transformers import MllamaForConditionalGeneration
 
-from .configuration_shiftdc import ShiftDCMllamaConfig
+from .configuration_shiftdc import ShiftDCTraits
 from .inputs_shiftdc import Images
-from .modeling_shiftdc import ShiftDCMixin, register_key_conversion
+from .modeling_shiftdc import ShiftDCMixin, calibrated_class
 
 
-class ShiftDCMllamaForConditionalGeneration(ShiftDCMixin, MllamaForConditionalGeneration, GenerationMixin):
-    config_class = ShiftDCMllamaConfig
-    #: An image is no part of the prompt's tokens.
-    shiftdc_shares_prefix = False
-    shiftdc_row_inputs = frozenset({"pixel_values", "aspect_ratio_ids", "aspect_ratio_mask", "cross_attention_mask"})
+class ShiftDCMllamaMixin(ShiftDCMixin):
+    """An image is no part of the prompt's tokens: cross-attention layers read it."""
 
     @staticmethod
-    def shiftdc_token_inputs(ids: torch.Tensor, image_token_id: int, given: Images) -> Images:
+    def shiftdc_token_inputs(traits: ShiftDCTraits, ids: torch.Tensor, given: Images) -> Images:
         """Which image tiles each token sees: [batch, time, images, tiles], as the processor has it."""
         if (original := given.get("cross_attention_mask")) is None:
             return {}
         mask = original.new_zeros(len(ids), ids.shape[1], *original.shape[2:])
         for row, tiles in enumerate(original.amax(1)):
-            positions = (ids[row] == image_token_id).nonzero().flatten().tolist()
+            positions = (ids[row] == traits.image_token_id).nonzero().flatten().tolist()
             for image, (start, end) in enumerate(_spans(positions, ids.shape[1])):
                 mask[row, start:end, image] = tiles[image]
         return {"cross_attention_mask": mask}
 
     @staticmethod
-    def shiftdc_unmarked_image(rows: torch.Tensor, images: Images) -> bool:
+    def shiftdc_unmarked_image(traits: ShiftDCTraits, rows: torch.Tensor, images: Images) -> bool:
         """Rows see the image that is given for them, whatever their tokens are, unless the mask says that they do not."""
         if images.get("pixel_values") is None:
-            return ShiftDCMixin.shiftdc_unmarked_image(rows, images)
+            return ShiftDCMixin.shiftdc_unmarked_image(traits, rows, images)
         seen = images.get("cross_attention_mask")
         shown = torch.ones_like(rows) if seen is None else seen.flatten(1).ne(0).any(1).to(rows.device)
-        return ShiftDCMixin.shiftdc_unmarked_image(rows, images) or bool((shown & ~rows).any())
-
-    @staticmethod
-    def shiftdc_image_layers(text_config: PreTrainedConfig) -> frozenset[int]:
-        """The cross-attention layers."""
-        return frozenset(text_config.cross_attention_layers)
+        return ShiftDCMixin.shiftdc_unmarked_image(traits, rows, images) or bool((shown & ~rows).any())
 
 
 def _spans(positions: list[int], length: int) -> list[tuple[int, int]]:
@@ -56,4 +47,4 @@ def _spans(positions: list[int], length: int) -> list[tuple[int, int]]:
     return list(zip(positions, ends, strict=True))
 
 
-register_key_conversion(ShiftDCMllamaForConditionalGeneration, "MllamaForConditionalGeneration", "mllama")
+ShiftDCMllamaForConditionalGeneration = calibrated_class(MllamaForConditionalGeneration, ShiftDCMllamaMixin, __name__)

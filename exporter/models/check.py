@@ -8,9 +8,9 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
 from exporter.errors import InputError, refusing
+from exporter.modeling.configuration_shiftdc import ShiftDCTraits
 from exporter.modeling.prompts_shiftdc import PromptFrame
 from exporter.models.base import DEMO, BaseFiles
-from exporter.models.families import family
 from exporter.models.family_table import REFUSED
 from exporter.models.processors import load_processor
 from exporter.models.prompt_check import PromptCheck, check_prompts
@@ -26,6 +26,7 @@ class Check:
     frame: PromptFrame
     prompts: PromptCheck
     depth: int
+    traits: ShiftDCTraits
 
 
 def check(base: BaseFiles, recipe: Recipe, *, allow_inexact: bool = False) -> Check:
@@ -34,7 +35,7 @@ def check(base: BaseFiles, recipe: Recipe, *, allow_inexact: bool = False) -> Ch
     allow_inexact: composed prompts may differ from the template's; what differs is in the result.
     """
     vlm = skeleton(base, recipe)
-    depth = len(vlm.decoder_layers(recipe.decoder_layers))
+    depth = len(vlm.decoder_layers)
     frame = prompt_frame(vlm, recipe.wording)
     found = check_prompts(vlm.framed(frame), frame)
     if not found.exact and not allow_inexact:
@@ -42,7 +43,7 @@ def check(base: BaseFiles, recipe: Recipe, *, allow_inexact: bool = False) -> Ch
             f"MODEL: {found}; the method would compare prompts that the model was not trained on. Restore the tokenizer and the "
             "chat template, or give --allow-inexact-prompts."
         )
-    return Check(frame, found, depth)
+    return Check(frame, found, depth, vlm.traits)
 
 
 def recipe_of(base: BaseFiles, named: str | None = None) -> Recipe:
@@ -79,15 +80,17 @@ def check_supported(base: BaseFiles, recipe: Recipe) -> None:
         )
     if not isinstance(base.config.get("text_config", {}), dict):
         raise InputError(f"MODEL: the config.json of {base.name} cannot be used (its text_config is no object); restore it.")
-    reason = family(recipe.family).config.shiftdc_unsupported(base.config)
-    if reason is not None:
-        raise InputError(f"MODEL: {base.name} cannot be calibrated: {reason}.")
 
 
 def skeleton(base: BaseFiles, recipe: Recipe) -> VLM:
     """The model without weights, for its class and its layers, and the processor. Raises InputError."""
     with refusing(f"MODEL: {base.name} cannot be set up as {recipe.family}", "restore its config.json"):
         config = AutoConfig.from_pretrained(base.folder, trust_remote_code=False)
+        if config.get_text_config(decoder=True).is_encoder_decoder or config.is_encoder_decoder:
+            raise InputError(
+                f"MODEL: {base.name} cannot be calibrated: its language model is an encoder-decoder, and the method is for "
+                "decoders; take one with a decoder."
+            )
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForImageTextToText.from_config(config)
     return VLM(model, load_processor(base.folder, recipe), composed_text=recipe.chat_template is not None)

@@ -5,12 +5,24 @@ from __future__ import annotations
 import importlib
 import re
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+
+import transformers
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as STOCK
 
 from exporter import modeling
 from exporter.errors import InputError
+from exporter.modeling import configuration_shiftdc
 from exporter.modeling.configuration_shiftdc import ShiftDCConfigMixin
 from exporter.modeling.modeling_shiftdc import ShiftDCMixin
+
+#: Classes whose forward pass or generate() needs code of its own, by model_type; all others share one file.
+OWN_CODE = {
+    "blip-2": "modeling_shiftdc_blip",
+    "instructblip": "modeling_shiftdc_blip",
+    "mllama": "modeling_shiftdc_mllama",
+}
 
 
 @dataclass(frozen=True)
@@ -28,7 +40,7 @@ class Family:
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """The family's file and those that it imports."""
+        """The file with the model class and those that it imports."""
         return tuple(sorted(_with_imports(Path(modeling.__file__).parent / f"{self.module}.py")))
 
 
@@ -37,16 +49,13 @@ def _with_imports(file: Path) -> set[Path]:
     return {file}.union(*(_with_imports(file.with_name(f"{name}.py")) for name in siblings))
 
 
+@cache
 def family(name: str) -> Family:
     """The modeling code of a transformers model_type. Raises InputError."""
-    module = f"modeling_shiftdc_{name.replace('-', '_')}"
-    try:
-        code = importlib.import_module(f"exporter.modeling.{module}")
-    except ModuleNotFoundError as error:
-        raise InputError(f"Recipe: there is no modeling code for family {name!r}; see 'shiftdc-export recipes'.") from error
-    own = [c for c in vars(code).values() if isinstance(c, type) and c.__module__ == code.__name__]
-    model = next((c for c in own if issubclass(c, ShiftDCMixin)), None)
-    config: type[ShiftDCConfigMixin] | None = getattr(model, "config_class", None)
-    if config is None or model is None:  # a module that families share
-        raise InputError(f"Recipe: there is no modeling code for family {name!r}; see 'shiftdc-export recipes'.")
-    return Family(module, config, model)
+    stock = getattr(transformers, STOCK.get(name, ""), None)
+    if stock is None:
+        raise InputError(f"Recipe: transformers has no class for family {name!r}; see 'shiftdc-export recipes'.")
+    module = OWN_CODE.get(name, "modeling_shiftdc")
+    code = importlib.import_module(f"exporter.modeling.{module}")
+    config = getattr(configuration_shiftdc, f"ShiftDC{stock.config_class.__name__}")
+    return Family(module, config, getattr(code, f"ShiftDC{stock.__name__}"))

@@ -66,8 +66,10 @@ class Wording(BaseModel):
         description="the request with the caption in place of the image"
     )
 
-    describe: str = Field("Describe the image.", min_length=1, description="asks for a caption that serves every question")
-    naming: str = Field("What is this?", min_length=1, description="asks for the name of what the image shows")
+    describe: str = Field(
+        default="Describe the image.", min_length=1, description="asks for a caption that serves every question"
+    )
+    naming: str = Field(default="What is this?", min_length=1, description="asks for the name of what the image shows")
 
     def caption_request(self, request: str) -> str:
         return self.caption.replace("{request}", request)
@@ -78,6 +80,13 @@ class Wording(BaseModel):
         return before + request + between + caption + after
 
 
+#: arXiv:2502.13095, section 4 and the authors' code.
+PAPER = Wording(
+    caption="Based on the given Request, describe the image. Request: {request}",
+    text_counterpart="{request} Image Caption: {caption}",
+)
+
+
 class Recipe(BaseModel):
     """One YAML file of `recipes/`; unknown keys are errors."""
 
@@ -85,9 +94,8 @@ class Recipe(BaseModel):
 
     family: str = Field(pattern=r"^[a-z0-9_-]+$", description="transformers model_type")
     models: tuple[str, ...] = Field(description="checkpoints that the recipe is written for")
-    decoder_layers: str = Field(description="path of the decoder layers' ModuleList in the loaded model")
     chat_template: str | None = Field(None, description="Jinja template for families whose checkpoints have none")
-    prompts: Wording = Field(description="wording of the method's two extra prompts")
+    prompts: Wording = Field(PAPER, description="wording of the method's two extra prompts")
     calibration: str = Field("builtin", description="builtin, demo, harmless, UNSAFE+SAFE, or a JSONL file")
     benchmark: str = Field("mm-safetybench", description="what --evaluate runs")
     layers: Annotated[str, AfterValidator(_layers)] = Field("auto", description="auto, or A-B: from 0, both ends included")

@@ -11,11 +11,13 @@ import torch
 from PIL import Image
 from torch import nn
 
-from exporter.errors import InputError
+from exporter.modeling.configuration_shiftdc import PREFIX, ShiftDCSettings, ShiftDCTraits
 from exporter.modeling.prompts_shiftdc import PromptComposer, PromptFrame, TokenizerCodec
 from exporter.models.chat_template import composing, encoded, rendered
 from exporter.models.conversation import Conversation, has_image, user_turn, with_blank_image
 from exporter.models.families import Family, family
+from exporter.models.traits import structural_traits
+from exporter.models.trials import skipped_layers
 from exporter.runtime.padding import left_padded
 
 if TYPE_CHECKING:
@@ -50,7 +52,7 @@ class VLM:
 
     `composed_text`: a prompt without image is one with an image, less its image tokens (the processor takes no other).
     `composer`: makes prompts without image of those with one, where the template's own differ from them by more (`PromptFrame`).
-    `notices`: what transformers said while it loaded them.
+    `notices`: what transformers said while it loaded them. `tried`: what was found by running the model (`trials.py`).
     """
 
     model: PreTrainedModel
@@ -58,6 +60,7 @@ class VLM:
     composed_text: bool = False
     composer: PromptComposer | None = None
     notices: tuple[str, ...] = ()
+    tried: ShiftDCTraits | None = None
 
     def framed(self, frame: PromptFrame) -> VLM:
         """With prompts that share their frame on both sides of a difference."""
@@ -68,7 +71,14 @@ class VLM:
 
     @cached_property
     def family(self) -> Family:
-        return family(self.model.config.model_type.removeprefix("shiftdc_"))
+        return family(self.model.config.model_type.removeprefix(PREFIX))
+
+    @cached_property
+    def traits(self) -> ShiftDCTraits:
+        """Of an export those that its config records; of a base model those found so far. Raises InputError."""
+        if hasattr(self.model.config, "shiftdc"):
+            return ShiftDCSettings.of(self.model.config).traits
+        return self.tried or structural_traits(self.model, self.processor)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -76,12 +86,12 @@ class VLM:
 
     @property
     def image_token_id(self) -> int:
-        return self.model.config.image_token_id
+        return self.traits.image_token_id
 
-    @property
+    @cached_property
     def image_layers(self) -> frozenset[int]:
         """Decoder layers that prompts without an image skip."""
-        return self.family.model.shiftdc_image_layers(self.model.config.get_text_config())
+        return skipped_layers(self)
 
     @property
     def device(self) -> torch.device:
@@ -92,20 +102,11 @@ class VLM:
         device = embeddings.weight.device if execution is None else torch.device(execution)
         return torch.device("cpu") if device.type == "meta" else device  # a model without weights is never run
 
-    def decoder_layers(self, path: str) -> nn.ModuleList:
-        """The decoder layers at `path`, checked against the config. Raises InputError."""
-        expected = self.model.config.get_text_config().num_hidden_layers
-        try:
-            layers = self.model.get_submodule(path)
-        except AttributeError as error:
-            raise InputError(
-                f"Recipe: decoder_layers is {path!r}, which {type(self.model).__name__} has not; correct the path."
-            ) from error
-        if not isinstance(layers, nn.ModuleList) or len(layers) != expected:
-            raise InputError(
-                f"Recipe: decoder_layers {path!r} is no list of the config's {expected} decoder layers; correct the path."
-            )
-        return layers
+    @property
+    def decoder_layers(self) -> nn.ModuleList:
+        found = self.model.get_submodule(self.traits.decoder_layers)
+        assert isinstance(found, nn.ModuleList)
+        return found
 
     def encode(self, requests: Sequence[str], images: Sequence[Image.Image] | None = None) -> Inputs:
         """Left-padded prompts: input_ids and attention_mask int64 [batch, time], and the images' tensors."""
@@ -146,7 +147,7 @@ class VLM:
     def pad(self, prompts: Sequence[list[int]]) -> Inputs:
         """Left-padded prompts without images: input_ids and attention_mask, int64 [batch, time], and what the family adds."""
         ids, mask = map(torch.tensor, left_padded(prompts, self.tokenizer.pad_token_id or 0))
-        added = self.family.model.shiftdc_token_inputs(ids, self.image_token_id, {})
+        added = self.family.model.shiftdc_token_inputs(self.traits, ids, {})
         return {k: v.to(self.device) for k, v in {"input_ids": ids, "attention_mask": mask, **added}.items()}
 
     def decode(self, ids: Sequence[int] | torch.Tensor) -> str:

@@ -83,7 +83,7 @@ def model_config(vlm: VLM, family: GraphFamily, data: dict[str, int], wording: d
     onnx = {
         "image": image,
         "shifts": shifts,
-        "blank_pixel": vlm.model.shiftdc_blank_pixel,
+        "blank_pixel": vlm.traits.blank_pixel,
         "message": family.positions_free,
         "prompts": wording,
     }

@@ -159,7 +159,7 @@ class Decoder(nn.Module):
         end_logits = torch.full((self.head.weight.shape[0],), -1e4)
         end_logits[end_ids[0]] = 0.0
         self.register_buffer("end_logits", end_logits)
-        layers = model.get_submodule(model.config.shiftdc["decoder_layers"])
+        layers = model.get_submodule(model.config.shiftdc["traits"]["decoder_layers"])
         self.hooks = [layers[i].register_forward_hook(_calibrated, with_kwargs=True) for i in model.config.shiftdc["layers"]]
 
     def forward(

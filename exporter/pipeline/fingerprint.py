@@ -60,7 +60,7 @@ def fingerprint(plan: Plan) -> dict[str, Any]:
         "base": base_identity(plan.base),
         "adapter": None if plan.adapter is None else [plan.adapter.sha256, plan.keep_adapter],
         "calibration": calibration_identity(plan.calibration),
-        "recipe": plan.recipe.model_dump(include={"family", "decoder_layers", "prompts", "layers"}),
+        "recipe": plan.recipe.model_dump(include={"family", "prompts", "layers"}),
         "captions": [plan.recipe.wording.caption, plan.recipe.caption_tokens],
         "arithmetic": [plan.dtype, plan.device_map, plan.quantised, plan.batch_size],
         "code": code_identity(),

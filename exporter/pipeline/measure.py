@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from exporter.checkpoint.calibrated import Calibrated
 from exporter.checkpoint.probe import Probe, record_probe
@@ -15,7 +15,9 @@ from exporter.directions.directions import Directions
 from exporter.directions.fit import fit_directions
 from exporter.directions.layer_choice import LayerChoice, choose_layers
 from exporter.evaluation.sweep import Sweep
+from exporter.modeling.configuration_shiftdc import ShiftDCTraits
 from exporter.models.loading import load_vlm
+from exporter.models.trials import tried_traits
 from exporter.models.vlm import VLM
 from exporter.pipeline.plan import Plan
 from exporter.runtime.batches import Batches
@@ -28,6 +30,7 @@ class Measurement:
 
     directions: Directions
     choice: LayerChoice
+    traits: ShiftDCTraits
     notices: tuple[str, ...] = ()
     sweep: Sweep | None = None
 
@@ -56,19 +59,19 @@ def measure(plan: Plan, clock: Clock, runner: Batches) -> tuple[Measurement, Pro
     with ExitStack() as stack:
         with clock.stage("load"):
             vlm = stack.enter_context(load_base(plan, plan.quantised))
+            vlm = replace(vlm, tried=tried_traits(vlm))
         calibration = with_captions(plan, vlm, clock, runner)
         with clock.stage("directions"):
             directions = fit_directions(
                 vlm,
                 calibration,
                 recipe.prompts,
-                recipe.decoder_layers,
                 layers=plan.layers,
                 batch_size=plan.batch_size,
                 runner=runner,
                 progress=clock.progress,
             )
-        measured = Measurement(directions, choose(plan, directions), vlm.notices)
+        measured = Measurement(directions, choose(plan, directions), vlm.traits, vlm.notices)
         if plan.quantised is not None or recipe.strength == "auto" or not runner.ranks.is_main:
             return measured, None
         with clock.stage("probe"):
@@ -92,7 +95,7 @@ def probe_unquantised(plan: Plan, measured: Measurement, clock: Clock) -> Probe:
 
 def calibrated(plan: Plan, measured: Measurement) -> Calibrated:
     """What is baked and probed."""
-    return Calibrated(plan.recipe, measured.directions, measured.choice.layers, plan.checked.frame)
+    return Calibrated(plan.recipe, measured.directions, measured.choice.layers, plan.checked.frame, measured.traits)
 
 
 def choose(plan: Plan, directions: Directions) -> LayerChoice:

@@ -91,7 +91,7 @@ def test_images_of_a_file_give_the_shift(vlm, file):
     from exporter.directions.fit import fit_directions
 
     calibration = captioned(vlm, load_calibration(str(file)), RECIPE.prompts, 5)
-    found = fit_directions(vlm, calibration, RECIPE.prompts, RECIPE.decoder_layers)
+    found = fit_directions(vlm, calibration, RECIPE.prompts)
     layers, shifts = list(vlm.model.model.language_model.layers), {"safe": [], "unsafe": []}
     for row in calibration.select("fit"):
         shown = last_token_activations(vlm, layers, vlm.encode([row.request], [row.image.load()]))[0]

@@ -33,7 +33,7 @@ def calibration(calibration_file):
 
 @pytest.fixture(scope="module")
 def directions(vlm, calibration):
-    return fit_directions(vlm, calibration, RECIPE.prompts, RECIPE.decoder_layers)
+    return fit_directions(vlm, calibration, RECIPE.prompts)
 
 
 def test_streamed_statistics_equal_those_of_the_whole():
@@ -66,7 +66,7 @@ def test_the_naive_implementation_gives_the_same_directions(directions, base_fol
 
 @pytest.mark.parametrize("batch_size", [1, 3, 50])
 def test_batching_and_padding_do_not_matter(directions, vlm, calibration, batch_size):
-    other = fit_directions(vlm, calibration, RECIPE.prompts, RECIPE.decoder_layers, batch_size=batch_size)
+    other = fit_directions(vlm, calibration, RECIPE.prompts, batch_size=batch_size)
     assert torch.allclose(other.direction, directions.direction, atol=1e-4)
     assert torch.allclose(other.shift, directions.shift, atol=1e-3)
 
@@ -74,7 +74,7 @@ def test_batching_and_padding_do_not_matter(directions, vlm, calibration, batch_
 def test_fewer_layers_give_the_same_and_stop_early(directions, vlm, calibration):
     ran = []
     handle = vlm.model.model.language_model.layers[3].register_forward_hook(lambda *_: ran.append(1))
-    some = fit_directions(vlm, calibration, RECIPE.prompts, RECIPE.decoder_layers, layers=[1, 2])
+    some = fit_directions(vlm, calibration, RECIPE.prompts, layers=[1, 2])
     handle.remove()
     assert not ran  # nothing behind the last layer needed
     assert some.layers == (1, 2)

@@ -224,11 +224,11 @@ def test_a_refusal_that_the_model_writes_itself_is_a_candidate(demo, demo_rows, 
 
 @pytest.fixture(scope="module")
 def normal(demo):
-    return fit_directions(demo, load_calibration("demo"), DEMO.prompts, DEMO.decoder_layers)
+    return fit_directions(demo, load_calibration("demo"), DEMO.prompts)
 
 
 def test_on_the_demo_they_point_as_the_normal_ones_do(demo, normal):
-    harmless = fit_directions(demo, load_calibration("harmless", "demo"), DEMO.prompts, DEMO.decoder_layers)
+    harmless = fit_directions(demo, load_calibration("harmless", "demo"), DEMO.prompts)
     cosine = torch.cosine_similarity(harmless.direction, normal.direction, dim=-1)
     assert cosine.min() > 0.7
     assert 'refusals begin with "I am sorry"' in harmless.origin
@@ -237,7 +237,7 @@ def test_on_the_demo_they_point_as_the_normal_ones_do(demo, normal):
 
 
 def test_a_wrong_opener_gives_another_direction(demo, normal, demo_prompts):
-    layers = list(demo.decoder_layers(DEMO.decoder_layers))
+    layers = list(demo.decoder_layers)
     found = {}
     for word in (" i", " the"):
         (token,) = demo.tokenizer(word, add_special_tokens=False)["input_ids"]
@@ -253,7 +253,7 @@ def test_few_harmful_requests_are_nearly_enough(demo, normal, count):
 
     whole = load_calibration("demo")
     few = replace(whole, rows=(*whole.labelled("safe").rows, *whole.select("fit", "unsafe")[:count]))
-    found = fit_directions(demo, few, DEMO.prompts, DEMO.decoder_layers)
+    found = fit_directions(demo, few, DEMO.prompts)
     assert torch.cosine_similarity(found.direction, normal.direction, dim=-1).min() > 0.9
     assert {s.auroc for s in found.statistics} == {s.separation for s in found.statistics} == {None}
     assert all((s.split_half_cosine is None) == (count == 1) and s.norm > 0 for s in found.statistics)
@@ -261,7 +261,7 @@ def test_few_harmful_requests_are_nearly_enough(demo, normal, count):
 
 @pytest.fixture(scope="module")
 def harmless(vlm, harmless_file):
-    return fit_directions(vlm, load_calibration(str(harmless_file)), RECIPE.prompts, RECIPE.decoder_layers)
+    return fit_directions(vlm, load_calibration(str(harmless_file)), RECIPE.prompts)
 
 
 def test_the_shift_is_that_of_harmless_rows(harmless, vlm, harmless_file):
@@ -298,6 +298,6 @@ def test_every_family_has_a_gradient(family, harmless_file, tmp_path):
         ExportOptions.of(output=tmp_path / "out", calibration=str(harmless_file)),
     )
     vlm = load_vlm(plan.base, plan.recipe)
-    found = fit_directions(vlm, plan.calibration, plan.recipe.prompts, plan.recipe.decoder_layers)
+    found = fit_directions(vlm, plan.calibration, plan.recipe.prompts)
     assert torch.allclose(found.direction.norm(dim=-1), torch.ones(len(found.layers)), atol=1e-4)
     assert all(s.gradient > 1e-4 for s in found.statistics)

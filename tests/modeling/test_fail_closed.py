@@ -26,9 +26,13 @@ from exporter.checkpoint.open import open_export
 from exporter.checkpoint.verify import verify
 from exporter.errors import InputError
 from exporter.modeling import configuration_shiftdc
-from exporter.modeling.configuration_shiftdc import TRANSFORMERS, require_transformers
-from exporter.modeling.modeling_shiftdc import ShiftDCCorrection, ShiftDCMixin, buffers_sha256
-from exporter.modeling.modeling_shiftdc_llava import ShiftDCLlavaConfig, ShiftDCLlavaForConditionalGeneration
+from exporter.modeling.configuration_shiftdc import FORMAT_VERSION, TRANSFORMERS, ShiftDCLlavaConfig, require_transformers
+from exporter.modeling.modeling_shiftdc import (
+    ShiftDCCorrection,
+    ShiftDCLlavaForConditionalGeneration,
+    ShiftDCMixin,
+    buffers_sha256,
+)
 
 ROOT = Path(__file__).parents[2]
 CAPTIONS = {"gate": "two-sided", "caption_max_new_tokens": 8, "strength": 3.0}
@@ -145,7 +149,7 @@ def test_no_shiftdc_block(export):
 def test_another_format_version(export):
     config = json.loads((export / "config.json").read_text())
     edit_config(export, shiftdc={**config["shiftdc"], "version": 99})
-    with pytest.raises(ValueError, match="version is 99, expected 3"):
+    with pytest.raises(ValueError, match=f"version is 99, expected {FORMAT_VERSION}"):
         load(export)
 
 
@@ -157,18 +161,22 @@ def export_of_format_2(make_export, tmp_path):
         file.unlink()
     with zipfile.ZipFile(Path(__file__).parent / "format_2_llava.zip") as code:
         code.extractall(folder)
-    settings = json.loads((folder / "config.json").read_text())
+    config = ShiftDCLlavaConfig.shiftdc_unguarded(json.loads((folder / "config.json").read_text()))
+    field, sentence = "vision_feature_select_strategy", configuration_shiftdc.STOCK_CLASS_GUARD
+    block = {k: v for k, v in config["shiftdc"].items() if k != "traits"}
+    block |= {"version": 2, "guarded": {"field": field, "value": config[field]}}
+    block["decoder_layers"] = config["shiftdc"]["traits"]["decoder_layers"]
     classes = {
         "AutoConfig": "modeling_shiftdc_config.ShiftDCLlavaConfig",
         "AutoModelForImageTextToText": "modeling_shiftdc_llava.ShiftDCLlavaForConditionalGeneration",
     }
-    edit_config(folder, shiftdc={**settings["shiftdc"], "version": 2}, auto_map=classes)
+    (folder / "config.json").write_text(json.dumps({**config, field: sentence, "shiftdc": block, "auto_map": classes}))
     return folder
 
 
 def test_an_export_of_format_2_goes_on_with_its_own_code(export_of_format_2, make_export):
     old, new = load(export_of_format_2), load(make_export(**CAPTIONS).plan.output)
-    assert (old.config.shiftdc["version"], new.config.shiftdc["version"]) == (2, 3)
+    assert (old.config.shiftdc["version"], new.config.shiftdc["version"]) == (2, FORMAT_VERSION)
     assert any(c.__module__.endswith(".modeling_shiftdc_forward") for c in type(old).__mro__)  # a file of that format
     ids = torch.tensor([[1, 4, 4, 4, 4, 9, 10, 11]])
     pixels = torch.randn(1, 3, 28, 28, generator=torch.Generator().manual_seed(0))
@@ -180,7 +188,7 @@ def test_an_export_of_format_2_goes_on_with_its_own_code(export_of_format_2, mak
 
 def test_an_export_of_format_2_is_to_be_exported_again(export_of_format_2):
     for command in (verify, open_export):
-        with pytest.raises(InputError, match="is of format version 2, expected 3: export the checkpoint again"):
+        with pytest.raises(InputError, match=f"is of format version 2, expected {FORMAT_VERSION}: export the checkpoint again"):
             command(export_of_format_2)
 
 

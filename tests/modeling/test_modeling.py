@@ -412,7 +412,7 @@ def test_what_only_reads_coordinates_ends_at_the_last_calibrated_layer(load, pro
     model = load()
     inputs = encode(processor, ["How do I build this?"], [picture(0)])
     ran = []
-    layers = model.get_submodule(model.config.shiftdc["decoder_layers"])
+    layers = model.get_submodule(model.config.shiftdc["traits"]["decoder_layers"])
     handles = [layer.register_forward_pre_hook(lambda *_, i=i: ran.append(i)) for i, layer in enumerate(layers)]
     try:
         found = model.shiftdc_coordinates(**inputs)

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from in_memory import with_traits
 from tiny import encode, picture, tiny_processor
 from transformers import GenerationConfig, LogitsProcessorList
 
@@ -46,12 +47,12 @@ def towers(model, run):
 
 def apart(model, run):
     """What `run` returns where nothing is shared."""
-    kept = type(model).shiftdc_shares_prefix
-    type(model).shiftdc_shares_prefix = False
+    kept = model.config.shiftdc
+    model.config.shiftdc = with_traits(kept, shares_prefix=False)
     try:
         return run()
     finally:
-        type(model).shiftdc_shares_prefix = kept
+        model.config.shiftdc = kept
 
 
 @pytest.mark.parametrize(
@@ -242,7 +243,7 @@ def test_which_calls_see_padding(options, given, reads):
 )
 def test_where_a_cache_is_kept_at_all(shares, implementation, keeps):
     config = SimpleNamespace(cache_implementation=implementation)
-    model = SimpleNamespace(shiftdc_shares_prefix=shares, generation_config=config)
+    model = SimpleNamespace(_shiftdc_traits=SimpleNamespace(shares_prefix=shares), generation_config=config)
     assert ShiftDCMixin._shiftdc_keeps_cache(model) is keeps
 
 

@@ -11,6 +11,7 @@ import torch
 import transformers
 from conftest import ALL_REQUESTS
 from family_prompts import GREEDY, ROWS, encode
+from in_memory import with_traits
 from naive import Naive
 from tiny import picture
 from tiny_families import EOS, FAMILIES, PAD, tiny_family
@@ -18,6 +19,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCach
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as STOCK
 
 from exporter.errors import InputError
+from exporter.modeling.configuration_shiftdc import ShiftDCSettings
 from exporter.models.prompt_check import check_prompts
 from exporter.models.prompt_frame import prompt_frame
 from exporter.models.recipe import load_recipe
@@ -205,7 +207,7 @@ def test_tokens_equal_the_naive_implementation(model, naive, directions, process
     changed = False
     for row in ROWS:
         inputs = encode(processor, [row])
-        reference = naive_reference(naive, directions, row, kind, model.shiftdc_blank_pixel)
+        reference = naive_reference(naive, directions, row, kind, model.config.shiftdc["traits"]["blank_pixel"])
         assert torch.allclose(model.shiftdc_reference(**inputs)[0], reference, atol=1e-4)
         amounts = None
         if rule == "precomputed":
@@ -350,11 +352,11 @@ def readings(model, run):
 
 
 @pytest.mark.parametrize("rows", [ROWS[:1], ROWS[1:], [*ROWS, ("A", ROWS[0][1]), ("Who made it, and " * 3, ROWS[0][1])]])
-def test_one_reading_of_the_image_gives_the_same_tokens(model, processor, rows, monkeypatch):
+def test_one_reading_of_the_image_gives_the_same_tokens(model, processor, rows):
     family = model.config.model_type.removeprefix("shiftdc_")
     inputs = encode(processor, rows)
     found, once = readings(model, lambda: model.generate(**inputs, **GREEDY))
-    monkeypatch.setattr(type(model), "shiftdc_shares_prefix", False)
+    model.config.shiftdc = with_traits(model.config.shiftdc, shares_prefix=False)
     expected, twice = readings(model, lambda: model.generate(**inputs, **GREEDY))
     assert [until_end(t) for t in new_tokens(found, inputs)] == [until_end(t) for t in new_tokens(expected, inputs)]
     assert torch.equal(found[:, : inputs["input_ids"].shape[1]], inputs["input_ids"])
@@ -381,7 +383,7 @@ def test_a_conversation_in_a_cache_is_the_one_without(model, processor, tiny):
             model.generate(input_ids=new, attention_mask=mask, past_key_values=cache, **GREEDY)
         return
     given = {k: v for k, v in inputs.items() if k not in ("input_ids", "attention_mask")}
-    given |= model.shiftdc_token_inputs(whole, model.config.image_token_id, given)
+    given |= model.shiftdc_token_inputs(ShiftDCSettings.of(model.config).traits, whole, given)
     expected = model.generate(input_ids=whole, attention_mask=mask, **given, **GREEDY)
     found = model.generate(input_ids=new, attention_mask=mask, past_key_values=cache, **GREEDY)
     assert found[:, new.shape[1] :].tolist() == expected[:, whole.shape[1] :].tolist()
@@ -398,7 +400,7 @@ def test_two_conversations_in_a_cache_are_those_without(model, processor):
     whole = torch.cat([first, new], dim=1)
     mask = torch.nn.functional.pad(inputs["attention_mask"], (0, whole.shape[1] - inputs["input_ids"].shape[1]), value=1)
     given = {k: v for k, v in inputs.items() if k not in ("input_ids", "attention_mask")}
-    given |= model.shiftdc_token_inputs(whole, model.config.image_token_id, given)
+    given |= model.shiftdc_token_inputs(ShiftDCSettings.of(model.config).traits, whole, given)
     expected = model.generate(input_ids=whole, attention_mask=mask, **given, **named)
     found = model.generate(input_ids=new, attention_mask=mask, past_key_values=cache, **named)
     assert found[:, new.shape[1] :].tolist() == expected[:, whole.shape[1] :].tolist()
@@ -463,7 +465,7 @@ def test_prompts_and_answers_are_corrected_where_the_prompt_ends(model, processo
     _, whole = second_turn(processor, inputs["input_ids"])
     length = inputs["input_ids"].shape[1]
     given = {k: v for k, v in inputs.items() if k not in ("input_ids", "attention_mask")}
-    given |= model.shiftdc_token_inputs(whole, model.config.image_token_id, given)
+    given |= model.shiftdc_token_inputs(ShiftDCSettings.of(model.config).traits, whole, given)
     row = {"input_ids": whole, "attention_mask": torch.ones_like(whole), **given}
     told = {}
     if not model.shiftdc_composer.has_prompt_end:  # then labels say it, or nobody
@@ -485,8 +487,8 @@ def edited(folder, file, **changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"text_config": {"model_type": "t5"}}, r"encoder-decoder \(T5\)"),
-        ({"image_token_index": None}, "names no image_token_index"),
+        ({"text_config": {"model_type": "t5"}}, "encoder-decoder"),
+        ({"image_token_index": None}, "token that stands for an image cannot be told"),
     ],
 )
 def test_blip_checkpoints_that_cannot_be_calibrated_are_refused(tmp_path, changes, message):

@@ -126,12 +126,12 @@ def test_the_rows_that_are_stated_are_those_that_a_run_keeps(monkeypatch):
     monkeypatch.setattr(directions, "last_token_activations", activations)
     monkeypatch.setattr(directions, "row_image", lambda row: None)
     vlm = SimpleNamespace(
-        device=torch.device("cpu"), image_layers=frozenset(), decoder_layers=lambda path: [None] * 2,
+        device=torch.device("cpu"), image_layers=frozenset(), decoder_layers=[None] * 2,
         token_ids=lambda request, image=None: [1, 2], pad=lambda prompts: {"n": len(prompts)},
         encode=lambda requests, images: {"n": len(requests)},
     )  # fmt: skip
     calibration = builtin()
-    fit_directions(vlm, calibration, load_recipe("llava").prompts, "layers")
+    fit_directions(vlm, calibration, load_recipe("llava").prompts)
 
     monkeypatch.setattr(planning, "text_config", lambda base: {})
     monkeypatch.setattr(planning, "footprint", lambda base, text, **options: options)

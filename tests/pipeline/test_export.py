@@ -232,7 +232,7 @@ def recorded(folder: Path, _changed: None) -> None:
     """Make the config agree with buffers that were changed."""
     tensors = load_file(folder / "shiftdc.safetensors")
     config = json.loads((folder / "config.json").read_text())
-    names = [f"{config['shiftdc']['decoder_layers']}.{layer}.shiftdc" for layer in config["shiftdc"]["layers"]]
+    names = [f"{config['shiftdc']['traits']['decoder_layers']}.{layer}.shiftdc" for layer in config["shiftdc"]["layers"]]
     hashes = [buffers_sha256(tensors[f"{n}.direction"], tensors[f"{n}.shift"]) for n in names]
     config["shiftdc"]["buffers_sha256"] = hashes
     (folder / "config.json").write_text(json.dumps(config))
@@ -245,7 +245,7 @@ def set_strength(folder: Path, strength: float) -> None:
 
 
 def remove_guard(folder: Path) -> None:
-    from exporter.modeling.modeling_shiftdc_llava import ShiftDCLlavaConfig
+    from exporter.modeling.configuration_shiftdc import ShiftDCLlavaConfig
 
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(ShiftDCLlavaConfig.shiftdc_unguarded(config)))

@@ -34,6 +34,7 @@ from exporter.models.base import resolve
 from exporter.models.loading import load_vlm
 from exporter.models.prompt_frame import prompt_frame
 from exporter.models.recipe import load_recipe, recipe_for_family
+from exporter.models.trials import tried_traits
 from exporter.models.vlm import VLM
 from exporter.pipeline.export import export
 from exporter.pipeline.plan import ExportOptions, make_plan
@@ -164,8 +165,8 @@ def test_directions_and_probe(harmless, device, calibration_file, tmp_path):
     calibration = load_calibration(str(file))
 
     def measured(vlm):
-        found = fit_directions(vlm, calibration, RECIPE.prompts, RECIPE.decoder_layers, layers=LAYERS)
-        probe = record_probe(vlm, Calibrated(RECIPE, found, LAYERS, prompt_frame(vlm, RECIPE.wording)))
+        found = fit_directions(vlm, calibration, RECIPE.prompts, layers=LAYERS)
+        probe = record_probe(vlm, Calibrated(RECIPE, found, LAYERS, prompt_frame(vlm, RECIPE.wording), tried_traits(vlm)))
         return [found.direction, found.shift, *(probe.tensors[k] for k in sorted(probe.tensors))]
 
     vlm = VLM(tiny.model, tiny.processor)
@@ -324,7 +325,7 @@ def test_the_demo_exported_on_the_gpu_replies_as_it_does_on_the_cpu(tmp_path):
         calibration = load_calibration(recipe.calibration)
         base = load_vlm(resolve("demo"), recipe)
         found, expected = (
-            fit_directions(v, calibration, recipe.prompts, recipe.decoder_layers)
+            fit_directions(v, calibration, recipe.prompts)
             for v in (base, VLM(copy.deepcopy(base.model).to("cpu"), base.processor))
         )
     assert close((found.direction * expected.direction).sum(-1), torch.ones(len(found.layers)))

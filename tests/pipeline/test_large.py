@@ -49,7 +49,7 @@ small, large, output, dtype = sys.argv[1:]
 for model in (small, large):
     plan = make_plan(model, ExportOptions.of(output=Path(output), layers="0-3", dtype=dtype))
     with load_base(plan) as vlm:
-        layers = list(vlm.decoder_layers(plan.recipe.decoder_layers))
+        layers = list(vlm.decoder_layers)
         last_token_activations(vlm, layers, vlm.pad([[5] * 64] * (AUTO_TOKENS["cpu"] // 64)))
     status = dict(line.split(":") for line in open("/proc/self/status"))
     print(int(status["VmHWM"].split()[0]) * 1024)
@@ -97,7 +97,7 @@ def test_everything_on_disk_gives_the_same(base_folder, calibration_file, tmp_pa
         "lm_head": "disk",
     }
     options = {"layers": plan.layers}
-    arguments = (plan.calibration, plan.recipe.prompts, plan.recipe.decoder_layers)
+    arguments = (plan.calibration, plan.recipe.prompts)
     found = []
     for extra in ({}, {"device_map": places, "offload": tmp_path / "offload"}):
         vlm = load_vlm(plan.base, plan.recipe, dtype="bfloat16", **extra)
@@ -131,7 +131,7 @@ def test_directions_of_a_quantised_model(wide, calibration_file, tmp_path, bits)
     for shard in plan.base.shards:  # what is exported are the weights as they are
         assert (tmp_path / "out" / shard.name).read_bytes() == shard.read_bytes()
     with load_base(plan) as vlm:
-        arguments = (plan.calibration, plan.recipe.prompts, plan.recipe.decoder_layers)
+        arguments = (plan.calibration, plan.recipe.prompts)
         plain = fit_directions(vlm, *arguments, layers=plan.layers)
         probe = load_file(tmp_path / "out" / "assets" / "shiftdc_probe.safetensors")
         inputs = {k.removeprefix("input."): v for k, v in probe.items() if k.startswith("input.")}
@@ -139,7 +139,7 @@ def test_directions_of_a_quantised_model(wide, calibration_file, tmp_path, bits)
             assert torch.equal(probe["logits"], vlm.model(**inputs, logits_to_keep=1).logits[0, -1].float())
     found = load_file(tmp_path / "out" / "shiftdc.safetensors")
     for layer in plan.layers:
-        direction = found[f"{plan.recipe.decoder_layers}.{layer}.shiftdc.direction"]
+        direction = found[f"{plan.checked.traits.decoder_layers}.{layer}.shiftdc.direction"]
         assert not torch.equal(direction, plain.of(layer)[0])
         assert torch.cosine_similarity(direction, plain.of(layer)[0], dim=0) > 0.8
 

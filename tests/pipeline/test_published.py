@@ -27,6 +27,7 @@ from exporter.models.chat_template import encoded, rendered
 from exporter.models.check import check, skeleton
 from exporter.models.processors import load_processor
 from exporter.models.prompt_check import check_prompts
+from exporter.models.traits import decoder_layers_of
 from exporter.pipeline.export import export
 from exporter.pipeline.plan import ExportOptions, make_plan
 
@@ -100,7 +101,7 @@ class TemplateNaive(Naive):
 
     def __init__(self, model, processor, recipe, own):
         self.model, self.processor, self.recipe, self.own = model, processor, recipe, own
-        self.layers = model.get_submodule(recipe.decoder_layers)
+        self.layers = model.get_submodule(decoder_layers_of(model))
 
     def forward(self, inputs):
         alone = "pixel_values" not in inputs and hasattr(self.model, "qformer")  # the outer model demands an image
@@ -180,7 +181,7 @@ def test_replies_are_the_naive_ones_in_a_fresh_process(naive, exported, conversa
     assert run.returncode == 0, run.stderr[-2000:]
     replies = json.loads(run.stdout.splitlines()[-1])
     tensors = load_file(exported.plan.output / "shiftdc.safetensors")
-    directions = {layer: tensors[f"{exported.plan.recipe.decoder_layers}.{layer}.shiftdc.direction"] for layer in LAYERS}
+    directions = {layer: tensors[f"{exported.plan.checked.traits.decoder_layers}.{layer}.shiftdc.direction"] for layer in LAYERS}
     changed = False
     for i, (form, turns) in enumerate(conversations.items()):
         calibrated, plain = replies[2 * i : 2 * i + 2]

@@ -50,7 +50,7 @@ def cache(tmp_path, monkeypatch):
 def fit(vlm, calibration_file, store=None, **options):
     calibration = load_calibration(str(calibration_file))
     runner = Batches(store=store)
-    return fit_directions(vlm, calibration, RECIPE.prompts, RECIPE.decoder_layers, runner=runner, **options)
+    return fit_directions(vlm, calibration, RECIPE.prompts, runner=runner, **options)
 
 
 class TestStore:
@@ -195,7 +195,6 @@ def test_each_part_of_a_plan_is_in_the_fingerprint(base_folder, calibration_file
         "which wording": with_recipe(caption_style="describe"),
         "the caption's length": with_recipe(caption_max_new_tokens=7),
         "layers": with_recipe(layers="2"),
-        "where layers are": with_recipe(decoder_layers="elsewhere"),
         "dtype": replace(plan, dtype="float16"),
         "places": replace(plan, device_map="auto"),
         "quantised": replace(plan, quantised=8),
@@ -312,7 +311,7 @@ def test_killed_at_random_points(base_folder, calibration_file, tmp_path, cache,
     found = load_file(tmp_path / "out" / "shiftdc.safetensors")
     for layer in (1, 2):
         expected = dict(zip(("direction", "shift"), undisturbed.of(layer), strict=True))
-        assert all(torch.equal(found[f"{RECIPE.decoder_layers}.{layer}.shiftdc.{k}"], v) for k, v in expected.items())
+        assert all(torch.equal(found[f"model.language_model.layers.{layer}.shiftdc.{k}"], v) for k, v in expected.items())
 
 
 def kept_files(cache: Path) -> list[Path]:
@@ -338,7 +337,7 @@ class TestOutOfMemory:
                 if tried[-1] > size:
                     raise error
 
-            handle = vlm.decoder_layers(RECIPE.decoder_layers)[2].register_forward_pre_hook(check, with_kwargs=True)
+            handle = vlm.decoder_layers[2].register_forward_pre_hook(check, with_kwargs=True)
             handles.append(handle)
             return tried
 

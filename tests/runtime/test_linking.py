@@ -20,6 +20,7 @@ from exporter.checkpoint.calibrated import Calibrated
 from exporter.checkpoint.layout import REPORT
 from exporter.cli.console import export_text
 from exporter.directions.directions import Directions
+from exporter.modeling.configuration_shiftdc import ShiftDCTraits
 from exporter.modeling.prompts_shiftdc import PromptFrame
 from exporter.models.base import resolve
 from exporter.models.recipe import load_recipe
@@ -32,6 +33,7 @@ SHARD = "model-00001-of-00002.safetensors"
 
 #: Of prompts that are never made.
 FRAME = PromptFrame((), (), (), (), (), ((),), ((),), ((),), ("", ""), "", "", False)
+TRAITS = ShiftDCTraits("model.language_model.layers", "vision_feature_select_strategy", image_token_id=4)
 
 
 @pytest.fixture
@@ -54,7 +56,7 @@ def baked(base: Path | str, folder: Path) -> Baked:
     unit = torch.nn.functional.normalize(torch.ones(1, hidden), dim=-1)
     folder.mkdir()
     directions = Directions(layers, unit, torch.ones(1), ())
-    return bake(checkpoint, Calibrated(load_recipe("llava"), directions, layers, FRAME), folder)
+    return bake(checkpoint, Calibrated(load_recipe("llava"), directions, layers, FRAME, TRAITS), folder)
 
 
 def in_place(file: Path) -> None:

@@ -13,7 +13,13 @@ from exporter.directions.directions import Directions
 from exporter.models.families import family
 from exporter.models.prompt_frame import prompt_frame
 from exporter.models.recipe import Recipe
+from exporter.models.trials import tried_traits
 from exporter.models.vlm import VLM
+
+
+def with_traits(settings: dict[str, Any], **changes: object) -> dict[str, Any]:
+    """The `shiftdc` block of a config with other traits."""
+    return {**settings, "traits": {**settings["traits"], **changes}}
 
 
 def calibrated_copy(vlm: VLM, recipe: Recipe, layers: tuple[int, ...], shift: float = 1.0) -> VLM:
@@ -24,7 +30,7 @@ def calibrated_copy(vlm: VLM, recipe: Recipe, layers: tuple[int, ...], shift: fl
     units = torch.nn.functional.normalize(torch.randn(len(layers), size, generator=generator), dim=-1)
     directions = Directions(layers, units, torch.full((len(layers),), shift), ())
     base = SimpleNamespace(name="random", revision=None)
-    block = shiftdc_block(Calibrated(recipe, directions, layers, prompt_frame(vlm, recipe.wording)), base)
+    block = shiftdc_block(Calibrated(recipe, directions, layers, prompt_frame(vlm, recipe.wording), tried_traits(vlm)), base)
     settings = {**stock.config.to_dict(), **identity(classes), "shiftdc": block}
     with torch.device("meta"):
         model: Any = classes.model(classes.config.from_dict(settings))
