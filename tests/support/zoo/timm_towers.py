@@ -74,8 +74,8 @@ def gemma3n() -> TinyFamily:
         "initializer_range": 0.3,
     }  # fmt: skip
     audio = {
-        "hidden_size": 32, "vocab_size": len(words) - words.eoa_token_id, "vocab_offset": words.eoa_token_id, "conf_num_hidden_layers": 1,
-        "conf_num_attention_heads": 4, "sscp_conv_channel_size": [8, 4],
+        "hidden_size": 32, "vocab_size": len(words) - words.eoa_token_id, "vocab_offset": words.eoa_token_id,
+        "conf_num_hidden_layers": 1, "conf_num_attention_heads": 4, "sscp_conv_channel_size": [8, 4],
     }  # fmt: skip
     ids = {f"{name}_token_id": getattr(words, f"{name}_token_id") for name in ("image", "boi", "eoi", "audio", "boa", "eoa")}
     config = Gemma3nConfig(
