@@ -68,7 +68,7 @@ def gemma4_processor(kind: Any, images: Any, videos: Any, audio: Any, words: Pre
 def gemma4_family(processor: Any, model: Any) -> TinyFamily:
     # tied, and scaled by the root of the hidden size: every reply would be the prompt's last token
     model.get_input_embeddings().weight.data.mul_(0.2)
-    return TinyFamily(processor, model, "model.language_model.layers", composed=partial(media_types, processor))
+    return TinyFamily(processor, model, "model.language_model.layers", first=2, composed=partial(media_types, processor))
 
 
 def media_types(processor: Any, ids: torch.Tensor, given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

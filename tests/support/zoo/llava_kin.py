@@ -126,13 +126,14 @@ def cohere2_vision() -> TinyFamily:
     # what the image processor calls patches are the tokens along an edge of a tile
     images = Cohere2VisionImageProcessor(size={"height": 28, "width": 28}, min_patches=1, max_patches=4, patch_size=2)
     processor = Cohere2VisionProcessor(images, words, chat_template=COMMAND_A)
-    kinds = ["sliding_attention", "full_attention"] * 2
-    text = Cohere2Config(**text_sizes(len(words)), sliding_window=16, layer_types=kinds, logit_scale=1.0)
+    kinds = ["sliding_attention", "full_attention"] * 3
+    sizes = {**text_sizes(len(words)), "num_hidden_layers": 6}
+    text = Cohere2Config(**sizes, sliding_window=16, layer_types=kinds, logit_scale=1.0)
     config = Cohere2VisionConfig(
         text_config=text, vision_config=SiglipVisionConfig(**vision_sizes(28, 7), vision_use_head=False),
         image_token_id=words.image_token_id, alignment_intermediate_size=64,
     )  # fmt: skip
-    return TinyFamily(processor, Cohere2VisionForConditionalGeneration(config), LAYERS)
+    return TinyFamily(processor, Cohere2VisionForConditionalGeneration(config), LAYERS, first=2)
 
 
 FAMILIES: dict[str, Callable[[], TinyFamily]] = {

@@ -86,7 +86,7 @@ def gemma3n() -> TinyFamily:
     for layer in model.model.language_model.layers:  # zeros at first: what each layer is told of the tokens would say nothing
         torch.nn.init.normal_(layer.altup.correct_output_scale)
     composed = partial(image_token_types, words.image_token_id)
-    return TinyFamily(processor, model, "model.language_model.layers", composed=composed)
+    return TinyFamily(processor, model, "model.language_model.layers", first=2, composed=composed)
 
 
 def fast_vlm() -> TinyFamily:
