@@ -29,7 +29,9 @@ from transformers import (
 )
 
 # chat_template.jinja of hf/google/gemma-3n-E2B-it, as in unslothai/unsloth's chat_templates.py: Gemma 3's, with other tags
-GEMMA_3N = GEMMA.replace("<start_of_image>", "<image_soft_token>")
+GEMMA_3N = GEMMA.replace(
+    "{{ '<start_of_image>' }}", "{{ '<image_soft_token>' }}{% elif c['type'] == 'audio' %}{{ '<audio_soft_token>' }}"
+)
 # transformers/src/transformers/models/fast_vlm/convert_fastvlm_weights_to_hf.py
 FASTVLM = (
     "{% for m in messages %}{% if loop.first and m['role'] != 'system' %}"
