@@ -62,7 +62,7 @@ def gemma4_text(vocabulary: int) -> dict[str, Any]:
 def gemma4_processor(kind: Any, images: Any, videos: Any, audio: Any, words: PreTrainedTokenizerFast) -> Any:
     """An image has up to 70 tokens of 8 by 8 pixels: the processors take no smaller number."""
     size = {"patch_size": 4, "pooling_kernel_size": 2, "max_soft_tokens": 70}
-    return kind(audio(), images(**size), words, videos(**size, num_frames=2), chat_template=GEMMA4, image_seq_length=70)
+    return kind(audio, images(**size), words, videos(**size, num_frames=2), chat_template=GEMMA4, image_seq_length=70)
 
 
 def gemma4_family(processor: Any, model: Any) -> TinyFamily:
@@ -78,7 +78,7 @@ def media_types(processor: Any, ids: torch.Tensor, given: dict[str, torch.Tensor
 
 def gemma4() -> TinyFamily:
     words = gemma4_words()
-    parts = (Gemma4ImageProcessor, Gemma4VideoProcessor, Gemma4AudioFeatureExtractor)
+    parts = (Gemma4ImageProcessor, Gemma4VideoProcessor, Gemma4AudioFeatureExtractor(feature_size=16))
     processor = gemma4_processor(Gemma4Processor, *parts, words)
     # as E2B, with its embeddings for each layer, and as 26B-A4B, with experts
     text = {
@@ -103,12 +103,12 @@ def gemma4() -> TinyFamily:
 
 def gemma4_unified() -> TinyFamily:
     words = gemma4_words()
-    parts = (Gemma4UnifiedImageProcessor, Gemma4UnifiedVideoProcessor, Gemma4UnifiedAudioFeatureExtractor)
+    parts = (Gemma4UnifiedImageProcessor, Gemma4UnifiedVideoProcessor, Gemma4UnifiedAudioFeatureExtractor())
     processor = gemma4_processor(Gemma4UnifiedProcessor, *parts, words)
     sizes = {"patch_size": 4, "pooling_kernel_size": 2, "mm_embed_dim": 32, "mm_posemb_size": 128, "output_proj_dims": 32}
     config = Gemma4UnifiedConfig(
         text_config=gemma4_text(len(words)), vision_config={**sizes, "initializer_range": 0.3},
-        audio_config={"audio_embed_dim": 32}, **gemma4_ids(words), initializer_range=0.3,
+        audio_config={"audio_embed_dim": 640}, **gemma4_ids(words), initializer_range=0.3,
     )  # fmt: skip
     return gemma4_family(processor, Gemma4UnifiedForConditionalGeneration(config))
 

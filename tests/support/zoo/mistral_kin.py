@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 import with_torchvision  # noqa: F401 (before transformers)
 from tiny_families import TinyFamily, text_sizes, tokenizer, vision_sizes
 from tiny_families_torchvision import MISTRAL_SMALL
@@ -48,6 +49,9 @@ def mistral_large4() -> TinyFamily:
         image_token_index=words.convert_tokens_to_ids("[IMG]"),
     )  # fmt: skip
     model = MistralLarge4ForConditionalGeneration(config)
+    for name, weight in model.named_parameters():
+        if name.endswith((".softmax_scaling.scale", ".rotary_emb.alpha")):  # zeros at first: positions would say less
+            torch.nn.init.normal_(weight, std=0.1)
     return TinyFamily(processor, model, LAYERS, first=2)
 
 

@@ -66,7 +66,10 @@ LFM2 = (
     "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 # that of hf/CohereLabs/North-Micro-Vision-Instruct was not found: the turns of the same house, its processor's marks of images
-COMPASS = COMMAND_A.replace("<|IMG_PATCH|>", "<|VISION_START|><|IMAGE_PAD|><|VISION_END|>")
+COMPASS = COMMAND_A.replace(
+    "<|IMG_PATCH|>{% endif %}",
+    "<|VISION_START|><|IMAGE_PAD|><|VISION_END|>{% elif c['type'] == 'video' %}<|VIDEO_PAD|>{% endif %}",
+)
 LAYERS = "model.language_model.layers"
 
 

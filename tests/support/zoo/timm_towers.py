@@ -62,7 +62,7 @@ def gemma3n() -> TinyFamily:
     )  # fmt: skip
     images = SiglipImageProcessor(size={"height": 64, "width": 64}, do_normalize=False)
     processor = Gemma3nProcessor(
-        Gemma3nAudioFeatureExtractor(), images, words, audio_seq_length=4, image_seq_length=4, chat_template=GEMMA_3N
+        Gemma3nAudioFeatureExtractor(), images, words, audio_seq_length=32, image_seq_length=4, chat_template=GEMMA_3N
     )
     # the last two layers take keys and values of those before; all carry four streams
     text = {
@@ -82,7 +82,7 @@ def gemma3n() -> TinyFamily:
     ids = {f"{name}_token_id": getattr(words, f"{name}_token_id") for name in ("image", "boi", "eoi", "audio", "boa", "eoa")}
     config = Gemma3nConfig(
         text_config=text, vision_config=tower, audio_config=audio, **ids, vision_soft_tokens_per_image=4,
-        audio_soft_tokens_per_image=4, initializer_range=0.3,
+        audio_soft_tokens_per_image=32, initializer_range=0.3,
     )  # fmt: skip
     model = Gemma3nForConditionalGeneration(config)
     for layer in model.model.language_model.layers:  # zeros at first: what each layer is told of the tokens would say nothing
