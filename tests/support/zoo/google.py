@@ -87,7 +87,7 @@ def gemma4() -> TinyFamily:
     }  # fmt: skip
     tower = {
         "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-        "head_dim": 8, "patch_size": 4, "pooling_kernel_size": 2, "position_embedding_size": 128, "initializer_range": 0.3,
+        "head_dim": 8, "patch_size": 4, "pooling_kernel_size": 2, "position_embedding_size": 256, "initializer_range": 0.3,
     }  # fmt: skip
     audio = {
         "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "subsampling_conv_channels": [16, 8],
@@ -105,7 +105,7 @@ def gemma4_unified() -> TinyFamily:
     words = gemma4_words()
     parts = (Gemma4UnifiedImageProcessor, Gemma4UnifiedVideoProcessor, Gemma4UnifiedAudioFeatureExtractor())
     processor = gemma4_processor(Gemma4UnifiedProcessor, *parts, words)
-    sizes = {"patch_size": 4, "pooling_kernel_size": 2, "mm_embed_dim": 32, "mm_posemb_size": 128, "output_proj_dims": 32}
+    sizes = {"patch_size": 4, "pooling_kernel_size": 2, "mm_embed_dim": 32, "mm_posemb_size": 256, "output_proj_dims": 32}
     config = Gemma4UnifiedConfig(
         text_config=gemma4_text(len(words)), vision_config={**sizes, "initializer_range": 0.3},
         audio_config={"audio_embed_dim": 640}, **gemma4_ids(words), initializer_range=0.3,
