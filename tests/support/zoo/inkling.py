@@ -51,9 +51,7 @@ def inkling_mm_model() -> TinyFamily:
         "n_shared_experts": 1, "logits_mup_width_multiplier": 1.0,
     }  # fmt: skip
     vision = {"patch_size": 10, "num_hidden_layers": 4, "initializer_range": 0.3}  # with fewer layers it needs scipy
-    config = InklingConfig(
-        text_config=text, vision_config=vision, audio_config={"n_mel_bins": 8, "mel_vocab_size": 16}, **ids
-    )
+    config = InklingConfig(text_config=text, vision_config=vision, audio_config={"n_mel_bins": 8, "mel_vocab_size": 16}, **ids)
     return TinyFamily(
         processor, InklingForConditionalGeneration(config), "model.language_model.layers", recipe="inkling_mm_model"
     )

@@ -24,8 +24,8 @@ from transformers import (
 from transformers.models.minicpmv4_6.image_processing_minicpmv4_6 import MiniCPMV4_6ImageProcessor
 from transformers.models.minicpmv4_6.video_processing_minicpmv4_6 import MiniCPMV4_6VideoProcessor
 
-# Not found published. Turns as Qwen3.5's, whose decoder it has, with thinking off; the processor itself writes the marks around an
-# image for its one token (transformers/src/transformers/models/minicpmv4_6/processing_minicpmv4_6.py)
+# Not found published. Turns as Qwen3.5's, whose decoder it has, with thinking off; the processor itself writes the marks around
+# an image for its one token (transformers/src/transformers/models/minicpmv4_6/processing_minicpmv4_6.py)
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% for c in m['content'] %}"
     "{% if c['type'] == 'image' %}<|image_pad|>{% elif c['type'] == 'video' %}<|video_pad|>"

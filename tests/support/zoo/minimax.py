@@ -13,7 +13,6 @@ from transformers import (
     MiniMaxM3VLProcessor,
     MiniMaxM3VLVideoProcessor,
 )
-
 from zoo.minicpm import sharpened
 
 # Not found published. Turns as MiniMax-M2's (ms-swift swift/template/templates/minimax.py), whose marks llama.cpp's chat parser

@@ -19,8 +19,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-# Not found published as a whole: the template writes the beginning of the text (docs/source/en/model_doc/muse_glimmer.md), and the
-# marks of turns are those of hf/mlx-community/Muse-Glimmer-30B-4bit's tokenizer. What it says of reasoning is left out
+# Not found published as a whole: the template writes the beginning of the text (docs/source/en/model_doc/muse_glimmer.md), and
+# the marks of turns are those of hf/mlx-community/Muse-Glimmer-30B-4bit's tokenizer. What it says of reasoning is left out
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<|start|>{{ m['role'] }}<|message|>{% for c in m['content'] %}"
     "{% if c['type'] == 'image' %}<|patch|>{% elif c['type'] == 'video' %}<|video|>"
@@ -53,9 +53,7 @@ def muse_spark() -> TinyFamily:
     }  # fmt: skip
     ear = {"patch_sizes": [16, 6], "hidden_sizes": [8, 16], "depths": [1, 1], "num_hidden_layers": 2, "out_hidden_size": 32}
     config = MuseSparkConfig(**sizes, audio_config=ear, audio_token_id=words.convert_tokens_to_ids("<|audio|>"))
-    return TinyFamily(
-        processor, MuseSparkForConditionalGeneration(config), "model.language_model.layers", recipe="muse_spark"
-    )
+    return TinyFamily(processor, MuseSparkForConditionalGeneration(config), "model.language_model.layers", recipe="muse_spark")
 
 
 def muse_pictures() -> tuple[MuseGlimmerImageProcessor, MuseGlimmerVideoProcessor]:

@@ -1,4 +1,7 @@
-"""Tiny models that read documents, and take any request about them: Qianfan-OCR, DeepSeek-OCR 2, Unlimited-OCR."""
+"""Tiny models that read documents: Qianfan-OCR, DeepSeek-OCR 2, Unlimited-OCR.
+
+The last two have no published template: the recipes hold one.
+"""
 
 from __future__ import annotations
 
@@ -20,24 +23,15 @@ from transformers import (
 )
 from transformers.models.deepseek_ocr2.image_processing_pil_deepseek_ocr2 import DeepseekOcr2ImageProcessorPil
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
-
 from zoo.minicpm import sharpened
 
-# Not found published: Qwen3's turns, whose decoder it has, and the processor's placeholder (transformers/src/transformers/models/
-# qianfan_ocr/processing_qianfan_ocr.py)
+# Not found published: Qwen3's turns, whose decoder it has, and the processor's placeholder
+# (transformers/src/transformers/models/qianfan_ocr/processing_qianfan_ocr.py)
 QIANFAN = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% for c in m['content'] %}"
     "{% if c['type'] == 'image' %}<image>\n{% elif c['type'] == 'text' %}{{ c['text'] }}{% endif %}{% endfor %}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-# The prompts of transformers' documentation, docs/source/en/model_doc/deepseek_ocr2.md ("<image>\nFree OCR."); no template and no
-# roles are published
-PLAIN = (
-    "{% for m in messages %}{% for c in m['content'] %}{% if c['type'] == 'image' %}<image>\n"
-    "{% elif c['type'] == 'text' %}{{ c['text'] }}{% endif %}{% endfor %}{% if not loop.last %}\n{% endif %}{% endfor %}"
-)
-# docs/source/en/model_doc/unlimited_ocr.md: without the line break
-BARE = PLAIN.replace("<image>\n", "<image>")
 
 
 def qianfan_ocr() -> TinyFamily:
@@ -59,7 +53,7 @@ def deepseek_ocr2() -> TinyFamily:
     """144 tokens to an image, and one: as many queries are in the code, whatever the patches behind them."""
     words = tokenizer("<|grounding|>")
     images = DeepseekOcr2ImageProcessorPil(size={"height": 96, "width": 96}, tile_size=96)
-    processor = DeepseekOcr2Processor(images, words, patch_size=2, downsample_ratio=4, chat_template=PLAIN)
+    processor = DeepseekOcr2Processor(images, words, patch_size=2, downsample_ratio=4)
     reader = {**text_sizes(1), "num_hidden_layers": 2}
     config = DeepseekOcr2Config(
         text_config=experts(len(words)), vision_config={"sam_config": sam(96, 8), "encoder_config": reader},
@@ -74,7 +68,7 @@ def unlimited_ocr() -> TinyFamily:
     """The window slides over the answer alone: a prompt and its images stay in sight."""
     words = tokenizer("<|det|>", "<|/det|>")
     images = UnlimitedOcrImageProcessor(size={"height": 32, "width": 32}, tile_size=32, max_patches=2)
-    processor = UnlimitedOcrProcessor(images, words, patch_size=4, downsample_ratio=4, chat_template=BARE)
+    processor = UnlimitedOcrProcessor(images, words, patch_size=4, downsample_ratio=4)
     clip = {**vision_sizes(32, 16), "hidden_size": 32}
     config = UnlimitedOcrConfig(
         text_config={**experts(len(words)), "sliding_window": 3},
