@@ -19,8 +19,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-# As rendered in TensorRT-LLM's and llama.cpp-like projects' tests of hf/thinkingmachines/Inkling: every part is a message of its
-# own, and the effort of thinking is said once, before the first turn that is not the system's
+# vLLM's rust/src/chat/src/renderer/inkling, with its tests, for hf/thinkingmachines/Inkling: every part is a message of its own,
+# and the effort of thinking is said once, before the first turn that is not the system's
 TEMPLATE = (
     "{% set said = namespace(effort=false) %}{% for m in messages %}"
     "{% if m['role'] != 'system' and not said.effort %}{% set said.effort = true %}"

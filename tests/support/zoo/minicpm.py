@@ -32,7 +32,7 @@ TEMPLATE = (
     "{% elif 'text' in c %}{{ c['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n\n</think>\n\n{% endif %}"
 )
-#: Of the tokenizer, by the names of vllm/model_executor/models/minicpmv4_6.py.
+#: Of the tokenizer, as SGLang's processor for minicpmv4_6 names them.
 MARKS = {
     "image_token": "<|image_pad|>", "video_token": "<|video_pad|>", "image_start_token": "<image>", "image_end_token": "</image>",
     "slice_start_token": "<slice>", "slice_end_token": "</slice>", "image_id_start_token": "<image_id>",

@@ -15,11 +15,11 @@ from transformers import (
 )
 from zoo.minicpm import sharpened
 
-# Not found published. Turns as MiniMax-M2's (ms-swift swift/template/templates/minimax.py), whose marks llama.cpp's chat parser
-# names for MiniMax-M3 too; marks of images from transformers/src/transformers/models/minimax_m3_vl/processing_minimax_m3_vl.py
+# As ms-swift's MinimaxM3VLTemplate says of hf/MiniMaxAI/MiniMax-M3's: a system turn of its own, which tells how to think, and the
+# conversation's system turn as a developer's, always
 TEMPLATE = (
-    "]~!b[]~b]system\n{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'][0]['text'] }}"
-    "{% else %}You are a helpful assistant.{% endif %}[e~[\n"
+    "]~!b[]~b]system\nYou are a model.\n\n<thinking_instructions>\nThink.\n</thinking_instructions>[e~[\n]~b]developer\n"
+    "{{ messages[0]['content'][0]['text'] if messages[0]['role'] == 'system' else 'You are a helpful assistant.' }}[e~[\n"
     "{% for m in messages if m['role'] != 'system' %}]~b]{{ 'ai' if m['role'] == 'assistant' else m['role'] }}\n"
     "{% for c in m['content'] %}{% if c['type'] == 'image' %}]<]image[>[{% elif c['type'] == 'video' %}]<]video[>["
     "{% elif 'text' in c %}{{ c['text'] }}{% endif %}{% endfor %}[e~[\n{% endfor %}"
@@ -27,7 +27,7 @@ TEMPLATE = (
 )
 
 
-def minimax_m3_vl(blocks: int = 16) -> TinyFamily:
+def minimax_m3_vl(blocks: int = 32) -> TinyFamily:
     """blocks: of 8 keys, that a token sees. A prompt that is longer reads otherwise behind padding: blocks begin with it."""
     marks = ["]<]image[>[", "]<]video[>[", "]<]start of image[>[", "]<]end of image[>["]
     words = tokenizer("]~!b[", "]~b]", "[e~[", *marks, bos=False)

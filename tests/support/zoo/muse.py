@@ -19,13 +19,18 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-# Not found published as a whole: the template writes the beginning of the text (docs/source/en/model_doc/muse_glimmer.md), and
-# the marks of turns are those of hf/mlx-community/Muse-Glimmer-30B-4bit's tokenizer. What it says of reasoning is left out
+# Rendered prompts of hf/meta-models/Muse-Glimmer-30B in the tests of ollama's renderer and in unsloth's notebook: a system turn
+# always, with the day and the strength of reasoning; answers are addressed, and the prompt for one ends before its address. Muse
+# Spark's was not found and is taken to be the same
 TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}<|start|>{{ m['role'] }}<|message|>{% for c in m['content'] %}"
+    "{{ bos_token }}<|start|>system<|message|>"
+    "{{ messages[0]['content'][0]['text'] if messages[0]['role'] == 'system' else 'You are a helpful AI assistant.' }}"
+    "\nCurrent date: {{ strftime_now('%Y-%m-%d') }}.\n\nReasoning strength: {{ reasoning_strength or 'high' }}.<|eot|>"
+    "{% for m in messages if m['role'] != 'system' %}<|start|>{{ m['role'] }}"
+    "{{ ' to=user' if m['role'] == 'assistant' }}<|message|>{% for c in m['content'] %}"
     "{% if c['type'] == 'image' %}<|patch|>{% elif c['type'] == 'video' %}<|video|>"
     "{% elif 'text' in c %}{{ c['text'] }}{% endif %}{% endfor %}<|eot|>{% endfor %}"
-    "{% if add_generation_prompt %}<|start|>assistant<|message|>{% endif %}"
+    "{% if add_generation_prompt %}<|start|>assistant{% endif %}"
 )
 MARKS = [
     "<|start|>", "<|message|>", "<|eot|>", "<|patch|>", "<|image_start|>", "<|image_end|>", "<|video|>", "<|vid_start|>",
