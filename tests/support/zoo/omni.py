@@ -18,7 +18,6 @@ from transformers import (
     Qwen3OmniMoeThinkerForConditionalGeneration,
     WhisperFeatureExtractor,
 )
-
 from zoo.qwen import EXPERTS, tower
 
 # chat_template of hf/Qwen/Qwen2.5-Omni-7B, as quoted in several repositories: as Qwen2.5-VL's with other tokens
