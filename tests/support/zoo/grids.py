@@ -72,7 +72,7 @@ CLOVA = (
     "{% elif c['type'] == 'text' %}{{ c['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n\n</think>\n\n{% endif %}"
 )
-# the published one was not found: Qwen's turns, by its vocabulary, and a line break behind each image, as in DAMO-NLP-SG/VideoLLaMA3
+# the published one was not found: Qwen's turns, by its vocabulary, and a line break behind each image
 VIDEO_LLAMA = (
     QWEN3.replace("<|vision_start|><|image_pad|><|vision_end|>", "{{ '<|image_pad|>\n' }}")
     .replace("<|vision_start|><|video_pad|><|vision_end|>", "{{ '<|video_pad|>\n' }}")
