@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tiny_families import TinyFamily, text_sizes, tokenizer
-from tiny_families_torchvision import MROPE, QWEN3, qwen_ids, qwen_size, qwen_words
+from tiny_families_torchvision import MROPE, QWEN3, qwen_family, qwen_ids, qwen_size, qwen_words
 from transformers import (
     Cosmos3EdgeConfig,
     Cosmos3EdgeForConditionalGeneration,
@@ -99,13 +99,15 @@ def dots3_note() -> TinyFamily:
 
 def cosmos3_edge() -> TinyFamily:
     words = qwen_words()
+    # its tokenizer_config.json asks for them: transformers/tests/models/cosmos3_edge/test_processing_cosmos3_edge.py
+    words.init_kwargs["return_mm_token_type_ids"] = True
     text = text_sizes(len(words)) | {"head_dim": 8, "rope_parameters": {**MROPE, "mrope_interleaved": True}}
     config = Cosmos3EdgeConfig(
         text_config=text, vision_config=TOWER | {"num_patches": 16}, projector_hidden_size=32, **qwen_ids(words)
     )
     images, videos = Cosmos3EdgeImageProcessor(**qwen_size()), Cosmos3EdgeVideoProcessor(**qwen_size())
     processor = Cosmos3EdgeProcessor(images, words, videos, chat_template=QWEN3)
-    return TinyFamily(processor, Cosmos3EdgeForConditionalGeneration(config), "model.language_model.layers")
+    return qwen_family(processor, Cosmos3EdgeForConditionalGeneration(config))
 
 
 def cosmos3_omni() -> TinyFamily:
