@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tiny_families import TinyFamily, text_sizes, tokenizer
-from tiny_families_torchvision import MROPE, QWEN2, QWEN3, qwen_size
+from tiny_families_torchvision import MROPE, QWEN2, QWEN3
 from transformers import (
     PreTrainedTokenizerFast,
     Qwen2_5OmniProcessor,
@@ -40,8 +40,13 @@ def ears(**sizes: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
+# the processors' classes have their own size of videos, in pixels: larger patches make fewer tokens of it
+PATCH = 14
+SIZE = {"patch_size": PATCH, "size": {"shortest_edge": (2 * PATCH) ** 2 * 4, "longest_edge": (2 * PATCH) ** 2 * 16}}
+
+
 def family(processor_class: Any, words: PreTrainedTokenizerFast, template: str, model: Any) -> TinyFamily:
-    images, videos = Qwen2VLImageProcessor(**qwen_size()), Qwen2VLVideoProcessor(**qwen_size())
+    images, videos = Qwen2VLImageProcessor(**SIZE), Qwen2VLVideoProcessor(**SIZE)
     processor = processor_class(images, videos, WhisperFeatureExtractor(feature_size=16), words, chat_template=template)
     return TinyFamily(processor, model, "model.language_model.layers")
 
@@ -49,10 +54,10 @@ def family(processor_class: Any, words: PreTrainedTokenizerFast, template: str, 
 def qwen2_5_omni_thinker() -> TinyFamily:
     edges = {f"{kind}_{edge}_token": f"<|{kind}_{edge}|>" for kind in ("vision", "audio") for edge in ("bos", "eos")}
     words = omni_words("<|IMAGE|>", "<|VIDEO|>", "<|AUDIO|>", edges)
-    sight = {"depth": 2, "hidden_size": 32, "num_heads": 4, "patch_size": 7, "initializer_range": 0.3, "out_hidden_size": 32}
+    sight = {"depth": 2, "hidden_size": 32, "num_heads": 4, "patch_size": PATCH, "initializer_range": 0.3, "out_hidden_size": 32}
     config = Qwen2_5OmniThinkerConfig(
         text_config=text_sizes(len(words)) | {"rope_parameters": dict(MROPE)}, audio_config=ears(),
-        vision_config=sight | {"intermediate_size": 64, "window_size": 28, "fullatt_block_indexes": [1]},
+        vision_config=sight | {"intermediate_size": 64, "window_size": 56, "fullatt_block_indexes": [1]},
         image_token_index=words.image_token_id, video_token_index=words.video_token_id, audio_token_index=words.audio_token_id,
         audio_start_token_id=words.audio_bos_token_id, audio_end_token_id=words.audio_eos_token_id,
         vision_start_token_id=words.vision_bos_token_id, vision_end_token_id=words.vision_eos_token_id, initializer_range=0.3,
@@ -68,7 +73,7 @@ def qwen3_omni_moe_thinker() -> TinyFamily:
     words = omni_words("<|image_pad|>", "<|video_pad|>", "<|audio_pad|>", edges)
     text = text_sizes(len(words)) | EXPERTS | {"head_dim": 8, "rope_parameters": {**MROPE, "mrope_interleaved": True}}
     config = Qwen3OmniMoeThinkerConfig(
-        text_config=text, vision_config=tower(deepstack_visual_indexes=[0, 1]),
+        text_config=text, vision_config=tower(deepstack_visual_indexes=[0, 1]) | {"patch_size": PATCH},
         audio_config=ears(n_window_infer=16, conv_chunksize=8, downsample_hidden_size=8),
         image_token_id=words.image_token_id, video_token_id=words.video_token_id, audio_token_id=words.audio_token_id,
         audio_start_token_id=words.audio_bos_token_id, vision_start_token_id=words.vision_bos_token_id, initializer_range=0.3,
