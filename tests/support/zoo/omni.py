@@ -20,9 +20,14 @@ from transformers import (
 )
 from zoo.qwen import EXPERTS, tower
 
+VIDEO = "{% elif c['type'] == 'video' %}"
+AUDIO = "{% elif c['type'] == 'audio' %}<|audio_start|><|audio_pad|><|audio_end|>"
+# placeholders as in vllm/model_executor/models/qwen3_omni_moe_thinker.py, turns as Qwen3-VL's
+OMNI_3 = QWEN3.replace(VIDEO, AUDIO + VIDEO)
 # chat_template of hf/Qwen/Qwen2.5-Omni-7B, as quoted in several repositories: as Qwen2.5-VL's with other tokens
 OMNI_2_5 = (
-    QWEN2.replace("<|vision_start|>", "<|vision_bos|>").replace("<|vision_end|>", "<|vision_eos|>")
+    QWEN2.replace(VIDEO, AUDIO.replace("start|>", "bos|>").replace("end|>", "eos|>").replace("audio_pad", "AUDIO") + VIDEO)
+    .replace("<|vision_start|>", "<|vision_bos|>").replace("<|vision_end|>", "<|vision_eos|>")
     .replace("<|image_pad|>", "<|IMAGE|>").replace("<|video_pad|>", "<|VIDEO|>")
 )  # fmt: skip
 
@@ -36,7 +41,7 @@ def omni_words(image: str, video: str, audio: str, around: dict[str, str]) -> Pr
 def ears(**sizes: Any) -> dict[str, Any]:
     return {
         "num_mel_bins": 16, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 32, "d_model": 32,
-        "max_source_positions": 32, "n_window": 8, "output_dim": 32, "initializer_range": 0.3, **sizes,
+        "max_source_positions": 1500, "n_window": 50, "output_dim": 32, "initializer_range": 0.3, **sizes,
     }  # fmt: skip
 
 
@@ -74,11 +79,11 @@ def qwen3_omni_moe_thinker() -> TinyFamily:
     text = text_sizes(len(words)) | EXPERTS | {"head_dim": 8, "rope_parameters": {**MROPE, "mrope_interleaved": True}}
     config = Qwen3OmniMoeThinkerConfig(
         text_config=text, vision_config=tower(deepstack_visual_indexes=[0, 1]) | {"patch_size": PATCH},
-        audio_config=ears(n_window_infer=16, conv_chunksize=8, downsample_hidden_size=8),
+        audio_config=ears(n_window_infer=100, conv_chunksize=8, downsample_hidden_size=8),
         image_token_id=words.image_token_id, video_token_id=words.video_token_id, audio_token_id=words.audio_token_id,
         audio_start_token_id=words.audio_bos_token_id, vision_start_token_id=words.vision_bos_token_id, initializer_range=0.3,
     )  # fmt: skip
-    return family(Qwen3OmniMoeProcessor, words, QWEN3, Qwen3OmniMoeThinkerForConditionalGeneration(config))
+    return family(Qwen3OmniMoeProcessor, words, OMNI_3, Qwen3OmniMoeThinkerForConditionalGeneration(config))
 
 
 FAMILIES = {f.__name__: f for f in (qwen3_omni_moe_thinker, qwen2_5_omni_thinker)}

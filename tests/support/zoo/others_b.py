@@ -30,6 +30,7 @@ LFM = "{{ bos_token }}" + QWEN3
 DOTS = (
     "{% for m in messages %}<|{{ m['role'] }}|>{% for c in m['content'] %}"
     "{% if c['type'] == 'image' %}<|img|><|imgpad|><|endofimg|>{% elif c['type'] == 'video' %}<|video_pad|>"
+    "{% elif c['type'] == 'audio' %}<|audio_comp_pad|>"
     "{% elif c['type'] == 'text' %}{{ c['text'] }}{% endif %}{% endfor %}<|endof{{ m['role'] }}|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
