@@ -106,7 +106,7 @@ def cosmos3_edge() -> TinyFamily:
     config = Cosmos3EdgeConfig(
         text_config=text, vision_config=TOWER | {"num_patches": 16}, projector_hidden_size=32, **qwen_ids(words)
     )
-    images, videos = Cosmos3EdgeImageProcessor(**qwen_size()), Cosmos3EdgeVideoProcessor(**qwen_size())
+    images, videos = Cosmos3EdgeImageProcessor(**qwen_size()), Cosmos3EdgeVideoProcessor(**qwen_size(), return_metadata=True)
     processor = Cosmos3EdgeProcessor(images, words, videos, chat_template=QWEN3)
     return qwen_family(processor, Cosmos3EdgeForConditionalGeneration(config))
 
