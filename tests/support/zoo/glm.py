@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from tiny_families import TinyFamily, text_sizes, tokenizer
-from tiny_families_torchvision import qwen_family, qwen_size
+from tiny_families_torchvision import MROPE, qwen_family, qwen_size
 from transformers import (
     Glm4vConfig,
     Glm4vForConditionalGeneration,
@@ -46,9 +46,6 @@ GLM = (
 # as hf/zai-org/GLM-4.7's and 5.3's: no line break behind a role, and a reply begins with its thoughts
 GLM_5 = GLM.replace("|>\n{% for c", "|>{% for c").replace("<|assistant|>{%", "<|assistant|><think>{%")
 AROUND = [f"<|{edge}_of_{kind}|>" for kind in ("image", "video") for edge in ("begin", "end")]
-MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5}
-#: Of the text models with rotary positions: half of a head's 16 numbers are rotated, published as well.
-ROTARY = {"head_dim": 16, "rope_parameters": MROPE}
 
 
 def glm_words() -> PreTrainedTokenizerFast:
@@ -62,6 +59,11 @@ def glm_ids(words: PreTrainedTokenizerFast) -> dict[str, int]:
     return {name: words.convert_tokens_to_ids(token) for name, token in names.items()}
 
 
+def rotary() -> dict[str, Any]:
+    """Half of a head's 16 numbers are rotated, as published."""
+    return {"head_dim": 16, "rope_parameters": {**MROPE, "partial_rotary_factor": 0.5}}
+
+
 def glm_tower(**sizes: Any) -> dict[str, Any]:
     return {
         "depth": 2, "hidden_size": 32, "num_heads": 4, "patch_size": 7, "image_size": 28, "out_hidden_size": 32,
@@ -71,14 +73,14 @@ def glm_tower(**sizes: Any) -> dict[str, Any]:
 
 def glm4v() -> TinyFamily:
     words = glm_words()
-    config = Glm4vConfig(text_config=text_sizes(len(words)) | ROTARY, vision_config=glm_tower(), **glm_ids(words))
+    config = Glm4vConfig(text_config=text_sizes(len(words)) | rotary(), vision_config=glm_tower(), **glm_ids(words))
     return glm_4_1(words, Glm4vForConditionalGeneration(config))
 
 
 def glm4v_moe() -> TinyFamily:
     words = glm_words()
     experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "first_k_dense_replace": 1}
-    config = Glm4vMoeConfig(text_config=text_sizes(len(words)) | ROTARY | experts, vision_config=glm_tower(), **glm_ids(words))
+    config = Glm4vMoeConfig(text_config=text_sizes(len(words)) | rotary() | experts, vision_config=glm_tower(), **glm_ids(words))
     return glm_4_1(words, Glm4vMoeForConditionalGeneration(config))
 
 
@@ -97,7 +99,7 @@ def glmga() -> TinyFamily:
 
 def glm_4_6(config_class: Callable[..., Any], images: Callable[..., Any], videos: Callable[..., Any]) -> TinyFamily:
     words = glm_words()
-    text = text_sizes(len(words)) | ROTARY | {"model_type": "glm4v_text"}
+    text = text_sizes(len(words)) | rotary() | {"model_type": "glm4v_text"}
     config = config_class(text_config=text, vision_config=glm_tower(model_type="glm4v_vision"), **glm_ids(words))
     processor = Glm46VProcessor(images(**qwen_size()), words, videos(**qwen_size()), chat_template=GLM)
     return qwen_family(processor, Glm46VForConditionalGeneration(config))
@@ -105,7 +107,7 @@ def glm_4_6(config_class: Callable[..., Any], images: Callable[..., Any], videos
 
 def glm_ocr() -> TinyFamily:
     words = glm_words()
-    config = GlmOcrConfig(text_config=text_sizes(len(words)) | ROTARY, vision_config=glm_tower(), **glm_ids(words))
+    config = GlmOcrConfig(text_config=text_sizes(len(words)) | rotary(), vision_config=glm_tower(), **glm_ids(words))
     images, videos = Glm46VImageProcessor(**qwen_size()), Glm46VVideoProcessor(**qwen_size())
     return qwen_family(Glm46VProcessor(images, words, videos, chat_template=GLM), GlmOcrForConditionalGeneration(config))
 

@@ -56,14 +56,15 @@ ERNIE = (
     "{{ '<|end_of_sentence|>' if m['role'] == 'assistant' else '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'Assistant: <think></think>' }}{% endif %}"
 )
-# images as in vllm/model_executor/models/exaone4_5.py, turns as hf/LGAI-EXAONE/EXAONE-4.0-32B's: 4.5's was not found
+# prompts for hf/LGAI-EXAONE/EXAONE-4.5-33B in vllm/examples/offline_inference/vision_language.py
 EXAONE = (
-    "{% for m in messages %}[|{{ m['role'] }}|]\n{% for c in m['content'] %}"
+    "{% for m in messages %}<|{{ m['role'] }}|>\n{% for c in m['content'] %}"
     "{% if c['type'] == 'image' %}<vision><|image_pad|></vision>{% elif c['type'] == 'video' %}<vision><|video_pad|></vision>"
-    "{% elif c['type'] == 'text' %}{{ c['text'] }}{% endif %}{% endfor %}[|endofturn|]\n{% endfor %}"
-    "{% if add_generation_prompt %}[|assistant|]\n<think>\n\n</think>\n\n{% endif %}"
+    "{% elif c['type'] == 'text' %}{{ c['text'] }}{% endif %}{% endfor %}<|endofturn|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 )
-# users' prompts for hf/naver-hyperclovax/HyperCLOVAX-SEED-Think-32B, and a pull request to vllm (42366) on how replies begin
+# users' prompts for hf/naver-hyperclovax/HyperCLOVAX-SEED-Think-32B; replies begin as
+# transformers/docs/source/en/model_doc/hyperclovax_vision_v2.md says
 CLOVA = (
     "{% set n = namespace(images=0) %}{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% for c in m['content'] %}"
     '{% if c[\'type\'] == \'image\' %}<|mime_start|>{"id": "image_{{ \'%02d\' % n.images }}", "type": "image/jpeg"}<|mime_end|>\n'
@@ -72,7 +73,7 @@ CLOVA = (
     "{% elif c['type'] == 'text' %}{{ c['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n\n</think>\n\n{% endif %}"
 )
-# the published one was not found: Qwen's turns, by its vocabulary, and a line break behind each image
+# DEFAULT_CHAT_TEMPLATE of DAMO-NLP-SG/VideoLLaMA3's processor: Qwen's turns, and a line break behind each image
 VIDEO_LLAMA = (
     QWEN3.replace("<|vision_start|><|image_pad|><|vision_end|>", "{{ '<|image_pad|>\n' }}")
     .replace("<|vision_start|><|video_pad|><|vision_end|>", "{{ '<|video_pad|>\n' }}")
@@ -132,9 +133,9 @@ def both_types(processor: Any, ids: torch.Tensor, given: dict[str, torch.Tensor]
 
 
 def exaone4_5() -> TinyFamily:
-    turns = ["[|system|]", "[|user|]", "[|assistant|]", "[|endofturn|]"]
+    turns = ["<|system|>", "<|user|>", "<|assistant|>", "<|endofturn|>"]
     vision = ["<vision>", "</vision>", "<|image_pad|>", "<|video_pad|>"]
-    words = tokenizer(*turns, *vision, bos=False, added=["<think>", "</think>"])
+    words = tokenizer(*turns, *vision, bos=False)
     kinds = [f"{kind}_attention" for kind in ("sliding", "full", "sliding", "full", "sliding")]
     text = text_sizes(len(words)) | {"model_type": "exaone4", "num_hidden_layers": 5, "layer_types": kinds, "sliding_window": 16}
     config = Exaone4_5_Config(

@@ -26,13 +26,7 @@ from transformers import (
 QWEN3_5 = QWEN3.replace("<|im_start|>assistant\n{% endif %}", "<|im_start|>assistant\n<think>\n{% endif %}")
 #: Of feed-forward layers with experts.
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
-# published: three of four layers are linear
-HYBRID = {
-    "num_hidden_layers": 5, "layer_types": [f"{kind}_attention" for kind in ("linear", "full", "linear", "full", "linear")],
-    "head_dim": 32, "linear_conv_kernel_dim": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
-    "linear_num_key_heads": 2, "linear_num_value_heads": 4,
-    "rope_parameters": {**MROPE, "mrope_interleaved": True, "partial_rotary_factor": 0.25},
-}  # fmt: skip
+MIXERS = [f"{kind}_attention" for kind in ("linear", "full", "linear", "full", "linear")]
 
 
 def thinking_words() -> PreTrainedTokenizerFast:
@@ -43,6 +37,15 @@ def thinking_words() -> PreTrainedTokenizerFast:
 
 def tower(**sizes: Any) -> dict[str, Any]:
     return qwen_tower(intermediate_size=64, out_hidden_size=32, num_position_embeddings=16, **sizes)
+
+
+def hybrid() -> dict[str, Any]:
+    """Published: three of four layers are linear."""
+    return {
+        "num_hidden_layers": 5, "layer_types": list(MIXERS), "head_dim": 32, "linear_conv_kernel_dim": 4,
+        "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+        "rope_parameters": {**MROPE, "mrope_interleaved": True, "partial_rotary_factor": 0.25},
+    }  # fmt: skip
 
 
 def family(words: PreTrainedTokenizerFast, template: str, model: Any, first: int = 1) -> TinyFamily:
@@ -60,13 +63,13 @@ def qwen3_vl_moe() -> TinyFamily:
 
 def qwen3_5() -> TinyFamily:
     words = thinking_words()
-    config = Qwen3_5Config(text_config=text_sizes(len(words)) | HYBRID, vision_config=tower(), **qwen_ids(words))
+    config = Qwen3_5Config(text_config=text_sizes(len(words)) | hybrid(), vision_config=tower(), **qwen_ids(words))
     return family(words, QWEN3_5, Qwen3_5ForConditionalGeneration(config), first=2)
 
 
 def qwen3_5_moe() -> TinyFamily:
     words = thinking_words()
-    text = text_sizes(len(words)) | HYBRID | EXPERTS | {"shared_expert_intermediate_size": 32}
+    text = text_sizes(len(words)) | hybrid() | EXPERTS | {"shared_expert_intermediate_size": 32}
     config = Qwen3_5MoeConfig(text_config=text, vision_config=tower(), **qwen_ids(words))
     return family(words, QWEN3_5, Qwen3_5MoeForConditionalGeneration(config), first=2)
 
@@ -82,7 +85,7 @@ def qwen4_exp() -> TinyFamily:
     indexer = {
         "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8, "indexer_compress_ratio": 2,
     }  # fmt: skip
-    sizes = text_sizes(len(words)) | HYBRID | EXPERTS | {"shared_expert_intermediate_size": 32, "eos_token_id": EOS}
+    sizes = text_sizes(len(words)) | hybrid() | EXPERTS | {"shared_expert_intermediate_size": 32, "eos_token_id": EOS}
     config = Qwen4ExpConfig(text_config=sizes | streams | ngrams | indexer, vision_config=tower(), **qwen_ids(words))
     model = Qwen4ExpForConditionalGeneration(config)
     for layer in (model.model.language_model.layers[i] for i in (0, 4)):  # zeros at first: n-grams would say nothing
