@@ -83,8 +83,9 @@ def paddleocr_vl() -> TinyFamily:
         "image_size": 28, "initializer_range": 0.3,
     }  # fmt: skip
     config = PaddleOCRVLConfig(
-        text_config=text_sizes(len(words)) | {"head_dim": 8, "rope_parameters": rope}, vision_config=tower,
-        image_token_id=words.image_token_id, vision_start_token_id=start, vision_end_token_id=end, tie_word_embeddings=False,
+        text_config=text_sizes(len(words)) | {"head_dim": 8, "rope_parameters": rope, "tie_word_embeddings": False},
+        vision_config=tower, image_token_id=words.image_token_id, vision_start_token_id=start,
+        vision_end_token_id=end, tie_word_embeddings=False,
     )  # fmt: skip
     processor = PaddleOCRVLProcessor(PaddleOCRVLImageProcessor(**qwen_size()), words, chat_template=PADDLE)
     return qwen_family(processor, PaddleOCRVLForConditionalGeneration(config))
