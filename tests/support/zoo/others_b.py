@@ -102,7 +102,7 @@ def cosmos3_edge() -> TinyFamily:
     words = qwen_words()
     # its tokenizer_config.json asks for them: transformers/tests/models/cosmos3_edge/test_processing_cosmos3_edge.py
     words.init_kwargs["return_mm_token_type_ids"] = True
-    text = text_sizes(len(words)) | {"head_dim": 8, "rope_parameters": {**MROPE, "mrope_interleaved": True}}
+    text = text_sizes(len(words)) | {"head_dim": 8, "rope_parameters": dict(MROPE)}
     config = Cosmos3EdgeConfig(
         text_config=text, vision_config=TOWER | {"num_patches": 16}, projector_hidden_size=32, **qwen_ids(words)
     )
