@@ -44,7 +44,7 @@ ROWS = [
 
 #: Of prompts that are never made.
 FRAME = PromptFrame((), (), (), (), (), ((),), ((),), ((),), ("", ""), "", "", False)
-TRAITS = ShiftDCTraits("model.language_model.layers", "vision_feature_select_strategy", image_token_id=4)
+TRAITS = ShiftDCTraits("model.language_model.layers", 64, "vision_feature_select_strategy", image_token_id=4)
 
 
 def new_bytes(folder: Path, base: Path) -> int:

@@ -75,7 +75,10 @@ def record_probe(vlm: VLM, calibrated: Calibrated) -> Probe:
     position = last_token(inputs["attention_mask"])
     one_sided = recipe.gate == "one-sided"
     fixed = coordinates - reference if recipe.rule == "precomputed" else None
-    with corrected(chosen, direction, position, reference, strength=calibrated.strength, one_sided=one_sided, fixed=fixed):
+    with corrected(
+        chosen, direction, position, reference, strength=calibrated.strength, one_sided=one_sided, fixed=fixed,
+        stream_axis=vlm.traits.stream_axis,
+    ):  # fmt: skip
         calibrated_logits = _next_logits(vlm, inputs)
     results = {
         "caption_ids": torch.tensor(caption),
@@ -118,6 +121,7 @@ def corrected(
     strength: float,
     one_sided: bool,
     fixed: torch.Tensor | None = None,
+    stream_axis: int | None = None,
 ) -> Iterator[None]:
     """Hooks that apply `x' = x - strength * (x.d - r) d` at `position` [batch] (arXiv:2502.13095, Eq. 7).
 
@@ -134,5 +138,5 @@ def corrected(
             hidden[row, token] = (x - strength * amount * d).to(hidden.dtype)
         return hidden
 
-    with hooked(layers, correct):
+    with hooked(layers, correct, stream_axis):
         yield

@@ -46,7 +46,9 @@ class _LastLayerReachedError(Exception):
 
 
 @contextmanager
-def recording(layers: Sequence[nn.Module], position: torch.Tensor, stop_early: bool = False) -> Iterator[list[torch.Tensor]]:
+def recording(
+    vlm: VLM, layers: Sequence[nn.Module], position: torch.Tensor, stop_early: bool = False
+) -> Iterator[list[torch.Tensor]]:
     """Hooks that append each layer's output at `position` [batch], float32 on the CPU; gone afterwards, whatever happens."""
     recorded: list[torch.Tensor] = []
     rows = torch.arange(len(position))
@@ -56,7 +58,7 @@ def recording(layers: Sequence[nn.Module], position: torch.Tensor, stop_early: b
         if stop_early and number == len(layers) - 1:
             raise _LastLayerReachedError
 
-    with hooked(layers, record):
+    with hooked(layers, record, vlm.traits.stream_axis):
         yield recorded
 
 
@@ -69,7 +71,7 @@ def last_token_activations(vlm: VLM, layers: Sequence[nn.Module], inputs: Inputs
     """
     position = last_token(inputs["attention_mask"])
     stop_early = not hasattr(vlm.model, "hf_device_map")  # accelerate's hooks must see the whole pass
-    with recording(layers, position, stop_early) as recorded, suppress(_LastLayerReachedError):
+    with recording(vlm, layers, position, stop_early) as recorded, suppress(_LastLayerReachedError):
         vlm.backbone(inputs)
     return torch.stack(recorded, dim=1)
 

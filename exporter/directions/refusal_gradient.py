@@ -151,7 +151,7 @@ def _gradients(
 ) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
     model, inputs = _for_text(vlm, vlm.pad(prompts))
     position = last_token(inputs["attention_mask"])
-    with _leaves(layers) as outputs:
+    with _leaves(layers, vlm.traits.stream_axis) as outputs:
         logits = model(**inputs, use_cache=False, logits_to_keep=1).logits[:, -1].float()
     own = logits.argmax(-1)
     score = logits[:, list(openers)].logsumexp(-1) - logits.gather(-1, own[:, None])[:, 0]
@@ -165,7 +165,7 @@ def _gradients(
 
 
 @contextmanager
-def _leaves(layers: Sequence[nn.Module]) -> Iterator[list[torch.Tensor]]:
+def _leaves(layers: Sequence[nn.Module], stream_axis: int | None) -> Iterator[list[torch.Tensor]]:
     """The layers' outputs [batch, time, hidden], of which the first begins the graph; hooks are gone afterwards."""
     outputs: list[torch.Tensor] = []
 
@@ -173,7 +173,7 @@ def _leaves(layers: Sequence[nn.Module]) -> Iterator[list[torch.Tensor]]:
         outputs.append(hidden if outputs else hidden.detach().requires_grad_())
         return outputs[-1]
 
-    with hooked(layers, keep):
+    with hooked(layers, keep, stream_axis):
         yield outputs
 
 

@@ -49,7 +49,7 @@ def _layer_shifts(vlm: VLM, inputs: Inputs, reference: torch.Tensor | None) -> t
     before = vlm.model.shiftdc_coordinates(**inputs)[0]
     position = last_token(inputs["attention_mask"])
     # these hooks run after the corrections', which were registered first
-    with recording([layers[i] for i in settings["layers"]], position) as recorded:
+    with recording(vlm, [layers[i] for i in settings["layers"]], position) as recorded:
         vlm.model(**inputs, shiftdc_reference=reference, shiftdc_position=position, logits_to_keep=1)
     return tuple(
         LayerShift(

@@ -42,7 +42,7 @@ def projections(vlm: VLM, benchmark: Benchmark) -> Projections | None:
             inputs = vlm.encode([q.request for q in batch], [q.image.load() for q in batch if q.image is not None])
             reference = vlm.model.shiftdc_reference(**inputs)
             position = last_token(inputs["attention_mask"])
-            with recording([module], position) as recorded:
+            with recording(vlm, [module], position) as recorded:
                 vlm.model(**inputs, shiftdc_reference=reference, shiftdc_position=position, logits_to_keep=1)
             after = recorded[0] @ module.shiftdc.direction.cpu()
             before = vlm.model.shiftdc_coordinates(**inputs)[:, column]

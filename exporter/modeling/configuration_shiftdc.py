@@ -64,14 +64,16 @@ class TokenInput:
     """An input as long as the prompt.
 
     Args:
-        elsewhere, image (`int`):
-            What stands at an image token, and at all others.
+        elsewhere (`int`):
+            What stands at most tokens.
+        at (`dict[str, int]`):
+            What stands at others, by token id: those of images.
         in_text (`bool`):
             Whether prompts without an image have it too.
     """
 
     elsewhere: int
-    image: int
+    at: Mapping[str, int]
     in_text: bool
 
 
@@ -82,6 +84,10 @@ class ShiftDCTraits:
     Args:
         decoder_layers (`str`):
             Path of the decoder layers in the model.
+        width (`int`):
+            How many numbers a decoder layer puts out for a token.
+        stream_axis (`int`, *optional*):
+            The axis of what a decoder layer puts out that counts residual streams, where there are several.
         guard_field (`str`):
             The field of config.json that keeps stock classes away.
         image_token_id (`int`):
@@ -103,8 +109,10 @@ class ShiftDCTraits:
     """
 
     decoder_layers: str
+    width: int
     guard_field: str
     image_token_id: int
+    stream_axis: int | None = None
     video_token_id: int | None = None
     pixel_inputs: tuple[str, ...] = ("pixel_values",)
     row_inputs: tuple[str, ...] = ()

@@ -106,7 +106,7 @@ def buffers_sha256(direction: torch.Tensor, shift: torch.Tensor) -> str:
 class ShiftDCCorrection(nn.Module):
     """Direction and mean shift of one decoder layer, and the correction along them.
 
-    Buffers (float32, whatever the model's dtype): `direction` [hidden], unit norm, from unsafe to safe; `shift` [], the mean of
+    Buffers (float32, whatever the model's dtype): `direction` [width], unit norm, from unsafe to safe; `shift` [], the mean of
     `(x_image - x_text).d` over the calibration set. Both are NaN until loaded. layer, sha256: the decoder layer's index, and
     what the config says of its buffers.
     """
@@ -114,15 +114,25 @@ class ShiftDCCorrection(nn.Module):
     direction: torch.Tensor
     shift: torch.Tensor
 
-    def __init__(self, hidden_size: int, column: int, strength: float, one_sided: bool, layer: int, sha256: str):
+    def __init__(
+        self,
+        width: int,
+        column: int,
+        strength: float,
+        one_sided: bool,
+        layer: int,
+        sha256: str,
+        stream_axis: int | None = None,
+    ):
         super().__init__()
+        self.stream_axis = stream_axis
         self.layer = layer
         self.sha256 = sha256
         self.checked = False
         self.column = column  # of shiftdc_reference and shiftdc_correction
         self.strength = strength
         self.one_sided = one_sided
-        self.register_buffer("direction", torch.full((hidden_size,), torch.nan, dtype=torch.float32))
+        self.register_buffer("direction", torch.full((width,), torch.nan, dtype=torch.float32))
         self.register_buffer("shift", torch.full((), torch.nan, dtype=torch.float32))
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> ShiftDCCorrection:
@@ -172,8 +182,8 @@ class ShiftDCCorrection(nn.Module):
         """`x' = x - strength * (x.d - r) d` at one token of a row (arXiv:2502.13095, Eq. 7); all other numbers bit for bit.
 
         Args:
-            hidden (`torch.Tensor` of shape `(batch, time, hidden_size)`):
-                What the decoder layer puts out, in any dtype; computed in float32.
+            hidden (`torch.Tensor` of shape `(batch, time, width)`):
+                What the decoder layer puts out, as `token_states` gives it, in any dtype; computed in float32.
             position (`torch.LongTensor` of shape `(batch,)`):
                 The token to correct; -1 leaves the row alone.
             reference (`torch.FloatTensor` of shape `(batch, calibrated layers)`, *optional*):
@@ -207,6 +217,16 @@ class ShiftDCCorrection(nn.Module):
         # zero amounts keep the row's own bits: -0.0 - 0.0 would lose a sign, and strength 0 is the base model exactly
         change = (position >= 0) & (self.gate(amount) != 0) & (self.strength != 0)
         return hidden.index_put((rows, token), torch.where(change[:, None], moved, kept))
+
+
+def token_states(output: torch.Tensor, stream_axis: int | None) -> torch.Tensor:
+    """What a decoder layer puts out, as [batch, time, width]: of several residual streams all, side by side."""
+    return output if stream_axis is None else output.movedim(stream_axis, 2).flatten(2)
+
+
+def as_output(states: torch.Tensor, like: torch.Tensor, stream_axis: int | None) -> torch.Tensor:
+    """What `token_states` was made from, in the shape of `like`."""
+    return states if stream_axis is None else states.unflatten(2, (like.shape[stream_axis], -1)).movedim(2, stream_axis)
 
 
 class ShiftDCReadout:
@@ -245,12 +265,14 @@ def calibrate(
             "call the model's own generate() or forward(), or pass shiftdc=False (no calibration), also for text alone."
         )
     hidden = output[0] if isinstance(output, tuple) else output
-    readout = kwargs.get("shiftdc_readout")
-    corrected = layer.shiftdc(hidden, position, kwargs.get("shiftdc_reference"), kwargs.get("shiftdc_correction"), readout)
+    readout, axis = kwargs.get("shiftdc_readout"), layer.shiftdc.stream_axis
+    states = token_states(hidden, axis)
+    corrected = layer.shiftdc(states, position, kwargs.get("shiftdc_reference"), kwargs.get("shiftdc_correction"), readout)
     if readout is not None and readout.ends_pass and readout.is_complete and not torch.compiler.is_compiling():
         raise ShiftDCReadError
     if corrected is None:
         return None
+    corrected = as_output(corrected, hidden, axis)
     return (corrected, *output[1:]) if isinstance(output, tuple) else corrected
 
 
@@ -272,8 +294,11 @@ class ShiftDCMixin(_Model):
         Prompts with an image have those that the original has, prompts without one those that the processor gives them.
         """
         wanted = {n: t for n, t in traits.token_inputs.items() if n in given or (t.in_text and not given)}
-        is_image = ids == traits.image_token_id
-        return {name: torch.where(is_image, told.image, told.elsewhere) for name, told in wanted.items()}
+        made = {name: torch.full_like(ids, told.elsewhere) for name, told in wanted.items()}
+        for name, told in wanted.items():
+            for token, value in told.at.items():
+                made[name][ids == int(token)] = value
+        return made
 
     @staticmethod
     def shiftdc_unmarked_image(traits: ShiftDCTraits, rows: torch.Tensor, images: Images) -> bool:
@@ -314,9 +339,9 @@ class ShiftDCMixin(_Model):
         self.shiftdc_tokenizer: PreTrainedTokenizerBase | None = None
         self._shiftdc_composer: PromptComposer | None = None
         layers = self.get_submodule(settings.traits.decoder_layers)
-        hidden_size, strength, one_sided = config.get_text_config().hidden_size, settings.strength, settings.gate == "one-sided"
+        width, axis, one_sided = settings.traits.width, settings.traits.stream_axis, settings.gate == "one-sided"
         for column, (index, sha256) in enumerate(zip(settings.layers, settings.buffers_sha256, strict=True)):
-            layers[index].shiftdc = ShiftDCCorrection(hidden_size, column, float(strength), one_sided, index, sha256)
+            layers[index].shiftdc = ShiftDCCorrection(width, column, float(settings.strength), one_sided, index, sha256, axis)
             layers[index].register_forward_hook(calibrate, with_kwargs=True)
         self.register_load_state_dict_post_hook(_recheck)
 
@@ -812,6 +837,8 @@ class ShiftDCMixin(_Model):
         blank = self._shiftdc_traits.blank_pixel
         if blank == 0:
             return torch.zeros_like(pixels)
+        if pixels.ndim < 4:  # patches: none is padding
+            return torch.full_like(pixels, blank)
         images = pixels.flatten(-3).ne(0).any(-1)[..., None, None, None]
         return images.to(pixels.dtype).expand_as(pixels) * blank
 

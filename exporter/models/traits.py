@@ -32,12 +32,13 @@ def structural_traits(model: PreTrainedModel, processor: ProcessorMixin) -> Shif
     image_token_id = _image_token(model.config, processor, prompts)
     return ShiftDCTraits(
         decoder_layers=decoder_layers_of(model),
+        width=model.config.get_text_config().hidden_size,
         guard_field=guard_field_of(model.config),
         image_token_id=image_token_id,
         video_token_id=_token_named(VIDEO_TOKEN_NAMES, model.config, processor),
         pixel_inputs=prompts.pixel_inputs(),
         row_inputs=prompts.row_inputs(),
-        token_inputs=prompts.token_inputs(image_token_id),
+        token_inputs=prompts.token_inputs(),
     )
 
 
@@ -134,18 +135,19 @@ class _Prompts:
         by_row = {k for k in self.one if all(k in b and len(b[k]) == len(b["input_ids"]) for b in self.mixed)}
         return tuple(sorted(k for k in by_row if not self._is_as_long_as_the_prompt(k) or self.one[k].ndim > 2))
 
-    def token_inputs(self, image_token_id: int) -> dict[str, TokenInput]:
-        """Raises InputError for one that says more of a token than whether it is part of an image."""
-        found = {}
-        for name in self.one:
-            if name in ("input_ids", "attention_mask") or not self._is_as_long_as_the_prompt(name) or self.one[name].ndim > 2:
-                continue
-            is_image = self.one["input_ids"] == image_token_id
-            image, elsewhere = self.one[name][is_image].unique().tolist(), self.one[name][~is_image].unique().tolist()
-            if len(image) != 1 or len(elsewhere) != 1:
-                raise InputError(f"MODEL: the processor's {name} says more of a token than whether it is part of an image.")
-            found[name] = TokenInput(int(elsewhere[0]), int(image[0]), self.text is None or name in self.text)
-        return found
+    def token_inputs(self) -> dict[str, TokenInput]:
+        """Raises InputError for one that does not follow from the tokens alone."""
+        others = [n for n in self.one if n not in ("input_ids", "attention_mask") and self.one[n].ndim == 2]
+        return {name: self._token_input(name) for name in others if self._is_as_long_as_the_prompt(name)}
+
+    def _token_input(self, name: str) -> TokenInput:
+        values = dict(zip(self.one["input_ids"][0].tolist(), self.one[name][0].tolist(), strict=True))
+        elsewhere = int(self.one[name][0, -1])
+        at = {str(token): int(value) for token, value in values.items() if value != elsewhere}
+        made = torch.tensor([[at.get(str(token), elsewhere) for token in self.one["input_ids"][0].tolist()]])
+        if not torch.equal(made, self.one[name].long()):
+            raise InputError(f"MODEL: the processor's {name} does not follow from a prompt's tokens alone, as it would have to.")
+        return TokenInput(elsewhere, at, self.text is None or name in self.text)
 
     def _is_as_long_as_the_prompt(self, name: str) -> bool:
         return self.one[name].shape[:2] == self.one["input_ids"].shape

@@ -13,6 +13,8 @@ from transformers import DynamicCache
 from exporter.errors import InputError
 from exporter.modeling.configuration_shiftdc import ShiftDCTraits
 from exporter.modeling.image_prefix_shiftdc import new_cache
+from exporter.models.conversation import user_turn
+from exporter.models.hooks import hooked
 
 if TYPE_CHECKING:
     from exporter.models.vlm import VLM, Inputs
@@ -30,7 +32,9 @@ def tried_traits(vlm: VLM) -> ShiftDCTraits:
     """The traits of `vlm`, with what shows when it runs. Raises InputError where the model cannot be calibrated."""
     inputs = vlm.encode([REQUESTS[0]], [_picture()])
     require_arguments(vlm, inputs)
-    known = replace(vlm.traits, backbone_state=tuple(backbone_state(vlm, inputs)), blank_pixel=blank_pixel(vlm, inputs))
+    width, axis = token_shape(vlm, inputs)
+    state, blank = tuple(backbone_state(vlm, inputs)), blank_pixel(vlm)
+    known = replace(vlm.traits, width=width, stream_axis=axis, backbone_state=state, blank_pixel=blank)
     return replace(known, shares_prefix=shares_prefix(vlm, known))
 
 
@@ -68,6 +72,23 @@ def skipped_layers(vlm: VLM) -> frozenset[int]:
     return frozenset(range(len(layers))) - ran
 
 
+def token_shape(vlm: VLM, inputs: Inputs) -> tuple[int, int | None]:
+    """(numbers that a decoder layer puts out for a token, the axis of its residual streams). Raises InputError."""
+    shapes: set[tuple[int, ...]] = set()
+    with hooked(list(vlm.decoder_layers), lambda number, output: shapes.add(tuple(output.shape))):
+        vlm.model(**inputs)
+    tokens = inputs["input_ids"].shape[1]
+    known: dict[int, dict[tuple[int, int], int | None]] = {3: {(0, 1): None}, 4: {(0, 1): 2, (1, 2): 0}}
+    for shape in shapes if len(shapes) == 1 else ():
+        for (batch, time), axis in known.get(len(shape), {}).items():
+            if (shape[batch], shape[time]) == (1, tokens):
+                return shape[-1] * (1 if axis is None else shape[axis]), axis
+    raise InputError(
+        f"MODEL: the decoder layers of {type(vlm.model).__name__} put out {' and '.join(map(str, sorted(shapes)))} for one "
+        f"prompt of {tokens} tokens, expected the same of all: as many states as tokens; take a model of another family."
+    )
+
+
 def backbone_state(vlm: VLM, inputs: Inputs) -> list[str]:
     """Attributes of modules that a pass leaves behind and the next one may read, as paths."""
     before = _tensors_of(vlm.model)
@@ -86,22 +107,20 @@ def _tensors_of(model: nn.Module) -> dict[str, object]:
     }
 
 
-def blank_pixel(vlm: VLM, inputs: Inputs) -> float:
-    """The value of every pixel of a blank image: 0, unless the model takes such an image for padding."""
-    pixels = {name: inputs[name] for name in vlm.traits.pixel_inputs}
-    blanks = [{k: torch.full_like(v, value) for k, v in pixels.items()} for value in (0.0, NEARLY_BLANK)]
-    zeros, nearly = (_logits_or_none(vlm, {**inputs, **blank}) for blank in blanks)
-    if zeros is not None and (nearly is None or _are_close(vlm, zeros, nearly)):
-        return 0.0
-    return NEARLY_BLANK
+def blank_pixel(vlm: VLM) -> float:
+    """The value of every pixel of a blank image: 0, unless the model takes such an image for padding.
 
-
-def _logits_or_none(vlm: VLM, inputs: Inputs) -> torch.Tensor | None:
-    """None where the model refuses the input: images that are padding, for which there are tokens."""
+    Then there are tokens for an image that it drops, and it raises. A single image of zeros may be kept, so two are shown.
+    """
     try:
-        return vlm.model(**inputs, logits_to_keep=1).logits[:, -1]
+        inputs = vlm.encode_conversations([[user_turn(REQUESTS[0], _picture(), _picture())]])
+    except InputError:  # one image is all that its prompts take
+        inputs = vlm.encode([REQUESTS[0]], [_picture()])
+    try:
+        logits = vlm.model(**{**inputs, **{name: torch.zeros_like(inputs[name]) for name in vlm.traits.pixel_inputs}}).logits
     except (ValueError, RuntimeError, IndexError):
-        return None
+        return NEARLY_BLANK
+    return 0.0 if torch.isfinite(logits[:, -1]).all() else NEARLY_BLANK
 
 
 def shares_prefix(vlm: VLM, traits: ShiftDCTraits) -> bool:

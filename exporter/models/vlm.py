@@ -121,7 +121,11 @@ class VLM:
             return self.pad([self._image_taken_out(c, self.composer) for c in conversations])
         padding = {"padding": True, "padding_side": "left"}
         inputs = encoded(self.processor, conversations, return_tensors="pt", processor_kwargs=padding)
-        return {k: v.to(self.device) for k, v in inputs.items() if isinstance(v, torch.Tensor) and k != "labels"}
+        return {k: self._placed(v) for k, v in inputs.items() if isinstance(v, torch.Tensor) and k != "labels"}
+
+    def _placed(self, value: torch.Tensor) -> torch.Tensor:
+        """On the model's device; pixels in its dtype."""
+        return value.to(self.device, self.model.dtype) if value.is_floating_point() else value.to(self.device)
 
     def _without_image(self, conversation: Conversation) -> list[int]:
         ids = self.encode_conversations([with_blank_image(conversation)])["input_ids"][0].tolist()

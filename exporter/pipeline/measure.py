@@ -36,8 +36,8 @@ class Measurement:
 
 
 @contextmanager
-def load_base(plan: Plan, quantised: int | None = None) -> Iterator[VLM]:
-    """The base model, with what is offloaded to disk in a folder that is gone afterwards."""
+def load_base(plan: Plan, quantised: int | None = None, traits: ShiftDCTraits | None = None) -> Iterator[VLM]:
+    """The base model, with what is offloaded to disk in a folder that is gone afterwards; traits: None tries the model."""
     adapter = plan.adapter.folder if plan.adapter is not None and plan.keep_adapter else None
     with ExitStack() as stack:
         offload = None if plan.device_map is None else stack.enter_context(scratch(plan.output, "offload"))
@@ -50,7 +50,7 @@ def load_base(plan: Plan, quantised: int | None = None) -> Iterator[VLM]:
             quantised=quantised,
             adapter=adapter,
         )
-        yield vlm.framed(plan.checked.frame)
+        yield replace(vlm.framed(plan.checked.frame), tried=traits or tried_traits(vlm))
 
 
 def measure(plan: Plan, clock: Clock, runner: Batches) -> tuple[Measurement, Probe | None]:
@@ -59,7 +59,6 @@ def measure(plan: Plan, clock: Clock, runner: Batches) -> tuple[Measurement, Pro
     with ExitStack() as stack:
         with clock.stage("load"):
             vlm = stack.enter_context(load_base(plan, plan.quantised))
-            vlm = replace(vlm, tried=tried_traits(vlm))
         calibration = with_captions(plan, vlm, clock, runner)
         with clock.stage("directions"):
             directions = fit_directions(
@@ -89,7 +88,7 @@ def with_captions(plan: Plan, vlm: VLM, clock: Clock, runner: Batches) -> Calibr
 
 def probe_unquantised(plan: Plan, measured: Measurement, clock: Clock) -> Probe:
     """The probe of the weights that are exported, with the settings that a sweep may have changed."""
-    with clock.stage("probe"), load_base(plan) as vlm:
+    with clock.stage("probe"), load_base(plan, traits=measured.traits) as vlm:
         return record_probe(vlm, calibrated(plan, measured))
 
 

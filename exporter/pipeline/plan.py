@@ -166,8 +166,9 @@ def text_config(base: BaseFiles) -> dict[str, Any]:
     from transformers import AutoConfig
 
     with refusing(f"MODEL: the config.json of {base.name} cannot be used", "restore it"):
-        config = AutoConfig.from_pretrained(base.folder, trust_remote_code=False).get_text_config().to_dict()
-    layers = config.get("num_hidden_layers")
+        text = AutoConfig.from_pretrained(base.folder, trust_remote_code=False).get_text_config()
+        layers = getattr(text, "num_hidden_layers", None)  # of hybrids it follows from the list of their kinds
+    config = {**text.to_dict(), "num_hidden_layers": layers}
     if not isinstance(layers, int) or layers < 1:
         raise InputError(f"MODEL: the config.json of {base.name} cannot be used (num_hidden_layers is {layers!r}); restore it.")
     return config

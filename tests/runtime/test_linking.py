@@ -33,7 +33,7 @@ SHARD = "model-00001-of-00002.safetensors"
 
 #: Of prompts that are never made.
 FRAME = PromptFrame((), (), (), (), (), ((),), ((),), ((),), ("", ""), "", "", False)
-TRAITS = ShiftDCTraits("model.language_model.layers", "vision_feature_select_strategy", image_token_id=4)
+TRAITS = ShiftDCTraits("model.language_model.layers", 64, "vision_feature_select_strategy", image_token_id=4)
 
 
 @pytest.fixture

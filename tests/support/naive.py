@@ -29,7 +29,7 @@ class Naive:
         kept = {}
 
         def keep(module, args, out):
-            kept[module] = (out[0] if isinstance(out, tuple) else out)[0, -1].clone()
+            kept[module] = self.states(out[0] if isinstance(out, tuple) else out)[0, -1].clone()
 
         handles = [layer.register_forward_hook(keep) for layer in self.layers]
         self.forward(inputs)
@@ -40,6 +40,20 @@ class Naive:
 
     def forward(self, inputs):
         self.model(**inputs)
+
+    #: of a layer's output, where it has several residual streams
+    stream_axis = None
+
+    def states(self, out):
+        """[batch, time, numbers]: all streams side by side."""
+        return out if self.stream_axis is None else out.movedim(self.stream_axis, 2).flatten(2)
+
+    def unstated(self, states, like):
+        return (
+            states
+            if self.stream_axis is None
+            else states.unflatten(2, (like.shape[self.stream_axis], -1)).movedim(2, self.stream_axis)
+        )
 
     def directions(self, rows):
         """Unit difference of means (Eq. 4) of the text-only counterparts, in float64."""
@@ -66,7 +80,8 @@ class Naive:
 
         def hook_for(n, layer):
             def hook(module, args, out):
-                x = out[0] if isinstance(out, tuple) else out
+                whole = out[0] if isinstance(out, tuple) else out
+                x = self.states(whole)
                 if x.shape[1] < prompt_length:
                     return None  # a decode step
                 x = x.clone()
@@ -76,6 +91,7 @@ class Naive:
                     if one_sided:
                         amount = amount.clamp_min(0)
                     x[row, prompt_length - 1] = (last - strength * amount * d[layer]).to(x.dtype)
+                x = self.unstated(x, whole)
                 return (x, *out[1:]) if isinstance(out, tuple) else x
 
             return hook

@@ -13,6 +13,7 @@ from transformers import (
     MiniMaxM3VLProcessor,
     MiniMaxM3VLVideoProcessor,
 )
+
 from zoo.minicpm import sharpened
 
 # As ms-swift's MinimaxM3VLTemplate says of hf/MiniMaxAI/MiniMax-M3's: a system turn of its own, which tells how to think, and the

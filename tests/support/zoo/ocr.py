@@ -23,6 +23,7 @@ from transformers import (
 )
 from transformers.models.deepseek_ocr2.image_processing_pil_deepseek_ocr2 import DeepseekOcr2ImageProcessorPil
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+
 from zoo.minicpm import sharpened
 
 # Not found published: Qwen3's turns, whose decoder it has, and the processor's placeholder

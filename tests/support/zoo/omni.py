@@ -18,6 +18,7 @@ from transformers import (
     Qwen3OmniMoeThinkerForConditionalGeneration,
     WhisperFeatureExtractor,
 )
+
 from zoo.qwen import EXPERTS, tower
 
 VIDEO = "{% elif c['type'] == 'video' %}"

@@ -38,6 +38,7 @@ from transformers import (
     MistralConfig,
     Siglip2VisionConfig,
 )
+
 from zoo.google import media_types
 from zoo.llava_kin import COMMAND_A, GRANITE
 

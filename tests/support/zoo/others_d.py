@@ -22,6 +22,7 @@ from transformers import (
     Qwen2VLImageProcessor,
     Qwen3VLVideoProcessor,
 )
+
 from zoo.qwen import family, tower
 
 # the published one was not found: turns as hf/LiquidAI/LFM2-VL-3B's, images in the processor's tokens
