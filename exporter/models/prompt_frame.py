@@ -38,6 +38,7 @@ def prompt_frame(vlm: VLM, prompts: Wording) -> PromptFrame:
     first, later = [
         i or _around_image(p, alone[0], vlm.image_token_id) for i, p in zip(images, (shown[0], behind[0]), strict=True)
     ]
+    later = _behind_the_request(later)
     forms = [first.image, later.image, *_forms(writer, None if own else alone[0], vlm.image_token_id)]
     split = [_split(form, vlm.image_token_id) for form in forms]
     reply, later_turns = _second_turn(writer)
@@ -135,6 +136,14 @@ def _difference(shown: Cells, alone: Cells) -> _ImagePart | None:
     if any(isinstance(cell, int) or not cell.isspace() for cell in instead):
         return None
     return _ImagePart(shown[:start], shown[start : len(shown) - end], "".join(map(str, instead)))
+
+
+def _behind_the_request(part: _ImagePart) -> _ImagePart:
+    """What stands on both sides of an image is the image's before it and the turn's behind it, so that a request ends there."""
+    start, image = part.start, part.image
+    while start and image and start[-1] == image[-1]:
+        start, image = start[:-1], [image[-1], *image[:-1]]
+    return _ImagePart(start, image, part.instead)
 
 
 def _around_image(shown: Cells, alone: Cells, image: int) -> _ImagePart:

@@ -30,12 +30,13 @@ def structural_traits(model: PreTrainedModel, processor: ProcessorMixin) -> Shif
     """
     prompts = _Prompts(processor)
     image_token_id = _image_token(model.config, processor, prompts)
+    video_token_id = _token_named(VIDEO_TOKEN_NAMES, model.config, processor)
     return ShiftDCTraits(
         decoder_layers=decoder_layers_of(model),
         width=model.config.get_text_config().hidden_size,
         guard_field=guard_field_of(model.config),
         image_token_id=image_token_id,
-        video_token_id=_token_named(VIDEO_TOKEN_NAMES, model.config, processor),
+        video_token_id=None if video_token_id == image_token_id else video_token_id,
         pixel_inputs=prompts.pixel_inputs(),
         row_inputs=prompts.row_inputs(),
         token_inputs=prompts.token_inputs(),

@@ -7,14 +7,19 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from dataclasses import replace
 
 import tiny_families
 import tiny_families_torchvision
+import torch
 from tiny_families import TinyFamily
+
+from exporter.models.recipe import recipe_for_family
 
 MODULES = (
     "deepseek", "fuyu", "glm", "google", "grids", "inkling", "llava_kin", "minicpm", "minimax", "mistral_kin", "muse", "nemotron",
     "ocr", "omni", "others_a", "others_b", "others_d", "ovis_molmo", "qwen", "timm_towers",
+    "tokens",
 )  # fmt: skip
 
 
@@ -29,3 +34,10 @@ def families() -> dict[str, Callable[[], TinyFamily]]:
 
 #: Of types that are there already.
 VARIANTS = ("llava_next_vicuna", "pixtral")
+
+
+def tiny_family(model_type: str) -> TinyFamily:
+    torch.manual_seed(0)
+    family = replace(families()[model_type](), recipe=recipe_for_family(model_type))
+    family.model.eval()
+    return family
