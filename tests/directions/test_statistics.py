@@ -40,6 +40,11 @@ def test_separations_of_too_few_rows_are_not_known():
     assert None not in separations({"safe": SAFE[:2], "unsafe": UNSAFE[:2]}, 2)["separation"]
 
 
+def test_labels_of_other_layers_cannot_be_compared():
+    with pytest.raises(ValueError, match="longer"):
+        separations({"safe": SAFE[:, :1], "unsafe": UNSAFE}, 2)
+
+
 def test_values_that_do_not_vary_are_far_apart_and_no_error():
     assert separation(torch.ones(2), torch.zeros(2)) == pytest.approx(1e12)
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import os
 import random
+import shutil
 import subprocess
 import time
 from dataclasses import replace
@@ -31,7 +33,7 @@ from exporter.pipeline.export import export
 from exporter.pipeline.fingerprint import base_identity, calibration_identity, code_identity, fingerprint
 from exporter.pipeline.plan import ExportOptions, make_plan
 from exporter.runtime.batches import Batches, out_of_memory
-from exporter.runtime.store import CACHE, Store
+from exporter.runtime.store import CACHE, FINGERPRINT, Store
 
 RECIPE = load_recipe("llava")
 
@@ -65,6 +67,28 @@ class TestStore:
         assert Store.open({"a": 2}).get("held-out text-1") is None
         assert store.get("other") is None
 
+    def test_what_was_found_is_counted(self, store):
+        store.put("a", torch.ones(2))
+        store.put("b", torch.ones(2))
+        assert store.found == 0
+        for name in ("a", "missing", "b"):
+            store.get(name)
+        assert store.found == 2
+
+    def test_files_are_named_after_the_fingerprint_in_whatever_order_that_is_given(self, cache):
+        store = Store.open({"b": 1, "a": "ü"})
+        store.put("held-out text-1", torch.ones(2))
+        text = (store.folder / FINGERPRINT).read_text("utf-8")
+        assert json.loads(text) == {"a": "ü", "b": 1}
+        assert store.folder == cache / hashlib.sha256(text.encode()).hexdigest()[:32]
+        assert Store.open({"a": "ü", "b": 1}).folder == store.folder
+        assert {f.name for f in store.folder.iterdir()} == {FINGERPRINT, "held-out-text-1.safetensors"}
+
+    def test_where_nobody_says_otherwise_it_lies_in_the_home_folder(self, tmp_path, monkeypatch):
+        monkeypatch.delenv(CACHE, raising=False)
+        monkeypatch.setenv("HOME", str(tmp_path))
+        assert Store.open({}).folder.parent == tmp_path / ".cache" / "shiftdc-export"
+
     def test_only_the_owner_may_read(self, store):
         store.put("x", torch.ones(2))
         assert {f.stat().st_mode & 0o777 for f in store.folder.glob("*.safetensors")} == {0o600}
@@ -90,8 +114,11 @@ class TestStore:
         store.put("x", torch.ones(2))
         store.clear()
         assert not store.folder.exists()
+        store.clear()
+        shutil.rmtree(store.folder.parent)
         store.put("x", torch.ones(2))  # another run of the same kind may still be at work
         assert store.get("x") is not None
+        assert store.folder.stat().st_mode & 0o777 == 0o700
 
     def test_a_cache_that_cannot_be_written(self, tmp_path, monkeypatch):
         (tmp_path / "file").write_text("")
