@@ -177,6 +177,11 @@ def test_directions_are_of_the_layers_asked_for_that_every_prompt_runs(toy):
     assert found.layers == (2,)
     assert column(found, "layer") == [2]
     assert torch.allclose(found.shift, whole.shift[2:], atol=1e-5)
+    direction, shift = found.of(2)
+    assert torch.equal(direction, found.direction[0])
+    assert shift == found.shift[0]
+    with pytest.raises(ValueError, match="not in tuple"):
+        found.of(0)
 
 
 def test_each_stage_runs_in_batches_and_shows_how_far_it_is(toy, monkeypatch):

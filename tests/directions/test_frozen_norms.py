@@ -14,7 +14,7 @@ class FunctionalLayerNorm(nn.Module):
     """With the function's own eps."""
 
     def forward(self, x):
-        return F.layer_norm(x, (8,))
+        return torch.layer_norm(x, (8,))
 
 
 class ModulatedNorm(nn.Module):
