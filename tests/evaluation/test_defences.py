@@ -218,22 +218,25 @@ def test_replies_are_greedy_and_timed_up_to_the_first_pass_of_the_last_layer(mon
     assert given == {**INPUTS, "shiftdc": False, "max_new_tokens": 8, "do_sample": False}
 
 
-class Script(Run):
-    """Answers what `texts` holds for each step of ECSO."""
+SCRIPT = {"first": ["r0", "r1", "r2"], "judge": ["no", "Yes", "yes."], "caption": ["c1", "c2"], "answer": ["s1", "s2"]}
 
-    texts = {"first": ["r0", "r1", "r2"], "judge": ["no", "Yes", "yes."], "caption": ["c1", "c2"], "answer": ["s1", "s2"]}
+
+class Script(Run):
+    """Answers what is scripted for each step of ECSO."""
 
     def ask(self, requests, images=None):
         shown.append((requests, None if images is None else [PICTURES.index(i) for i in images]))
-        return Answers(list(self.texts.values())[len(shown) - 1], {"prefill": 1.0})
+        return Answers(list(scripted.values())[len(shown) - 1], {"prefill": 1.0})
 
 
+scripted: dict = {}
 shown: list = []
 
 
 @pytest.fixture
 def script():
     shown.clear()
+    scripted.update(SCRIPT)
     return Script(None, 8)
 
 
@@ -249,8 +252,8 @@ def test_ecso_looks_at_the_images_of_the_flagged_replies_and_answers_without(scr
 
 
 @pytest.mark.parametrize(("verdicts", "images"), [(["no", "no", "no"], PICTURES), (["yes", "yes", "yes"], None)])
-def test_ecso_leaves_replies_that_are_not_flagged_and_those_to_text(script, monkeypatch, verdicts, images):
-    monkeypatch.setattr(Script, "texts", {**Script.texts, "judge": verdicts})
+def test_ecso_leaves_replies_that_are_not_flagged_and_those_to_text(script, verdicts, images):
+    scripted["judge"] = verdicts
     answers = ecso(script, ["q0", "q1", "q2"], images)
     assert answers.texts == ["r0", "r1", "r2"]
     assert answers.seconds.keys() == {"prefill", "judge"}
@@ -258,7 +261,7 @@ def test_ecso_leaves_replies_that_are_not_flagged_and_those_to_text(script, monk
 
 
 @pytest.mark.parametrize(("step", "texts"), [("first", ["r0"]), ("caption", ["c1"]), ("answer", ["s1"])])
-def test_ecso_takes_no_reply_for_another_s(script, monkeypatch, step, texts):
-    monkeypatch.setattr(Script, "texts", {**Script.texts, step: texts})
+def test_ecso_takes_no_reply_for_another_s(script, step, texts):
+    scripted[step] = texts
     with pytest.raises(ValueError, match="shorter"):
         ecso(script, ["q0", "q1", "q2"], PICTURES)
