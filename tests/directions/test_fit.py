@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from noted_batches import NotedBatches
 from PIL import Image
 from torch import nn
 
@@ -20,7 +21,6 @@ from exporter.directions.refusal_gradient import Opener
 from exporter.directions.statistics import LayerStatistics, auroc, separation
 from exporter.errors import InputError
 from exporter.models.recipe import Wording
-from exporter.runtime.batches import Batches
 from exporter.runtime.padding import left_padded
 
 PROMPTS = Wording(caption="?", text_counterpart="{request}|{caption}")
@@ -83,18 +83,6 @@ class Toy:
 
     def mean(self, rows, picture=lambda row: None, text=lambda row: row.request):
         return torch.stack([self.alone(text(r), picture(r)) for r in rows]).mean(0)
-
-
-class Noted(Batches):
-    """Notes in what batches each stage is run."""
-
-    def __init__(self):
-        super().__init__()
-        self.stages = {}
-
-    def run(self, stage, batches, compute):
-        self.stages.setdefault(stage, []).append([len(b) for b in batches])
-        return super().run(stage, batches, compute)
 
 
 def row(label, request, split="fit", grey=None):
@@ -186,16 +174,17 @@ def test_directions_are_of_the_layers_asked_for_that_every_prompt_runs(toy):
 
 def test_each_stage_runs_in_batches_and_shows_how_far_it_is(toy, monkeypatch):
     monkeypatch.setattr(fit, "BLANK_IMAGES", 2)
-    runner, seen = Noted(), []
+    runner, seen = NotedBatches(), []
     measured(toy, calibration(), batch_size=4, runner=runner, progress=lambda *at: seen.append(at))
-    assert runner.stages == {
-        "text": [[4, 4, 1]],
-        "held-out text": [[3], [2]],
-        "images": [[4, 4, 1]],
-        "image counterparts": [[4, 4, 1]],
-        "blank images": [[4]],
-        "requests alone": [[4]],
-    }
+    assert runner.sizes == [
+        ("text", [4, 4, 1]),
+        ("held-out text", [3]),
+        ("held-out text", [2]),
+        ("images", [4, 4, 1]),
+        ("image counterparts", [4, 4, 1]),
+        ("blank images", [4]),
+        ("requests alone", [4]),
+    ]
     nine = [4, 8, 9]
     assert seen == [
         *(("text", n, 9) for n in nine),
@@ -211,10 +200,11 @@ def test_each_stage_runs_in_batches_and_shows_how_far_it_is(toy, monkeypatch):
 def test_an_image_s_place_in_the_prompt_counts_for_the_size_of_a_batch(toy, monkeypatch):
     monkeypatch.setattr("exporter.directions.activations.AUTO_TOKENS", {"cpu": 30})
     rows = [row(label, "a" * 9 + end, grey=8) for label, ends in (("safe", "bcd"), ("unsafe", "efg")) for end in ends]
-    runner = Noted()
+    runner = NotedBatches()
     measured(toy, CalibrationSet("toy", tuple(rows), ""), runner=runner)
-    assert runner.stages["images"] == [[2, 2, 2]]  # 11 tokens each
-    assert runner.stages["requests alone"] == [[3, 3]]  # 10
+    sizes = dict(runner.sizes)
+    assert sizes["images"] == [2, 2, 2]  # 11 tokens each
+    assert sizes["requests alone"] == [3, 3]  # 10
 
 
 def test_images_are_those_of_the_requests_or_typography(toy):
@@ -270,7 +260,7 @@ def gradients(monkeypatch):
 
 
 def test_without_harmful_rows_directions_are_against_the_gradient_of_refusal(toy, gradients):
-    rows, runner, seen = calibration(harmful=(), held_out=("safe",)), Noted(), []
+    rows, runner, seen = calibration(harmful=(), held_out=("safe",)), NotedBatches(), []
     found = measured(toy, rows, batch_size=2, runner=runner, progress=lambda *at: seen.append(at))
     fitted = rows.select("fit")
     prompts = [list(counterpart(r).encode()) for r in fitted]

@@ -7,12 +7,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from noted_batches import NotedBatches
 from torch import nn
 
 from exporter.directions import refusal_gradient
 from exporter.directions.refusal_gradient import DECLINE, OWN_TOKENS, find_openers, refusal_gradients
 from exporter.errors import InputError
-from exporter.runtime.batches import Batches
 from exporter.runtime.padding import left_padded
 
 # Openers.
@@ -198,18 +198,8 @@ def unlike_answers(reader):
     return [t for t in range(20) if t not in answers][:2]
 
 
-class Noted(Batches):
-    def __init__(self):
-        super().__init__()
-        self.noted = []
-
-    def run(self, stage, batches, compute):
-        self.noted.append((stage, batches))
-        return super().run(stage, batches, compute)
-
-
 def test_gradients_come_in_batches_by_length_each_with_its_row(reader):
-    openers, runner, seen = unlike_answers(reader), Noted(), []
+    openers, runner, seen = unlike_answers(reader), NotedBatches(), []
     layers = reader.model.layers
     found = list(refusal_gradients(reader, layers, PROMPTS, openers, 2, runner, lambda *at: seen.append(at)))
     assert [indices for indices, _, _ in found] == [[1, 2], [4, 0], [3]]
