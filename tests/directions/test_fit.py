@@ -301,6 +301,11 @@ def test_a_gradient_of_nothing_gives_no_direction(toy, gradients):
         measured(toy, calibration(harmful=()))
 
 
+def test_a_gradient_is_small_beside_nothing_but_itself(toy, gradients):
+    gradients.drawn[:, 1] *= 1e9
+    assert measured(toy, calibration(harmful=())).layers == (0, 1, 2)
+
+
 # What gives no direction.
 
 
