@@ -30,7 +30,7 @@ from exporter.models.loading import load_vlm
 from exporter.models.recipe import load_recipe
 from exporter.pipeline import fingerprint as fingerprints
 from exporter.pipeline.export import export
-from exporter.pipeline.fingerprint import base_identity, calibration_identity, code_identity, fingerprint
+from exporter.pipeline.fingerprint import base_identity, calibration_identity, code_identity, fingerprint, open_store
 from exporter.pipeline.plan import ExportOptions, make_plan
 from exporter.runtime.batches import Batches, out_of_memory
 from exporter.runtime.store import CACHE, FINGERPRINT, Store
@@ -199,8 +199,24 @@ def test_the_fingerprint_tells_runs_apart(base_folder, calibration_file, tmp_pat
     assert of() != before
 
 
-def test_each_part_of_a_plan_is_in_the_fingerprint(base_folder, calibration_file, tmp_path, monkeypatch):
-    plan = make_plan(str(base_folder), ExportOptions.of(output=tmp_path / "out", layers="1", calibration=str(calibration_file)))
+@pytest.fixture(scope="module")
+def plan(base_folder, calibration_file, tmp_path_factory):
+    output = tmp_path_factory.mktemp("plan") / "out"
+    return make_plan(str(base_folder), ExportOptions.of(output=output, layers="1", calibration=str(calibration_file)))
+
+
+def test_a_store_says_what_its_activations_depend_on(plan, cache):
+    text = (open_store(plan).folder / FINGERPRINT).read_text("utf-8")
+    found = json.loads(text)
+    assert text == json.dumps(fingerprint(plan), indent=2, sort_keys=True)
+    assert found.keys() == {"base", "adapter", "calibration", "recipe", "captions", "arithmetic", "code"}
+    assert found["base"].keys() == {"name", "revision", "weights", "files"}
+    assert found["calibration"].keys() == {"source", "texts", "images"}
+    assert found["recipe"].keys() == {"family", "decoder_layers", "prompts", "layers"}
+    assert found["code"] == code_identity()
+
+
+def test_each_part_of_a_plan_is_in_the_fingerprint(plan, monkeypatch):
     recipe, prompts, calibration = plan.recipe, plan.recipe.prompts, plan.calibration
 
     def with_recipe(**changes):
