@@ -244,7 +244,8 @@ def test_ecso_looks_at_the_images_of_the_flagged_replies_and_answers_without(scr
     answers = ecso(script, ["q0", "q1", "q2"], PICTURES)
     assert answers.texts == ["r0", "s1", "s2"]
     assert answers.seconds.keys() == {"prefill", "judge", "caption", "reference"}
-    (_, first), (judged, seen), (captioned, captions), (final, last) = shown
+    (requests, first), (judged, seen), (captioned, captions), (final, last) = shown
+    assert requests == ["q0", "q1", "q2"]
     assert (first, seen, captions, last) == ([0, 1, 2], [0, 1, 2], [1, 2], None)
     assert all(f"q{i}" in text and f"r{i}" in text for i, text in enumerate(judged))
     assert ["q1" in captioned[0], "q2" in captioned[1]] == [True, True]
