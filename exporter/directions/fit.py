@@ -52,7 +52,7 @@ def fit_directions(
     vectors = _difference(reader, calibration) if calibration.select("fit", "unsafe") else _gradient(reader, calibration)
     norm = vectors.norm
     _check_norms(norm, vectors.means["safe"].norm(dim=-1) if vectors.labelled else torch.zeros_like(norm), chosen)
-    direction = vectors.vector / norm.clamp_min(torch.finfo(norm.dtype).tiny)[:, None]
+    direction = vectors.vector / norm[:, None]
     held_out = {
         label: (reader.all_text("held-out text", rows).double() * direction).sum(-1)
         for label in ("safe", "unsafe")
@@ -252,8 +252,6 @@ class _Reader:
         self, stage: str, requests: Sequence[str], pictures: Sequence[Callable[[], Image.Image]]
     ) -> Iterator[tuple[list[int], torch.Tensor]]:
         """Prompts with images, made when they are needed."""
-        if not requests:
-            return
         width = len(self.vlm.token_ids(requests[0], pictures[0]()))
         batches = by_length(range(len(requests)), [width] * len(requests), self.batch_size, self.vlm.device)
         done = 0

@@ -70,8 +70,11 @@ def find_openers(vlm: VLM, requests: Sequence[str], prompts: Sequence[list[int]]
             "--calibration harmless: the model begins its answers with the tokens with which refusals begin, so they cannot be "
             "told apart by it; use a calibration set with unsafe rows."
         )
-    likely = [o for o in found if o.log_probability >= found[0].log_probability + math.log(SHARE)]
-    return tuple({o.token: o for o in reversed(likely)}.values())[::-1]
+    best: dict[int, Opener] = {}
+    for opener in found:
+        if opener.log_probability >= found[0].log_probability + math.log(SHARE):
+            best.setdefault(opener.token, opener)
+    return tuple(best.values())
 
 
 def _candidates(vlm: VLM, requests: Sequence[str]) -> dict[tuple[int, ...], str]:

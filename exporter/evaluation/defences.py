@@ -206,13 +206,13 @@ def applied(vlm: VLM, defence: Defence, blank_shifts: Mapping[int, float] | None
     with overridden(vlm.model, defence.settings) as corrections:
         for layer, correction in zip(vlm.model.config.shiftdc["layers"], corrections, strict=True):
             if defence.seed is not None:
-                correction.direction.copy_(_random_unit(correction.direction, 1000 * defence.seed + layer))
+                correction.direction.copy_(_random_unit(len(correction.direction), 1000 * defence.seed + layer))
             if defence.blank_shift:
                 assert blank_shifts is not None
                 correction.shift.fill_(blank_shifts[layer])
         yield
 
 
-def _random_unit(like: torch.Tensor, seed: int) -> torch.Tensor:
-    vector = torch.randn(like.shape, generator=torch.Generator().manual_seed(seed))
-    return (vector / vector.norm()).to(like)
+def _random_unit(size: int, seed: int) -> torch.Tensor:
+    vector = torch.randn(size, generator=torch.Generator().manual_seed(seed))
+    return vector / vector.norm()

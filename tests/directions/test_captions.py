@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from naive import Naive
+from noted_batches import NotedBatches
 from PIL import Image
 from transformers import LlavaForConditionalGeneration
 
@@ -45,8 +46,9 @@ def file(calibration_file, tmp_path_factory):
 
 def test_each_missing_caption_is_the_model_s_own_and_no_other_changes(vlm, base_folder, file):
     calibration = load_calibration(str(file))
-    seen = []
-    found = captioned(vlm, calibration, RECIPE.prompts, 6, 3, lambda *progress: seen.append(progress))
+    seen, runner = [], NotedBatches()
+    found = captioned(vlm, calibration, RECIPE.prompts, 6, 3, lambda *progress: seen.append(progress), runner)
+    assert runner.noted == [("captions", [[0, 1, 2], [3, 4, 5], [6]])]
     model = LlavaForConditionalGeneration.from_pretrained(base_folder).eval()
     naive = Naive(model, vlm.processor, "Based on the given Request, describe the image. Request: {q}", "")
     for before, after in zip(calibration.rows, found.rows, strict=True):

@@ -8,11 +8,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
+from exporter.data.defence_prompts import ADASHIELD_REQUEST, fill
+from exporter.evaluation import defences
 from exporter.evaluation.defences import (
     DEFENCES,
     Answers,
     Run,
+    adashield,
     applied,
     defence_words,
     defences_in_rows,
@@ -115,12 +119,19 @@ class Recorder(Run):
 
 
 asked: list = []
+encoded: list = []
 
 
 @pytest.fixture
 def run(vlm):
     asked.clear()
-    vlm.encode = lambda requests, images=None: {**INPUTS} if images is not None else {"requests": requests}
+    encoded.clear()
+
+    def encode(requests, images=None):
+        encoded.append((requests, images))
+        return {**INPUTS} if images is not None else {"requests": requests}
+
+    vlm.encode = encode
     vlm.pad = lambda prompts: {"prompts": prompts}
     vlm.model.shiftdc_captions = lambda **inputs: [[71], [72, 73]] if inputs.keys() == INPUTS.keys() else None
     vlm.model.shiftdc_image = lambda **inputs: SimpleNamespace(captions=[[71], [72, 73]], of=inputs)
@@ -134,7 +145,22 @@ def test_text_only_has_the_caption_and_no_image_and_is_not_calibrated(run):
     ((inputs, options),) = asked
     assert inputs == {"prompts": [[1, 4, 9, "caption", 71], [1, 4, 8, 7, "caption", 72, 73]]}
     assert options == {"shiftdc": False}
+    assert encoded == [(["p", "q"], PICTURES[:2])]
+    assert answers.texts == ["a", "b"]
     assert answers.seconds.keys() == {"caption", "prefill", "decode"}
+
+
+def test_text_only_takes_no_caption_for_another_s(run):
+    run.vlm.model.shiftdc_captions = lambda **inputs: [[71]]
+    with pytest.raises(ValueError, match="shorter"):
+        text_only(run, ["p", "q"], PICTURES[:2])
+
+
+def test_direct_and_adashield_show_the_images_to_the_base_model(run):
+    DEFENCES["direct"].answer(run, ["p", "q"], PICTURES[:2])
+    adashield(run, ["p", "q"], PICTURES[:2])
+    assert encoded == [(requests, PICTURES[:2]) for requests in (["p", "q"], [fill(ADASHIELD_REQUEST, question=q) for q in "pq"])]
+    assert [options for _, options in asked] == [{"shiftdc": False}] * 2
 
 
 def test_without_an_image_there_is_no_defence_to_compare(run):
@@ -148,35 +174,95 @@ def test_the_reference_is_computed_once_and_passed_on(run, kind):
     run.vlm.model.config.shiftdc["reference"] = kind
     answers = shiftdc(run, ["p", "q"], PICTURES[:2])
     ((inputs, options),) = asked
+    assert encoded == [(["p", "q"], PICTURES[:2])]
     assert inputs.keys() == INPUTS.keys()
     captions = [[71], [72, 73]] if kind == "caption" else None
     assert options["shiftdc_reference"] == ("reference", captions, INPUTS.keys())
     assert (options["shiftdc_image"] is None) == (kind != "caption")
     assert "shiftdc" not in options
+    assert answers.texts == ["a", "b"]
     spent = {"caption"} if kind == "caption" else set()
     assert answers.seconds.keys() == {*spent, "reference", "prefill", "decode"}
 
 
 def test_a_static_reference_takes_no_pass(run):
     run.vlm.model.config.shiftdc["reference"] = "static"
-    shiftdc(run, ["p", "q"], PICTURES[:2])
-    assert asked[0][1] == {}
+    answers = shiftdc(run, ["p", "q"], PICTURES[:2])
+    ((inputs, options),) = asked
+    assert inputs.keys() == INPUTS.keys()
+    assert options == {}
+    assert answers.seconds.keys() == {"prefill", "decode"}
 
 
-def test_ecso_looks_at_the_images_of_the_flagged_replies_and_answers_without():
-    shown = []
+def test_replies_are_greedy_and_timed_up_to_the_first_pass_of_the_last_layer(monkeypatch):
+    layers, given = nn.ModuleList([nn.Identity(), nn.Identity()]), {}
 
-    class Script(Run):
-        def ask(self, requests, images=None):
-            shown.append((requests, None if images is None else [PICTURES.index(i) for i in images]))
-            step = ("first", "judge", "caption", "answer")[len(shown) - 1]
-            texts = {"first": ["r0", "r1", "r2"], "judge": ["no", "Yes", "yes."], "caption": ["c1", "c2"], "answer": ["s1", "s2"]}
-            return Answers(texts[step], {"prefill": 1.0})
+    def generate(**options):
+        given.update(options)
+        for _ in range(3):
+            for layer in layers:
+                layer(torch.zeros(2, 1, 4))
+        return torch.cat([IDS, torch.tensor([[5, 6], [7, 8]])], dim=1)
 
-    answers = ecso(Script(None, 8), ["q0", "q1", "q2"], PICTURES)
+    model = SimpleNamespace(generate=generate, config=SimpleNamespace(shiftdc={"decoder_layers": "its.layers"}))
+    vlm = SimpleNamespace(
+        model=model,
+        device=torch.device("cpu"),
+        decoder_layers=lambda path: {"its.layers": layers}[path],
+        decode=lambda ids: str(ids.tolist()),
+    )
+    clock = iter([10.0, 11.5, 14.0])  # before, after the first pass, after the last
+    monkeypatch.setattr(defences, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    found = Run(vlm, 8).generate(INPUTS, shiftdc=False)
+    assert found == Answers(["[5, 6]", "[7, 8]"], {"prefill": 1.5, "decode": 2.5})
+    assert given == {**INPUTS, "shiftdc": False, "max_new_tokens": 8, "do_sample": False}
+
+
+SCRIPT = {"first": ["r0", "r1", "r2"], "judge": ["no", "Yes", "yes."], "caption": ["c1", "c2"], "answer": ["s1", "s2"]}
+
+
+class Script(Run):
+    """Answers what is scripted for each step of ECSO."""
+
+    def ask(self, requests, images=None):
+        shown.append((requests, None if images is None else [PICTURES.index(i) for i in images]))
+        return Answers(list(scripted.values())[len(shown) - 1], {"prefill": 1.0})
+
+
+scripted: dict = {}
+shown: list = []
+
+
+@pytest.fixture
+def script():
+    shown.clear()
+    scripted.update(SCRIPT)
+    return Script(None, 8)
+
+
+def test_ecso_looks_at_the_images_of_the_flagged_replies_and_answers_without(script):
+    answers = ecso(script, ["q0", "q1", "q2"], PICTURES)
     assert answers.texts == ["r0", "s1", "s2"]
-    (_, first), (judged, seen), (captioned, captions), (final, last) = shown
+    assert answers.seconds.keys() == {"prefill", "judge", "caption", "reference"}
+    (requests, first), (judged, seen), (captioned, captions), (final, last) = shown
+    assert requests == ["q0", "q1", "q2"]
     assert (first, seen, captions, last) == ([0, 1, 2], [0, 1, 2], [1, 2], None)
     assert all(f"q{i}" in text and f"r{i}" in text for i, text in enumerate(judged))
     assert ["q1" in captioned[0], "q2" in captioned[1]] == [True, True]
     assert all(f"q{i}" in text and f"c{i}" in text for i, text in enumerate(final, 1))
+
+
+@pytest.mark.parametrize(("verdicts", "images"), [(["no", "no", "no"], PICTURES), (["yes", "yes", "yes"], None)])
+def test_ecso_leaves_replies_that_are_not_flagged_and_those_to_text(script, verdicts, images):
+    scripted["judge"] = verdicts
+    answers = ecso(script, ["q0", "q1", "q2"], images)
+    assert answers.texts == ["r0", "r1", "r2"]
+    assert answers.seconds.keys() == {"prefill", "judge"}
+    assert len(shown) == 2
+
+
+@pytest.mark.parametrize(("step", "texts"), [("first", ["r0"]), ("caption", ["c1"]), ("answer", ["s1"])])
+def test_ecso_takes_no_reply_for_another_s(script, step, texts):
+    scripted[step] = texts
+    with pytest.raises(ValueError, match="shorter"):
+        ecso(script, ["q0", "q1", "q2"], PICTURES)

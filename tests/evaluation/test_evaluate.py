@@ -124,6 +124,27 @@ class TestFigures:
         assert found.by_cell["harmless_text"].difference == 0.5
         assert found.utility.difference == -0.25
 
+    def test_a_stage_that_a_reply_had_not_took_no_time(self):
+        replies = [Reply("direct", "0", ANSWER, {"prefill": 1.0}), Reply("direct", "1", ANSWER, {"prefill": 1.0, "caption": 3.0})]
+        outcomes = judged(self.QUESTIONS[:2], replies, prefix)
+        found = summarise(Benchmark("mine", self.QUESTIONS[:2], "source"), {"direct": outcomes}, "prefix", About()).direct
+        assert found.seconds == {"caption": 1.5, "prefill": 1.0}
+
+    def test_where_nothing_is_harmful_no_judge_is_asked(self):
+        benign = self.QUESTIONS[4:8]
+        replies = [Reply("direct", q.id, ANSWER, {}) for q in benign]
+        assert [o.refused for o in judged(benign, replies, lambda *_: pytest.fail("asked"))] == [False] * 4
+
+    def test_a_reply_or_a_verdict_too_few_is_an_error_and_never_another_s(self):
+        replies = [Reply("direct", q.id, ANSWER, {}) for q in self.QUESTIONS]
+        with pytest.raises(ValueError, match="shorter"):
+            judged(self.QUESTIONS, replies[:-1], prefix)
+        with pytest.raises(ValueError, match="shorter"):
+            judged(self.QUESTIONS, replies, lambda requests, replies: [True])
+        outcomes = {"direct": self.outcomes("direct", ())[:-1], "shiftdc": self.outcomes("shiftdc", ())}
+        with pytest.raises(ValueError, match="shorter"):
+            summarise(Benchmark("mine", self.QUESTIONS, "source"), outcomes, "prefix", About())
+
     def test_mm_safetybench_means(self):
         questions = tuple(
             Question(id=s, request="?", kind="harmful", cell="harmful_image", category=s)

@@ -82,6 +82,16 @@ def test_what_was_written_is_read(tmp_path):
         assert (found.mm_safetybench is None) == (name == "mine")
 
 
+def test_a_limit_is_read():
+    assert read_results({"limit_per_cell": 5}).about == About(limit_per_cell=5)
+
+
+def test_what_is_no_number_is_never_written(tmp_path):
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_results(tmp_path, Results(defences={"direct": DefenceFigures(asr=Rate(math.nan))}))
+    assert not list(tmp_path.iterdir())
+
+
 def test_numbers_that_are_none():
     figures = {
         "n_harmful": 3.0, "n_benign": 10**400, "asr": 0, "over_refusal": 0.5, "utility": True, "degenerate": "0.1",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import os
 import random
+import shutil
 import subprocess
 import time
 from dataclasses import replace
@@ -28,10 +30,10 @@ from exporter.models.loading import load_vlm
 from exporter.models.recipe import load_recipe
 from exporter.pipeline import fingerprint as fingerprints
 from exporter.pipeline.export import export
-from exporter.pipeline.fingerprint import base_identity, calibration_identity, code_identity, fingerprint
+from exporter.pipeline.fingerprint import base_identity, calibration_identity, code_identity, fingerprint, open_store
 from exporter.pipeline.plan import ExportOptions, make_plan
 from exporter.runtime.batches import Batches, out_of_memory
-from exporter.runtime.store import CACHE, Store
+from exporter.runtime.store import CACHE, FINGERPRINT, Store
 
 RECIPE = load_recipe("llava")
 
@@ -65,6 +67,28 @@ class TestStore:
         assert Store.open({"a": 2}).get("held-out text-1") is None
         assert store.get("other") is None
 
+    def test_what_was_found_is_counted(self, store):
+        store.put("a", torch.ones(2))
+        store.put("b", torch.ones(2))
+        assert store.found == 0
+        for name in ("a", "missing", "b"):
+            store.get(name)
+        assert store.found == 2
+
+    def test_files_are_named_after_the_fingerprint_in_whatever_order_that_is_given(self, cache):
+        store = Store.open({"b": 1, "a": "ü"})
+        store.put("held-out text-1", torch.ones(2))
+        text = (store.folder / FINGERPRINT).read_text("utf-8")
+        assert json.loads(text) == {"a": "ü", "b": 1}
+        assert store.folder == cache / hashlib.sha256(text.encode()).hexdigest()[:32]
+        assert Store.open({"a": "ü", "b": 1}).folder == store.folder
+        assert {f.name for f in store.folder.iterdir()} == {FINGERPRINT, "held-out-text-1.safetensors"}
+
+    def test_where_nobody_says_otherwise_it_lies_in_the_home_folder(self, tmp_path, monkeypatch):
+        monkeypatch.delenv(CACHE, raising=False)
+        monkeypatch.setenv("HOME", str(tmp_path))
+        assert Store.open({}).folder.parent == tmp_path / ".cache" / "shiftdc-export"
+
     def test_only_the_owner_may_read(self, store):
         store.put("x", torch.ones(2))
         assert {f.stat().st_mode & 0o777 for f in store.folder.glob("*.safetensors")} == {0o600}
@@ -90,8 +114,11 @@ class TestStore:
         store.put("x", torch.ones(2))
         store.clear()
         assert not store.folder.exists()
+        store.clear()
+        shutil.rmtree(store.folder.parent)
         store.put("x", torch.ones(2))  # another run of the same kind may still be at work
         assert store.get("x") is not None
+        assert store.folder.stat().st_mode & 0o777 == 0o700
 
     def test_a_cache_that_cannot_be_written(self, tmp_path, monkeypatch):
         (tmp_path / "file").write_text("")
@@ -172,8 +199,24 @@ def test_the_fingerprint_tells_runs_apart(base_folder, calibration_file, tmp_pat
     assert of() != before
 
 
-def test_each_part_of_a_plan_is_in_the_fingerprint(base_folder, calibration_file, tmp_path, monkeypatch):
-    plan = make_plan(str(base_folder), ExportOptions.of(output=tmp_path / "out", layers="1", calibration=str(calibration_file)))
+@pytest.fixture(scope="module")
+def plan(base_folder, calibration_file, tmp_path_factory):
+    output = tmp_path_factory.mktemp("plan") / "out"
+    return make_plan(str(base_folder), ExportOptions.of(output=output, layers="1", calibration=str(calibration_file)))
+
+
+def test_a_store_says_what_its_activations_depend_on(plan, cache):
+    text = (open_store(plan).folder / FINGERPRINT).read_text("utf-8")
+    found = json.loads(text)
+    assert text == json.dumps(fingerprint(plan), indent=2, sort_keys=True)
+    assert found.keys() == {"base", "adapter", "calibration", "recipe", "captions", "arithmetic", "code"}
+    assert found["base"].keys() == {"name", "revision", "weights", "files"}
+    assert found["calibration"].keys() == {"source", "texts", "images"}
+    assert found["recipe"].keys() == {"family", "decoder_layers", "prompts", "layers"}
+    assert found["code"] == code_identity()
+
+
+def test_each_part_of_a_plan_is_in_the_fingerprint(plan, monkeypatch):
     recipe, prompts, calibration = plan.recipe, plan.recipe.prompts, plan.calibration
 
     def with_recipe(**changes):
