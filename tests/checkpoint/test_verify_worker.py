@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -37,6 +38,16 @@ class Doctored:
         self.shiftdc_corrections = [SimpleNamespace(strength=0.7), SimpleNamespace(strength=0.7)]
         self.off, self.calibrated, self.none = off, calibrated, off if none is None else none
         self.coordinates, self.text, self.tokens = coordinates, text, tokens
+
+        self.done = []
+
+    def to(self, device):
+        self.done.append(f"to {device}")
+        return self
+
+    def eval(self):
+        self.done.append("eval")
+        return self
 
     def get_input_embeddings(self):
         return torch.nn.Embedding(1, 1)
@@ -121,53 +132,123 @@ def test_no_reply():
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """run(**what loading reports, class name) -> failures of the whole check of a folder."""
+    """run(**what loading reports, class name) -> failures of the check of a folder; `run.model`, `run.options` as loaded."""
     (tmp_path / "assets").mkdir()
     (tmp_path / "config.json").write_text(json.dumps({"architectures": ["Doctored"]}))
     (tmp_path / "shiftdc_report.json").write_text(json.dumps({"base_model": {"architecture": "Stock"}}))
-    save_file(PROBE, tmp_path / "assets" / "shiftdc_probe.safetensors", metadata={"dtype": "float32"})
-    monkeypatch.setattr(verify_worker, "refuses_uncalibrated_loading", lambda folder, name: [f"asked of {name}"])
-    monkeypatch.setattr(verify_worker, "remakes_inputs", lambda *_: ["asked of the processor"])
 
-    def run(cls=Doctored, imports=False, doctored=None, **loading):
-        model = cls(**(doctored or {}))
-        model.to = model.eval = lambda *_: model
+    def refuses(folder, name):
+        return [f"{folder.name} asked of {name}"]
+
+    def remakes(folder, probe, texts):
+        assert probe.keys() == PROBE.keys()
+        return [f"{folder.name} asked of the processor of {texts['request']}"]
+
+    monkeypatch.setattr(verify_worker, "refuses_uncalibrated_loading", refuses)
+    monkeypatch.setattr(verify_worker, "remakes_inputs", remakes)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: run.cuda)
+
+    def run(*placement, cls=Doctored, imports=False, doctored=None, dtype="float32", **loading):
+        texts = {"dtype": dtype, "request": "What?"}
+        save_file(PROBE, tmp_path / "assets" / "shiftdc_probe.safetensors", metadata=texts)
+        run.model = model = cls(**(doctored or {}))
         report = {"missing_keys": [], "unexpected_keys": set(), "mismatched_keys": [], **loading}
-        monkeypatch.setattr(verify_worker.AutoModelForImageTextToText, "from_pretrained", lambda *_, **__: (model, report))
+
+        def load(folder, **options):
+            run.options = options
+            return model, report
+
+        monkeypatch.setattr(verify_worker.AutoModelForImageTextToText, "from_pretrained", load)
         with monkeypatch.context() as patched:
             patched.setitem(sys.modules, "exporter", object()) if imports else patched.delitem(sys.modules, "exporter")
-            return main(tmp_path)["failures"]
+            found = main(tmp_path, *placement)
+        run.parity = found["parity"]
+        assert found["failures"][:2] == [f"{tmp_path.name} asked of {who}" for who in ("Stock", "the processor of What?")]
+        return found["failures"][2:]
 
+    run.cuda = False
     return run
 
 
-FIRST = ["asked of Stock", "asked of the processor"]
-
-
 def test_a_whole_folder(run):
-    assert run() == FIRST
-    assert run(doctored={"tokens": 0}) == [*FIRST, "generate() gives no token"]
+    assert run() == []
+    assert run.parity.keys() == {"logits", "calibrated_logits", "coordinates", "text_coordinates", "uncalibrated_exact"}
+    assert run(doctored={"tokens": 0}) == ["generate() gives no token"]
 
 
 @pytest.mark.parametrize("kind", ["missing_keys", "unexpected_keys", "mismatched_keys"])
 def test_keys_that_loading_reports(run, kind):
-    assert run(**{kind: {"b.weight", "a.weight"}}) == [*FIRST, f"loading reports 2 {kind.replace('_', ' ')} (a.weight)"]
+    assert run(**{kind: {"b.weight", "a.weight"}}) == [f"loading reports 2 {kind.replace('_', ' ')} (a.weight)"]
+
+
+def test_keys_with_shapes(run):
+    found = run(mismatched_keys=[("b.weight", (1,), (2,)), ("a.weight", (1,), (2,))])
+    assert found == ["loading reports 2 mismatched keys (('a.weight', (1,), (2,)))"]
 
 
 def test_another_class(run):
-    other = type("Other", (Doctored,), {})
-    assert run(cls=other) == [*FIRST, "loading gives a Other, expected Doctored"]
+    assert run(cls=type("Other", (Doctored,), {})) == ["loading gives a Other, expected Doctored"]
 
 
 def test_a_checkpoint_that_imports_this_package(run):
-    expected = "the checkpoint imports the exporter package; it must load with transformers alone"
-    assert run(imports=True) == [*FIRST, expected]
+    assert run(imports=True) == ["the checkpoint imports the exporter package; it must load with transformers alone"]
+
+
+def test_how_the_checkpoint_is_loaded(run):
+    """With its own code, in the probe's dtype, and as for use."""
+    run(dtype="bfloat16")
+    assert run.options == {"trust_remote_code": True, "dtype": torch.bfloat16, "output_loading_info": True}
+    assert run.model.done == ["to cpu", "eval"]
+    run.cuda = True
+    run()
+    assert run.model.done == ["to cuda", "eval"]
+
+
+def test_how_a_checkpoint_is_loaded_that_one_device_does_not_hold(run):
+    """accelerate has put it where it is to run."""
+    run("auto", "/offload")
+    assert run.options["device_map"] == "auto" and run.options["offload_folder"] == "/offload"
+    assert run.model.done == ["eval"]
+
+
+def test_inputs_go_where_the_embeddings_run():
+    """Of a model that is offloaded, its weights lie elsewhere."""
+    model = Doctored()
+    assert verify_worker._device(model) == torch.device("cpu")
+    offloaded = torch.nn.Embedding(1, 1, device="meta")
+    model.get_input_embeddings = lambda: offloaded
+    assert verify_worker._device(model) == torch.device("meta")
+    offloaded._hf_hook = SimpleNamespace(execution_device="cuda:0")
+    assert verify_worker._device(model) == torch.device("cuda:0")
+    offloaded._hf_hook = SimpleNamespace(execution_device="cpu")
+    assert verify_worker._device(model) == torch.device("cpu")
+
+
+def test_it_ends_with_its_parent(monkeypatch):
+    """Who started it holds its stdin open; and at its own end nothing of it waits for that."""
+    ended, waiting, closing = [], threading.Event(), threading.Event()
+
+    def read(descriptor, count):
+        assert descriptor == 0 and count == 1  # a read of no byte would not wait
+        waiting.set()
+        closing.wait(10)
+        return b""
+
+    monkeypatch.setattr(verify_worker.os, "read", read)
+    monkeypatch.setattr(verify_worker.os, "_exit", ended.append)
+    before = set(threading.enumerate())
+    verify_worker.end_with_parent()
+    (thread,) = set(threading.enumerate()) - before
+    assert waiting.wait(10) and thread.daemon and not ended
+    closing.set()
+    thread.join(10)
+    assert ended == [1]
 
 
 def test_how_the_stock_classes_refuse(tmp_path, monkeypatch):
     def raising(message, cause=None):
-        def load(*_, trust_remote_code):
-            assert trust_remote_code is False
+        def load(folder, *, trust_remote_code):
+            assert folder == tmp_path and trust_remote_code is False
             raise ValueError(message) from cause
 
         return SimpleNamespace(from_pretrained=load)

@@ -79,7 +79,7 @@ class TestSettings:
     def test_a_record_of_other_buffers(self, hashes):
         with pytest.raises(
             ValueError,
-            match=r"^config\.shiftdc\.buffers_sha256 must have .* each calibrated layer; fetch the checkpoint again, or",
+            match=r"^config\.shiftdc\.buffers_sha256 must have .* each calibrated layer; fetch the",
         ):
             settings(buffers_sha256=hashes)
 

@@ -95,7 +95,7 @@ class TestImageArguments:
 class TestCallsThatCannotBeCalibrated:
     @pytest.mark.parametrize("images", [{}, {"pixel_values": None}, {"token_type_ids": IDS, "mm_token_type_ids": IDS}])
     def test_image_tokens_without_an_image(self, images):
-        with pytest.raises(ValueError, match=rf"no image was given, .*pass pixel_values, .*or shiftdc=False"):
+        with pytest.raises(ValueError, match=r"no image was given, .*pass pixel_values, .*or shiftdc=False"):
             require_pixels(images)
 
     @pytest.mark.parametrize("images", [{"pixel_values": PIXELS}, {"token_type_ids": IDS, "mm_encoder_outputs": PIXELS}])
