@@ -30,12 +30,27 @@ PROBE = {
 }
 
 
+def assert_recorded(inputs):
+    assert {f"input.{k}": v.tolist() for k, v in inputs.items()} == {k: v.tolist() for k, v in PROBE.items() if "input." in k}
+
+
 class Doctored:
     """A model that answers as recorded, but in what it is told."""
 
-    def __init__(self, off=BASE, calibrated=CALIBRATED, none=None, coordinates=COORDINATES, text=TEXT, tokens=2, **settings):
+    def __init__(
+        self,
+        off=BASE,
+        calibrated=CALIBRATED,
+        none=None,
+        coordinates=COORDINATES,
+        text=TEXT,
+        tokens=2,
+        strength=0.7,
+        layers=2,
+        **settings,
+    ):
         self.config = SimpleNamespace(shiftdc={"reference": "caption", **settings})
-        self.shiftdc_corrections = [SimpleNamespace(strength=0.7), SimpleNamespace(strength=0.7)]
+        self.shiftdc_corrections = [SimpleNamespace(strength=strength) for _ in range(layers)]
         self.off, self.calibrated, self.none = off, calibrated, off if none is None else none
         self.coordinates, self.text, self.tokens = coordinates, text, tokens
 
@@ -53,21 +68,26 @@ class Doctored:
         return torch.nn.Embedding(1, 1)
 
     def __call__(self, *, shiftdc=None, shiftdc_reference=None, shiftdc_position=None, **inputs):
-        assert set(inputs) == {"input_ids", "attention_mask", "pixel_values", "logits_to_keep"}
+        assert inputs.pop("logits_to_keep") == 1
+        assert_recorded(inputs)
         if shiftdc is not False:
             assert torch.equal(shiftdc_reference, PROBE["reference"]) and shiftdc_position.tolist() == [2]
-        answers = {0.0: self.none, 0.7: self.calibrated}
+        answers = {0.7: self.calibrated, 0.0: self.none}
         strength = {c.strength for c in self.shiftdc_corrections}.pop()
         return SimpleNamespace(logits=(self.off if shiftdc is False else answers[strength])[None, None])
 
     def shiftdc_coordinates(self, **inputs):
+        assert_recorded(inputs)
         return self.coordinates
 
     def shiftdc_reference(self, input_ids, attention_mask, captions, **images):
-        assert captions[0].tolist() == [5, 6] and set(images) == {"pixel_values"}
+        assert_recorded({"input_ids": input_ids, "attention_mask": attention_mask, **images})
+        assert [c.tolist() for c in captions] == [[5, 6]]
         return self.text
 
-    def generate(self, input_ids, **_):
+    def generate(self, input_ids, attention_mask, pixel_values, *, max_new_tokens, do_sample):
+        assert_recorded({"input_ids": input_ids, "attention_mask": attention_mask, "pixel_values": pixel_values})
+        assert (max_new_tokens, do_sample) == (2, False)  # enough to see that it runs, with a cache
         return torch.cat([input_ids, input_ids[:, : self.tokens]], 1)
 
 
@@ -77,7 +97,7 @@ def found(dtype="float32", **doctored):
 
 def test_a_model_that_answers_as_recorded_passes():
     failures, parity = reproduces_probe(Doctored(), PROBE, "float32")
-    assert failures == []
+    assert failures == found(layers=1) == []
     names = ("logits", "calibrated_logits", "coordinates", "text_coordinates")
     assert parity == {**dict.fromkeys(names, 0.0), "uncalibrated_exact": True}
 
@@ -124,6 +144,7 @@ def test_strengths_are_those_of_before():
 def test_calibration_that_changes_nothing():
     probe = {**PROBE, "calibrated_logits": BASE}
     assert reproduces_probe(Doctored(calibrated=BASE), probe, "float32")[0] == ["calibration changes nothing on the probe"]
+    assert reproduces_probe(Doctored(strength=0.0), probe, "float32")[0] == []  # nor is it asked to
 
 
 def test_no_reply():
@@ -155,6 +176,7 @@ def run(tmp_path, monkeypatch):
         report = {"missing_keys": [], "unexpected_keys": set(), "mismatched_keys": [], **loading}
 
         def load(folder, **options):
+            assert folder == tmp_path
             run.options = options
             return model, report
 
@@ -209,6 +231,34 @@ def test_how_a_checkpoint_is_loaded_that_one_device_does_not_hold(run):
     run("auto", "/offload")
     assert run.options["device_map"] == "auto" and run.options["offload_folder"] == "/offload"
     assert run.model.done == ["eval"]
+
+
+class Elsewhere(Doctored):
+    """A model on another device, whose answers are fetched from there."""
+
+    def get_input_embeddings(self):
+        return torch.nn.Embedding(1, 1, device="meta")
+
+    def __call__(self, *, logits_to_keep, **inputs):
+        assert {v.device.type for v in inputs.values() if isinstance(v, torch.Tensor)} == {"meta"}
+        strength = {c.strength for c in self.shiftdc_corrections}.pop()
+        off = inputs.get("shiftdc") is False or strength == 0
+        return SimpleNamespace(logits=(self.off if off else self.calibrated)[None, None])
+
+    def shiftdc_coordinates(self, **inputs):
+        assert {v.device.type for v in inputs.values()} == {"meta"}
+        return self.coordinates
+
+    def shiftdc_reference(self, *ids_and_mask, captions, **images):
+        assert {v.device.type for v in (*ids_and_mask, *images.values())} == {"meta"}
+        return self.text
+
+    def generate(self, input_ids, **_):
+        return torch.cat([input_ids, input_ids], 1)
+
+
+def test_a_model_on_another_device():
+    assert reproduces_probe(Elsewhere(), PROBE, "float32")[0] == []
 
 
 def test_inputs_go_where_the_embeddings_run():
