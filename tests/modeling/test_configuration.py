@@ -77,10 +77,11 @@ class TestSettings:
 
     @pytest.mark.parametrize("hashes", [None, "abcd", ["ab"], ["ab", "cd", "ef"], {"ab": 1, "cd": 2}])
     def test_a_record_of_other_buffers(self, hashes):
-        with pytest.raises(
-            ValueError,
-            match=r"^config\.shiftdc\.buffers_sha256 must have .* each calibrated layer; fetch the",
-        ):
+        sentence = (
+            "config.shiftdc.buffers_sha256 must have the SHA-256 of the buffers of each calibrated layer; fetch the checkpoint "
+            "again, or export it again."
+        )
+        with pytest.raises(ValueError, match=f"^{re.escape(sentence)}$"):
             settings(buffers_sha256=hashes)
 
     def test_a_record_as_transformers_may_keep_it(self):
