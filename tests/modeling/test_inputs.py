@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -95,7 +96,11 @@ class TestImageArguments:
 class TestCallsThatCannotBeCalibrated:
     @pytest.mark.parametrize("images", [{}, {"pixel_values": None}, {"token_type_ids": IDS, "mm_token_type_ids": IDS}])
     def test_image_tokens_without_an_image(self, images):
-        with pytest.raises(ValueError, match=r"no image was given, .*pass pixel_values, .*or shiftdc=False"):
+        sentence = (
+            "The prompt holds image tokens but no image was given, so no reference can be computed: pass pixel_values, "
+            "shiftdc_reference= or shiftdc_captions=, or shiftdc=False (no calibration)."
+        )
+        with pytest.raises(ValueError, match=f"^{re.escape(sentence)}$"):
             require_pixels(images)
 
     @pytest.mark.parametrize("images", [{"pixel_values": PIXELS}, {"token_type_ids": IDS, "mm_encoder_outputs": PIXELS}])
@@ -127,7 +132,9 @@ class TestPackedRows:
             ([[0, 1, 0, 1]], None),
             ([[0, 1, 2, 3], [0, 1, 2, 0]], None),  # in any row, and in its last column
             ([[1, 0, 1, 2]], None),
+            ([[1, 0]], None),
             ([[0, 1, 0, 1]], [[1, 1, 1, 1]]),
+            ([[9, 0, 1, 0]], [[0, 1, 1, 1]]),
             ([[0, 1, 0]], [[0, 1, 1, 1]]),  # the mask has what is cached too
             ([[[0, 1, 0, 1]], [[0, 1, 2, 3]], [[0, 1, 2, 3]]], None),  # of Qwen's three axes the first is time
         ],
@@ -269,6 +276,7 @@ class TestPromptEnds:
         assert ends([0, 0, IMAGE, END, 6], mask=[0, 0, 1, 1, 1]) == 3
         assert ends([IMAGE, END, 6, END, 0], mask=[1, 1, 1, 0, 0]) == 1
         assert ends([IMAGE, END, 0, 6], mask=[1, 1, 0, 1]) == 1
+        assert ends([IMAGE, END, 0, 6, END, 7], mask=[1, 1, 0, 1, 1, 1]) == 4
 
     def test_it_cannot_be_told(self):
         assert ends([IMAGE, 5, 6]) is None
