@@ -50,7 +50,7 @@ def calibrated(vlm) -> Calibrated:
     return Calibrated(recipe, directions, LAYERS, prompt_frame(vlm, recipe.wording))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def recorded(vlm, calibrated) -> Probe:
     return record_probe(vlm, calibrated)
 
