@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import date
+from datetime import date, datetime
 from importlib import metadata
 
 import pytest
@@ -11,9 +11,10 @@ import torch
 from safetensors import safe_open
 from tiny import TEMPLATE, tiny_processor
 from transformers import AutoProcessor
+from transformers.utils import chat_template_utils
 
 from exporter.checkpoint.probe import PROBE, _processed, _texts
-from exporter.checkpoint.verify_worker import AS_RECORDED, _same, libraries, remakes_inputs
+from exporter.checkpoint.verify_worker import AS_RECORDED, _same, libraries, on_the_day, remakes_inputs
 from exporter.data.images import typographic_image
 from exporter.models.chat_template import DAY
 from exporter.models.processors import ODD_TEXT
@@ -118,6 +119,10 @@ def test_a_template_with_a_date_is_read_on_the_day_of_the_export(tmp_path):
     another = {**texts, "day": "2001-02-03", "prompt": texts["prompt"].replace(written.strftime("%d %b %Y"), "03 Feb 2001")}
     found = remakes_inputs(tmp_path, tensors, another)
     assert found and not any("chat template" in f for f in found)
+    with pytest.raises(ZeroDivisionError), on_the_day("2001-02-03"):
+        assert chat_template_utils.datetime.now() == datetime(2001, 2, 3)
+        raise ZeroDivisionError
+    assert chat_template_utils.datetime is datetime  # and templates of others are read today
 
 
 def test_a_probe_of_an_earlier_version(llava):
