@@ -245,6 +245,19 @@ class TestSiblings:
         release(lock)
         assert names(tmp_path) == [folder.name, "out"]
 
+    def test_a_folder_above_that_another_run_makes_meanwhile(self, tmp_path, monkeypatch):
+        missing = staging._missing
+
+        def made_by_another(folder):
+            found = missing(folder)
+            folder.mkdir(parents=True, exist_ok=True)
+            return found
+
+        monkeypatch.setattr(staging, "_missing", made_by_another)
+        with staged(tmp_path / "a" / "b" / "out", False) as folder:
+            fill(folder)
+        assert names(tmp_path / "a" / "b") == ["out"]
+
 
 class TestReplaced:
     def test_what_is_there_is_looked_at_before_and_after(self, tmp_path):
@@ -339,7 +352,7 @@ class TestSwap:
         assert names(tmp_path) == ["out"] and text_of(output) == ("newer" if there else OLD)
 
     @pytest.mark.parametrize("purpose", ["old", "before"])
-    def test_what_a_killed_run_had_begun_to_delete(self, tmp_path, purpose):
+    def test_what_a_killed_run_had_begun_to_delete(self, tmp_path, caplog, purpose):
         """Without its report nothing in it is known to be the tool's; what is left is told once, and never touched again."""
         gone = tmp_path / f".out.{purpose}-abcdefgh"
         gone.mkdir()
@@ -349,6 +362,10 @@ class TestSwap:
         with staged(tmp_path / "out", True) as folder:
             fill(folder)
         kept = tmp_path / ".out.before-abcdefgh"
+        assert caplog.messages == [
+            f"{tmp_path / 'out'} is in place. Of what it replaced, some files cannot be deleted, or were no part of it "
+            f"(thesis.txt); they are in {kept}."
+        ]
         assert names(kept) == ["thesis.txt"] and names(tmp_path) == [kept.name, "out"]
 
 
