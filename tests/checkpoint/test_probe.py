@@ -206,3 +206,8 @@ class TestCorrected:
         x = X.bfloat16()
         assert torch.equal(self.run(x), self.expected([2.5, 3.0, 6.0], [-0.5, -1.0, -3.0]).bfloat16())
         assert self.run(x).dtype == torch.bfloat16
+
+    def test_layers_on_another_device(self):
+        """What is given lies on the CPU."""
+        assert self.run(X.to("meta")).device.type == "meta"
+        assert self.run(X.to("meta"), fixed=torch.ones(2, 2)).device.type == "meta"

@@ -271,6 +271,7 @@ class TestPromptEnds:
     def test_where_the_generation_prompt_ends(self):
         assert ends([IMAGE, 5, END, 6, 7]) == 2
         assert ends([IMAGE, 5, END, 6, END]) == 4
+        assert ends([END, IMAGE, END, 6]) == 2
 
     def test_padding_is_not_counted(self):
         assert ends([0, 0, IMAGE, END, 6], mask=[0, 0, 1, 1, 1]) == 3
@@ -325,6 +326,7 @@ class TestPromptEnds:
 def test_the_last_entry_of_a_mask():
     assert last_true(torch.tensor([[1, 1, 0, 0], [0, 0, 1, 1], [0, 1, 0, 1]])).tolist() == [1, 3, 3]
     assert last_true(torch.tensor([[True, False]])).tolist() == [0]
+    assert last_true(torch.ones(2, 3, device="meta")).device.type == "meta"  # where the mask lies
 
 
 class TestByName:
