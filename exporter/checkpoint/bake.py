@@ -148,7 +148,7 @@ def identity(classes: Family) -> dict[str, object]:
         "architectures": [classes.model.__name__],
         "model_type": classes.config.model_type,
         "auto_map": {
-            "AutoConfig": f"{classes.config.__module__.rsplit('.', 1)[-1]}.{classes.config.__name__}",
+            "AutoConfig": f"{classes.config.__module__.rpartition('.')[-1]}.{classes.config.__name__}",
             "AutoModelForImageTextToText": f"{classes.module}.{classes.model.__name__}",
         },
     }

@@ -133,9 +133,9 @@ def corrected(
         d = direction[column].to(hidden.device)
         for row, token in enumerate(position.tolist()):
             x = hidden[row, token].float()
-            amount = fixed[row, column] if fixed is not None else x @ d - reference[row, column].to(x.device)
+            amount = fixed[row, column] if fixed is not None else x @ d - reference[row, column]
             amount = amount.clamp_min(0) if one_sided else amount
-            hidden[row, token] = (x - strength * amount * d).to(hidden.dtype)
+            hidden[row, token] = x - strength * amount * d
         return hidden
 
     with hooked(layers, correct, stream_axis):

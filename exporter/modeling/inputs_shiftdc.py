@@ -215,12 +215,12 @@ def prompt_ends(
     composer: PromptComposer, ids: torch.Tensor, mask: torch.Tensor, rows: torch.Tensor, labels: torch.Tensor | None
 ) -> list[int | None]:
     """The column in which the last prompt of every row ends, -1 in rows without an image, None where it cannot be told."""
-    answers = [None] * len(ids) if labels is None else _last_labelled(labels, mask)
+    answers = [0] * len(ids) if labels is None else _last_labelled(labels, mask)
     seen = zip(ids.tolist(), mask.ne(0).tolist(), answers, rows.tolist(), strict=True)
     return [_prompt_end(composer, row, m, answer) if has_image else -1 for row, m, answer, has_image in seen]
 
 
-def _prompt_end(composer: PromptComposer, ids: list[int], mask: list[bool], answer: int | None) -> int | None:
+def _prompt_end(composer: PromptComposer, ids: list[int], mask: list[bool], answer: int) -> int | None:
     columns = [i for i, m in enumerate(mask) if m]
     tokens = [ids[i] for i in columns]
     end = composer.prompt_end(tokens)
@@ -232,12 +232,11 @@ def _prompt_end(composer: PromptComposer, ids: list[int], mask: list[bool], answ
     return columns[end] if end is not None and end > image else None
 
 
-def _last_labelled(labels: torch.Tensor, mask: torch.Tensor) -> list[int | None]:
-    """The column in which the last run of labels begins, in every row; None without labels."""
+def _last_labelled(labels: torch.Tensor, mask: torch.Tensor) -> list[int]:
+    """The column in which the last run of labels begins, in every row; 0 without labels: no prompt ends before it."""
     given = (labels != -100) & mask.bool()
     starts = given & ~torch.nn.functional.pad(given, (1, -1))
-    columns = last_true(starts).tolist()
-    return [c if some else None for c, some in zip(columns, given.any(1).tolist(), strict=True)]
+    return last_true(starts).tolist()
 
 
 def last_true(mask: torch.Tensor) -> torch.Tensor:

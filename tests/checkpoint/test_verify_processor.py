@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from datetime import date
+from datetime import date, datetime
+from importlib import metadata
 
 import pytest
 import tiny_families
@@ -10,9 +11,10 @@ import torch
 from safetensors import safe_open
 from tiny import TEMPLATE, tiny_processor
 from transformers import AutoProcessor
+from transformers.utils import chat_template_utils
 
 from exporter.checkpoint.probe import PROBE, _processed, _texts
-from exporter.checkpoint.verify_worker import libraries, remakes_inputs
+from exporter.checkpoint.verify_worker import AS_RECORDED, _same, libraries, on_the_day, remakes_inputs
 from exporter.data.images import typographic_image
 from exporter.models.chat_template import DAY
 from exporter.models.processors import ODD_TEXT
@@ -117,6 +119,10 @@ def test_a_template_with_a_date_is_read_on_the_day_of_the_export(tmp_path):
     another = {**texts, "day": "2001-02-03", "prompt": texts["prompt"].replace(written.strftime("%d %b %Y"), "03 Feb 2001")}
     found = remakes_inputs(tmp_path, tensors, another)
     assert found and not any("chat template" in f for f in found)
+    with pytest.raises(ZeroDivisionError), on_the_day("2001-02-03"):
+        assert chat_template_utils.datetime.now() == datetime(2001, 2, 3)
+        raise ZeroDivisionError
+    assert chat_template_utils.datetime is datetime  # and templates of others are read today
 
 
 def test_a_probe_of_an_earlier_version(llava):
@@ -131,3 +137,108 @@ def test_an_export_has_it(make_export):
         texts, probe = stored.metadata(), {k: stored.get_tensor(k) for k in stored.keys()}  # noqa: SIM118 (no mapping)
     assert (texts["odd_text"], texts["libraries"]) == (ODD_TEXT, libraries())
     assert remakes_inputs(folder, probe, texts) == []
+
+
+class Recorder:
+    """A processor that does as recorded, but in what it is told, and keeps how it was asked."""
+
+    chat_template = "a template"
+
+    def __init__(self, **changed):
+        self.ids = torch.tensor([[1, 4, 9]])
+        self.prompt, self.tokens, self.inputs = "USER: hello", [5, 6], {"input_ids": self.ids}
+        self.asked = []
+        vars(self).update(changed)
+
+    @staticmethod
+    def get_attributes():
+        return ()
+
+    def tokenizer(self, text):
+        assert text == "odd"
+        return {"input_ids": self.tokens}
+
+    def apply_chat_template(self, conversation, **options):
+        self.asked.append(options)
+        batched = isinstance(conversation[0], list)
+        (turn,) = conversation[0] if batched else conversation
+        assert (turn["role"], turn["prompt"]) == ("user", "USER: hello")
+        image, text = turn["content"]
+        assert image["type"] == "image" and image["image"].size == typographic_image("hello").size
+        assert text == {"type": "text", "text": "What?"}
+        return self.inputs if batched else self.prompt
+
+
+@pytest.fixture
+def remade(tmp_path, monkeypatch):
+    """remade(**what one of the two ways of loading gives) -> failures."""
+    probe = {"input.input_ids": Recorder().ids, "tokens.tokenizer": torch.tensor([5, 6]), "logits": torch.ones(1)}
+    probe["picture"] = _processed(VLM(Anything(), Recorder()), typographic_image("hello"))["picture"]
+    texts = {"odd_text": "odd", "request": "What?", "prompt": "USER: hello", "day": DAY, "libraries": libraries()}
+
+    def remade(trusted=False, **changed):
+        remade.used = []
+
+        def load(folder, trust_remote_code):
+            assert folder == tmp_path
+            remade.used.append(Recorder(**(changed if trust_remote_code is trusted else {})))
+            return remade.used[-1]
+
+        monkeypatch.setattr(AutoProcessor, "from_pretrained", load)
+        return remakes_inputs(tmp_path, probe, texts)
+
+    return remade
+
+
+def test_the_processor_is_asked_as_when_the_probe_was_recorded(remade):
+    assert remade() == []
+    written = {"add_generation_prompt": True, "tokenize": False}
+    padded = {"padding": True, "padding_side": "left"}
+    made = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "processor_kwargs": padded}
+    assert [p.asked for p in remade.used] == [[written, {**made, "chat_template": AS_RECORDED}]] * 2
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+@pytest.mark.parametrize(
+    ("changed", "failure"),
+    [
+        ({"tokens": [5, 7]}, "its tokenizer gives other tokens than the base model's"),
+        ({"prompt": "USER: hallo"}, "its chat template gives another prompt than the base model's"),
+        (
+            {"inputs": {"input_ids": torch.tensor([[1, 4, 8]])}},
+            f"its processor makes other input_ids than the base model's (recorded with {libraries()})",
+        ),
+        ({"inputs": {}}, f"its processor makes other input_ids than the base model's (recorded with {libraries()})"),
+    ],
+)
+def test_each_difference_is_found_however_it_is_loaded(remade, trusted, changed, failure):
+    assert remade(trusted, **changed) == [failure]
+
+
+def test_a_family_whose_template_is_the_recipes(remade):
+    assert remade(chat_template=None, prompt="none") == []
+    assert [len(p.asked) for p in remade.used] == [1, 2]
+
+
+def test_which_inputs_are_the_same():
+    pixels = torch.tensor([1.0, 2.0])
+    assert _same(pixels.clone(), pixels, 0.0) and _same(pixels.clone(), pixels, 0.1)
+    assert not _same(pixels + 1e-6, pixels, 0.0)
+    assert _same(pixels + 0.125, pixels, 0.0625) and not _same(pixels + 0.25, pixels, 0.0625)  # of the largest
+    assert not _same(pixels * torch.nan, pixels, 0.1)
+    ids = torch.tensor([100, 101])
+    assert _same(ids.clone(), ids, 0.0) and _same(ids.clone(), ids, 0.1)
+    assert not _same(ids + 1, ids, 0.1)  # another id is another token, however near
+    for other in (None, [1.0, 2.0], pixels[None], pixels[:1], pixels.double()):
+        assert not _same(other, pixels, 0.1)
+
+
+def test_what_pixels_depend_on_is_named(monkeypatch):
+    def version(name):
+        if name == "torchvision":
+            raise metadata.PackageNotFoundError
+        return f"{len(name)}.0"
+
+    monkeypatch.setattr(metadata, "version", version)
+    monkeypatch.setattr("platform.machine", lambda: "riscv64")
+    assert libraries() == ("numpy 5.0, pillow 6.0, tokenizers 10.0, torch 5.0, torchvision absent, transformers 12.0, riscv64")
