@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from bare_export import COMPANIONS, FRAME, HIDDEN, LAYERS, bare_base, bare_calibrated
+from bare_export import COMPANIONS, FRAME, HIDDEN, LAYERS, TRAITS, bare_base, bare_calibrated
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -53,7 +53,7 @@ class TestBlock:
             "strength": 0.5,
             "layers": list(LAYERS),
             "buffers_sha256": hashes,
-            "decoder_layers": "model.language_model.layers",
+            "traits": TRAITS.as_json(),
             "caption_max_new_tokens": calibrated.recipe.caption_tokens,
             "prompt": FRAME.as_json(),
             "base_model": {"id": "owner/base", "revision": "abc"},
@@ -182,7 +182,7 @@ class TestConfig:
         found = config(folder)
         assert (folder / "config.json").read_text() == json.dumps(found, indent=2) + "\n"
         block = found.pop("shiftdc")
-        assert block.pop("guarded") == {"field": "vision_feature_select_strategy", "value": "full"}
+        assert block.pop("guarded") == {"value": "full"}
         assert block == shiftdc_block(bare_calibrated(), base)
         assert found == {
             **identity(family("llava")),
@@ -197,7 +197,7 @@ class TestConfig:
             "model_type": "shiftdc_blip-2",
             "auto_map": {
                 "AutoConfig": "configuration_shiftdc.ShiftDCBlip2Config",
-                "AutoModelForImageTextToText": "modeling_shiftdc_blip_2.ShiftDCBlip2ForConditionalGeneration",
+                "AutoModelForImageTextToText": "modeling_shiftdc_blip.ShiftDCBlip2ForConditionalGeneration",
             },
         }
 

@@ -47,7 +47,7 @@ def calibrated(vlm) -> Calibrated:
     recipe = load_recipe("llava").with_overrides(strength=0.5, gate="two-sided")
     units = torch.nn.functional.normalize(torch.randn(4, 32, generator=torch.Generator().manual_seed(0)), dim=-1)
     directions = Directions(MEASURED, units, torch.ones(4), tuple(map(statistics, MEASURED)))
-    return Calibrated(recipe, directions, LAYERS, prompt_frame(vlm, recipe.wording))
+    return Calibrated(recipe, directions, LAYERS, prompt_frame(vlm, recipe.wording), vlm.traits)
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def naive(vlm: VLM, calibrated: Calibrated, amount) -> torch.Tensor:
             hidden[0, -1] -= 0.5 * amount(number, hidden[0, -1] @ d) * d
             return hidden
 
-        handles.append(vlm.decoder_layers(calibrated.recipe.decoder_layers)[layer].register_forward_hook(correct))
+        handles.append(vlm.decoder_layers[layer].register_forward_hook(correct))
     found = logits(vlm, inputs_of(vlm))
     for handle in handles:
         handle.remove()

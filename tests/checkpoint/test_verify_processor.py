@@ -25,7 +25,7 @@ from exporter.models.vlm import VLM
 class Anything:
     """A model of which only the processor is asked."""
 
-    device = torch.device("cpu")
+    device, dtype = torch.device("cpu"), torch.float32
 
     def get_input_embeddings(self):
         return torch.nn.Embedding(1, 1)
@@ -226,10 +226,11 @@ def test_which_inputs_are_the_same():
     assert not _same(pixels + 1e-6, pixels, 0.0)
     assert _same(pixels + 0.125, pixels, 0.0625) and not _same(pixels + 0.25, pixels, 0.0625)  # of the largest
     assert not _same(pixels * torch.nan, pixels, 0.1)
+    assert _same(pixels.double(), pixels, 0.0)  # recorded in the model's dtype
     ids = torch.tensor([100, 101])
     assert _same(ids.clone(), ids, 0.0) and _same(ids.clone(), ids, 0.1)
     assert not _same(ids + 1, ids, 0.1)  # another id is another token, however near
-    for other in (None, [1.0, 2.0], pixels[None], pixels[:1], pixels.double()):
+    for other in (None, [1.0, 2.0], pixels[None], pixels[:1], ids):
         assert not _same(other, pixels, 0.1)
 
 

@@ -176,7 +176,7 @@ def reader():
         ids, mask = map(torch.tensor, left_padded(prompts, 0))
         return {"input_ids": ids, "attention_mask": mask}
 
-    return SimpleNamespace(model=Reader(), device=torch.device("cpu"), pad=pad)
+    return SimpleNamespace(model=Reader(), device=torch.device("cpu"), pad=pad, traits=SimpleNamespace(stream_axis=None))
 
 
 PROMPTS = [[1, 2, 3], [4], [5, 6], [7, 8, 9, 10], [11, 12]]

@@ -204,11 +204,11 @@ def test_replies_are_greedy_and_timed_up_to_the_first_pass_of_the_last_layer(mon
                 layer(torch.zeros(2, 1, 4))
         return torch.cat([IDS, torch.tensor([[5, 6], [7, 8]])], dim=1)
 
-    model = SimpleNamespace(generate=generate, config=SimpleNamespace(shiftdc={"decoder_layers": "its.layers"}))
+    model = SimpleNamespace(generate=generate, config=SimpleNamespace())
     vlm = SimpleNamespace(
         model=model,
         device=torch.device("cpu"),
-        decoder_layers=lambda path: {"its.layers": layers}[path],
+        decoder_layers=layers,
         decode=lambda ids: str(ids.tolist()),
     )
     clock = iter([10.0, 11.5, 14.0])  # before, after the first pass, after the last

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import pickle
 import re
 from types import SimpleNamespace
 
 import pytest
+import transformers
 
 from exporter.modeling import configuration_shiftdc
 from exporter.modeling.configuration_shiftdc import (
@@ -14,13 +16,18 @@ from exporter.modeling.configuration_shiftdc import (
     STOCK_CLASS_GUARD,
     TRANSFORMERS,
     ShiftDCBlip2Config,
-    ShiftDCConfigMixin,
     ShiftDCLlavaConfig,
     ShiftDCQwen3VLConfig,
     ShiftDCSettings,
+    ShiftDCTraits,
+    TokenInput,
     require_transformers,
 )
 
+TRAITS = ShiftDCTraits(
+    "model.layers", 4, "vision_feature_select_strategy", image_token_id=7, row_inputs=("pixel_values",),
+    token_inputs={"token_type_ids": TokenInput(0, {"7": 1}, in_text=True)},
+)  # fmt: skip
 BLOCK = {
     "version": FORMAT_VERSION,
     "reference": "caption",
@@ -29,16 +36,13 @@ BLOCK = {
     "strength": 0.5,
     "layers": [1, 3],
     "buffers_sha256": ["ab", "cd"],
-    "decoder_layers": "model.layers",
+    "traits": TRAITS.as_json(),
     "caption_max_new_tokens": 8,
     "prompt": {"head": []},
     "base_model": {"id": "a/b", "revision": None},
 }
-CONFIGS = [
-    c
-    for c in vars(configuration_shiftdc).values()
-    if isinstance(c, type) and issubclass(c, ShiftDCConfigMixin) and getattr(c, "model_type", "").startswith("shiftdc_")
-]
+CONFIGS = [ShiftDCLlavaConfig, ShiftDCBlip2Config, ShiftDCQwen3VLConfig]
+FIELD = TRAITS.guard_field
 
 
 def settings(**changes):
@@ -52,7 +56,7 @@ def without(key):
 class TestSettings:
     def test_the_block_of_an_export(self):
         assert settings() == ShiftDCSettings(
-            "caption", "sequential", "one-sided", 0.5, (1, 3), ("ab", "cd"), "model.layers", 8, {"head": []}
+            "caption", "sequential", "one-sided", 0.5, (1, 3), ("ab", "cd"), TRAITS, 8, {"head": []}
         )
         assert settings().adapter is None
         assert settings(adapter="adapter").adapter == "adapter"
@@ -87,9 +91,7 @@ class TestSettings:
     def test_a_record_as_transformers_may_keep_it(self):
         assert settings(buffers_sha256=("ab", "cd"), layers=(1, 3)) == settings()
 
-    @pytest.mark.parametrize(
-        "key", ["reference", "rule", "gate", "strength", "decoder_layers", "caption_max_new_tokens", "prompt"]
-    )
+    @pytest.mark.parametrize("key", ["reference", "rule", "gate", "strength", "traits", "caption_max_new_tokens", "prompt"])
     def test_each_setting_is_needed(self, key):
         with pytest.raises(
             ValueError, match=rf"^config\.shiftdc\.{key} is missing; fetch the checkpoint again, or export it again\.$"
@@ -115,11 +117,11 @@ class TestVersionOfTransformers:
 @pytest.mark.parametrize("ours", CONFIGS, ids=lambda c: c.model_type)
 @pytest.mark.parametrize("has_field", [True, False])
 def test_what_is_guarded_can_be_read_again(ours, has_field):
-    field = ours.shiftdc_guard_field
+    field = FIELD
     whole = {"model_type": ours.model_type, "shiftdc": BLOCK, **({field: 7} if has_field else {})}
     guarded = ours.shiftdc_guarded(whole)
     assert guarded[field] == STOCK_CLASS_GUARD
-    assert guarded["shiftdc"] == {**BLOCK, "guarded": {"field": field, **({"value": 7} if has_field else {})}}
+    assert guarded["shiftdc"] == {**BLOCK, "guarded": {"value": 7} if has_field else {}}
     assert ours.shiftdc_guarded(guarded) == guarded  # once
     assert ours.shiftdc_unguarded(guarded) == whole
     assert ours.shiftdc_unguarded(whole) is whole
@@ -131,7 +133,7 @@ def test_only_exports_are_guarded():
 
 def test_parts_with_a_type_of_their_own_are_left_alone():
     """A tower of the model's own type is guarded too; the others have fields that may hold anything."""
-    field = ShiftDCQwen3VLConfig.shiftdc_guard_field
+    field = FIELD
     parts = {"vision_config": {"model_type": "qwen3_vl"}, "text_config": {"model_type": "qwen3_vl_text", "x": 1}, "n": 1}
     guarded = ShiftDCQwen3VLConfig.shiftdc_guarded({**parts, "shiftdc": BLOCK})
     assert guarded["vision_config"] == {"model_type": "qwen3_vl", field: STOCK_CLASS_GUARD}
@@ -143,18 +145,16 @@ def test_parts_with_a_type_of_their_own_are_left_alone():
 class TestFiles:
     """What save_pretrained writes and from_pretrained reads."""
 
-    FIELD = ShiftDCLlavaConfig.shiftdc_guard_field
-
     def test_written_guarded_and_read_as_it_was(self, tmp_path):
-        config = ShiftDCLlavaConfig(shiftdc=BLOCK, **{self.FIELD: "full"})
+        config = ShiftDCLlavaConfig(shiftdc=BLOCK, **{FIELD: "full"})
         config.save_pretrained(tmp_path)
         text = (tmp_path / "config.json").read_text("utf-8")
         written = json.loads(text)
-        assert written[self.FIELD] == STOCK_CLASS_GUARD
-        assert written["shiftdc"]["guarded"] == {"field": self.FIELD, "value": "full"}
+        assert written[FIELD] == STOCK_CLASS_GUARD
+        assert written["shiftdc"]["guarded"] == {"value": "full"}
         assert text == json.dumps(written, indent=2, sort_keys=True) + "\n"  # as transformers writes it
         read = ShiftDCLlavaConfig.from_pretrained(tmp_path)
-        assert getattr(read, self.FIELD) == "full" and read.shiftdc == BLOCK
+        assert getattr(read, FIELD) == "full" and read.shiftdc == BLOCK
 
     def test_all_of_it_or_what_differs_from_the_defaults(self, tmp_path):
         config, file = ShiftDCLlavaConfig(shiftdc=BLOCK), tmp_path / "c.json"
@@ -163,32 +163,35 @@ class TestFiles:
             assert ("problem_type" in json.loads(file.read_text())) is there
 
     def test_names_in_any_script(self, tmp_path):
-        ShiftDCLlavaConfig(shiftdc={**BLOCK, "decoder_layers": "模型"}).to_json_file(tmp_path / "c.json")
-        assert json.loads((tmp_path / "c.json").read_text("utf-8"))["shiftdc"]["decoder_layers"] == "模型"
+        ShiftDCLlavaConfig(shiftdc={**BLOCK, "prompt": {"caption": "模型"}}).to_json_file(tmp_path / "c.json")
+        assert json.loads((tmp_path / "c.json").read_text("utf-8"))["shiftdc"]["prompt"]["caption"] == "模型"
 
     def test_options_of_reading_are_passed_on(self):
-        guarded = ShiftDCLlavaConfig.shiftdc_guarded({"shiftdc": BLOCK, self.FIELD: "full"})
+        guarded = ShiftDCLlavaConfig.shiftdc_guarded({"shiftdc": BLOCK, FIELD: "full"})
         config, unused = ShiftDCLlavaConfig.from_dict(
             guarded, return_unused_kwargs=True, projector_hidden_act="relu", unknown_option=1
         )
-        assert (config.projector_hidden_act, getattr(config, self.FIELD)) == ("relu", "full")
+        assert (config.projector_hidden_act, getattr(config, FIELD)) == ("relu", "full")
         assert unused == {"unknown_option": 1}
 
 
-class TestWhatCannotBeCalibrated:
-    def test_most_families_have_nothing_of_the_kind(self):
-        assert ShiftDCLlavaConfig.shiftdc_unsupported({}) is None
+def test_traits_are_what_was_recorded():
+    assert ShiftDCTraits.from_json(json.loads(json.dumps(TRAITS.as_json()))) == TRAITS
 
-    def test_blip_with_an_encoder_decoder(self):
-        reason = ShiftDCBlip2Config.shiftdc_unsupported({"text_config": {"model_type": "t5"}, "image_token_index": 1})
-        assert reason == "its language model is an encoder-decoder (T5), and the method is for decoders; take one with a decoder"
 
-    @pytest.mark.parametrize("config", [{}, {"image_token_index": None}, {"image_token_id": None}])
-    def test_blip_without_an_image_token(self, config):
-        assert ShiftDCBlip2Config.shiftdc_unsupported({"text_config": {"model_type": "opt"}, **config}) == (
-            "its config.json names no image_token_index, so image prompts cannot be told; fetch its newest revision"
-        )
+class TestClassesOnDemand:
+    """`auto_map` and pickles name classes that are made when they are asked for."""
 
-    @pytest.mark.parametrize("key", ["image_token_index", "image_token_id"])
-    def test_blip_with_one(self, key):
-        assert ShiftDCBlip2Config.shiftdc_unsupported({key: 0}) is None
+    def test_one_class_for_each_of_transformers(self):
+        assert configuration_shiftdc.ShiftDCGemma3Config is configuration_shiftdc.config_class(transformers.Gemma3Config)
+        assert configuration_shiftdc.ShiftDCGemma3Config.model_type == "shiftdc_gemma3"
+        assert issubclass(configuration_shiftdc.ShiftDCGemma3Config, transformers.Gemma3Config)
+
+    def test_they_can_be_pickled(self):
+        config = configuration_shiftdc.ShiftDCGemma3Config(shiftdc=BLOCK)
+        assert type(pickle.loads(pickle.dumps(config))) is type(config)
+
+    @pytest.mark.parametrize("name", ["ShiftDCNoSuchThingConfig", "LlavaConfig", "anything"])
+    def test_of_no_class_of_transformers(self, name):
+        with pytest.raises(AttributeError, match=f"There is no {name} in .*configuration_shiftdc: transformers .* has no class"):
+            getattr(configuration_shiftdc, name)

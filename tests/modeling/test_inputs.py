@@ -32,9 +32,9 @@ PIXELS = torch.arange(2.0)
 OPT_OUT = r"pass shiftdc=False \(no calibration\)"
 
 
-def types_of_tokens(ids, image, given):
+def types_of_tokens(ids, given):
     """As Gemma's: a number for each token of the prompt; `given` decides the name."""
-    return {"mm_types": (ids == image).long()} if "mm_types" in given else {}
+    return {"mm_types": (ids == IMAGE).long()} if "mm_types" in given else {}
 
 
 ARGUMENTS = ImageArguments(
@@ -80,6 +80,8 @@ class TestImageArguments:
         found = ARGUMENTS.of_rows({"aspect": aspect, "pixel_values": PIXELS}, torch.tensor([True, False, True]))
         assert found["aspect"].tolist() == [[1], [3]]
         assert found["pixel_values"] is PIXELS
+        of_images = aspect[:2]  # rows without an image have no entry
+        assert ARGUMENTS.of_rows({"aspect": of_images}, torch.tensor([True, False, True]))["aspect"] is of_images
 
     def test_arguments_as_long_as_the_prompt(self):
         given = {"mm_types": torch.zeros(2, 4), "token_type_ids": IDS, "mm_token_type_ids": IDS, "pixel_values": PIXELS}

@@ -28,6 +28,8 @@ from exporter.pipeline.export import export
 from exporter.pipeline.plan import ExportOptions, make_plan
 
 CAPTION_TOKENS = 6
+#: The axis that counts residual streams in what a decoder layer puts out.
+STREAMS = {"gemma3n": 0, "glm5_next": 2}
 TEXT = "{q} Image Caption: {caption}"
 
 
@@ -37,7 +39,7 @@ class FamilyNaive(Naive):
     def __init__(self, model, processor, tiny):
         self.model, self.processor, self.text_prompt = model, processor, TEXT
         self.layers = model.get_submodule(tiny.layers)
-        self.tiny = tiny
+        self.tiny, self.stream_axis = tiny, STREAMS.get(model.config.model_type)
 
     def ids(self, request, image=None):
         return encode(self.processor, [(request, image)])

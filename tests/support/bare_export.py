@@ -13,6 +13,7 @@ from exporter.checkpoint.calibrated import Calibrated
 from exporter.checkpoint.layout import REPORT
 from exporter.checkpoint.manifest import hashes
 from exporter.directions.directions import Directions
+from exporter.modeling.configuration_shiftdc import ShiftDCTraits
 from exporter.modeling.prompts_shiftdc import PromptFrame
 from exporter.models.base import BaseCheckpoint
 from exporter.models.recipe import load_recipe
@@ -25,6 +26,7 @@ COMPANIONS = {
     "qformer_tokenizer/additional_chat_templates/tool.jinja": "",
     "LICENSE": "free",
 }
+TRAITS = ShiftDCTraits("model.language_model.layers", HIDDEN, "vision_feature_select_strategy", image_token_id=4)
 FRAME = PromptFrame((), (), (), (), (), ((),), ((),), ((),), ("", ""), "", "", False)
 
 
@@ -45,7 +47,7 @@ def bare_calibrated(**changes: object) -> Calibrated:
     """Directions along the first two axes, with shifts of 0.5 and 1.5."""
     recipe = load_recipe("llava").with_overrides(**changes)
     directions = Directions(LAYERS, torch.eye(2, HIDDEN), torch.tensor([0.5, 1.5]), ())
-    return Calibrated(recipe, directions, LAYERS, FRAME)
+    return Calibrated(recipe, directions, LAYERS, FRAME, TRAITS)
 
 
 def bare_report(folder: Path, baked: Baked) -> None:

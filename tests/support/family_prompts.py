@@ -32,6 +32,9 @@ def encode(processor, rows):
         processor_kwargs={"padding": True, "padding_side": "left"},
     )  # fmt: skip
     encoded.pop("labels", None)
+    for name, value in encoded.items():
+        if isinstance(value, torch.Tensor) and value.is_floating_point():  # Llama 4's are of 16 bits
+            encoded[name] = value.float()
     return encoded
 
 

@@ -127,7 +127,7 @@ def lfm2_vl() -> TinyFamily:
     marks = ["<|image_start|>", "<|image_end|>", "<|img_thumbnail|>"]
     words = tokenizer("<|im_start|>", "<|im_end|>", *marks, *tags, bos=False)
     images = Lfm2VlImageProcessor(
-        tile_size=28, encoder_patch_size=7, min_image_tokens=1, max_image_tokens=8, max_tiles=4, size={"height": 28, "width": 28}
+        tile_size=28, encoder_patch_size=7, min_image_tokens=1, max_image_tokens=64, max_tiles=4, size={"height": 28, "width": 28}
     )
     processor = Lfm2VlProcessor(images, words, chat_template=LFM2)
     text = Lfm2Config(
