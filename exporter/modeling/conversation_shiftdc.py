@@ -426,7 +426,7 @@ def _read_again(step: Pass, start: int, ends: torch.Tensor, image_token_id: int)
         inputs["attention_mask"] = mask
     if positions is not None:
         counted = (mask.cumsum(-1) - 1).clamp_min(0)[:, start : step.past]
-        inputs["position_ids"] = torch.cat([counted.to(positions).expand(len(positions), -1), positions], dim=1)
+        inputs["position_ids"] = torch.cat([counted.to(positions), positions.expand(len(counted), -1)], dim=1)
     if inputs.get("labels") is not None:
         inputs["labels"] = torch.nn.functional.pad(inputs["labels"], (again.shape[1], 0), value=-100)
     if isinstance(keep := inputs.get("logits_to_keep"), torch.Tensor):

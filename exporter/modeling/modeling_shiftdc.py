@@ -305,15 +305,14 @@ class ShiftDCMixin(_Model):
         base: Any = next((c for c in cls.__mro__ if c.__module__.startswith("transformers.") and "forward" in c.__dict__), None)
         if base is None:  # a mixin
             return
-        strict = getattr(base, "_keep_in_fp32_modules_strict", None) or ()
-        cls._keep_in_fp32_modules_strict = {*strict, "shiftdc"}
+        cls._keep_in_fp32_modules_strict = {*(base._keep_in_fp32_modules_strict or ()), "shiftdc"}
         setattr(cls, "forward", _with_shiftdc_arguments(cls.forward, base.forward))  # noqa: B010 (mypy: a method)
         cls._shiftdc_base_forward = base.forward
         cls._shiftdc_base_generate = base.generate
         cls._shiftdc_image_names = image_arguments(base.forward)
 
-    def __init__(self, config: PreTrainedConfig, *args: object, **kwargs: object):
-        super().__init__(config, *args, **kwargs)
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__(config)
         settings = ShiftDCSettings.of(config)
         _MADE.add(type(self))
         self._shiftdc_ready = False

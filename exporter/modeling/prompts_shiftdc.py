@@ -139,8 +139,7 @@ class PromptComposer:
         """
         ids, asked = list(ids), self.caption_prompt(ids)
         end = max((i + 1 for i, t in enumerate(ids) if t == self.image_token_id), default=0)
-        shared = asked[:end] == ids[:end] and self.image_token_id not in asked[end:]
-        return ids[:end] if shared and end < min(len(ids), len(asked)) else []
+        return ids[:end] if asked[:end] == ids[:end] and end < min(len(ids), len(asked)) else []
 
     def request(self, ids: Sequence[int]) -> str:
         """The text of the request of the last user turn."""

@@ -64,8 +64,8 @@ LLAVA = PromptFrame(
 #: Images in rows, with a token around each and their number beside it; a turn ends with a token.
 ROWS = PromptFrame(
     head=("User:",), tail=(6, "Assistant:"), reply=(6, "Assistant:"), opening=("User:",), gap=(" ",), before=((5, "1:"),),
-    between=((5, "12:"), (5, "1:")), after=((5,),), instead=("[first]", "[later]"), caption="{request}?", text="{caption}|{request}",
-    bos_added=False,
+    between=((5, "12:"), (5, "1:")), after=((5,),), instead=("[first]", "[later]"), caption="{request}?",
+    text="{caption}|{request}", bos_added=False,
 )  # fmt: skip
 
 

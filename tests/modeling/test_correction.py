@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy
 import pytest
 import torch
+from other_device import other_device
 
 from exporter.modeling.modeling_shiftdc import ShiftDCCorrection, ShiftDCReadError, ShiftDCReadout, buffers_sha256, calibrate
 
@@ -65,6 +66,13 @@ def test_moved_buffers_stay_float32(move):
     moved = move(made)
     assert moved is made and made.direction.dtype == made.shift.dtype == torch.float32
     assert made.direction.is_meta or torch.equal(made.direction, exact)
+
+
+def test_buffers_follow_the_model_to_another_device():
+    with other_device() as device:
+        made = correction().to(device, torch.bfloat16)
+        assert made.direction.device == made.shift.device == device
+        assert made.direction.dtype == made.shift.dtype == torch.float32
 
 
 def test_modules_within_are_moved_too():
@@ -127,6 +135,11 @@ def test_an_amount_of_zero_keeps_the_bits(hidden):
         assert torch.equal(found, hidden) and bool(torch.signbit(found[0, 4, 0]))
 
 
+def test_an_amount_of_one_is_an_amount(hidden):
+    found = correction()(hidden, POSITION, None, torch.ones(3, 2))
+    assert torch.allclose(coordinates(correction(), hidden) - coordinates(correction(), found), torch.ones(2), atol=1e-6)
+
+
 def test_half_precision_is_computed_in_float32(hidden):
     made, small = correction(), hidden.to(torch.bfloat16)
     found = made(small, POSITION, REFERENCE)
@@ -158,6 +171,23 @@ def test_a_readout_is_stacked_by_layer():
     assert readout.is_complete
     assert readout.stacked(torch.device("cpu")).tolist() == [[1.0, 3.0], [2.0, 4.0]]
     assert readout.stacked(torch.device("meta")).is_meta
+
+
+@pytest.mark.parametrize(
+    "amounts", [(None, None), (REFERENCE, None), (REFERENCE, REFERENCE * 2)], ids=["shift", "reference", "given"]
+)
+def test_a_layer_on_another_device_takes_what_lies_elsewhere(hidden, amounts):
+    """Layers of one model may lie on several devices; positions and amounts lie on the first, offloaded buffers on the CPU."""
+    made = correction()
+    expected = made(hidden, POSITION, *amounts)
+    read, there = ShiftDCReadout(2, ends_pass=True), ShiftDCReadout(2, ends_pass=True)
+    made(hidden, POSITION, readout=read)
+    with other_device() as device:
+        for layer in (made, correction().to(device)):
+            found = layer(hidden.to(device), POSITION, *amounts)
+            assert found.device == device and torch.equal(found.cpu(), expected)
+            layer(hidden.to(device), POSITION, readout=there)
+            assert torch.equal(there.coordinates[1].cpu(), read.coordinates[1])
 
 
 def test_buffers_are_checked_before_the_first_pass_and_once(hidden):

@@ -107,6 +107,37 @@ def test_the_first_key_renaming_there_is_is_taken(monkeypatch, names, expected):
     assert registered == ([] if expected is None else [("ShiftDCMixin", expected, True)])
 
 
+# what a family may change
+
+
+def test_by_default_tokens_of_images_are_marked_where_the_prompt_marks_them():
+    ids = torch.tensor([[4, 9, 4]])
+    found = ShiftDCMixin.shiftdc_token_inputs(ids, 4, {"mm_token_type_ids": None, "pixel_values": None, "token_type_ids": None})
+    assert {k: v.tolist() for k, v in found.items()} == {"mm_token_type_ids": [[1, 0, 1]], "token_type_ids": [[1, 0, 1]]}
+    assert ShiftDCMixin.shiftdc_image_layers(None) == frozenset()
+
+
+@pytest.mark.parametrize(
+    ("rows", "images", "unmarked"),
+    [
+        ([False, False], {"pixel_values": 1}, True),
+        ([False, False], {"image_sizes": 1, "pixel_values_videos": 1}, True),
+        ([False, True], {"pixel_values": 1}, False),
+        ([False, False], {"pixel_values": None}, False),
+        ([False, False], {"image_sizes": 1}, False),
+        ([False, False], {}, False),
+    ],
+)
+def test_pixels_that_no_token_stands_for(rows, images, unmarked):
+    assert bool(ShiftDCMixin.shiftdc_unmarked_image(torch.tensor(rows), images)) is unmarked
+
+
+def test_a_pass_that_only_reads_keeps_no_cache():
+    given = []
+    ShiftDCMixin.shiftdc_backbone(SimpleNamespace(model=lambda **k: given.append(k)), input_ids=1)
+    assert given == [{"input_ids": 1, "use_cache": False}]
+
+
 # models
 
 
@@ -123,6 +154,18 @@ def test_every_calibrated_layer_gets_its_correction_and_one_hook(load):
         assert hooks == ([calibrate] if number in (1, 2) else [])
         assert len(layer._forward_hooks_with_kwargs) == len(hooks)
     assert not load(strength=3).shiftdc_corrections[0].one_sided
+
+
+def test_buffers_that_a_checkpoint_lacks_become_no_numbers(load):
+    """What transformers leaves there is uninitialised memory; it asks the model to fill what was not loaded."""
+    correction = copy.deepcopy(load().shiftdc_corrections[0])
+    loaded = correction.direction.clone()
+    correction.direction._is_hf_initialized = True
+    load()._init_weights(correction)
+    assert torch.equal(correction.direction, loaded) and correction.shift.isnan()
+    correction.shift.fill_(1)._is_hf_initialized = False
+    load()._init_weights(correction)
+    assert correction.shift.isnan()
 
 
 def test_weights_of_other_modules_are_the_base_class_s(model):
