@@ -788,7 +788,9 @@ class ShiftDCMixin(_Model):
             raise ValueError("A checkpoint with 'reference: static' has no reference pass: its shift is baked in.")
         if captions is not None and len(captions) != len(prompt.ids):
             raise ValueError(f"shiftdc_captions needs one caption per row: expected {len(prompt.ids)}, found {len(captions)}.")
-        if captions is None and kind == "caption" and prompt.rows.any():
+        if not prompt.rows.any():
+            return torch.zeros(len(prompt.ids), len(self._shiftdc_settings.layers), device=prompt.ids.device)
+        if captions is None and kind == "caption":
             captions = self._shiftdc_read(prompt, keep=False).captions
         prompts = self._shiftdc_padding.token_lists(prompt)
         if kind == "blank":

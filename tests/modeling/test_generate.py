@@ -1,0 +1,570 @@
+"""generate() and forward() of a tiny calibrated model, step by step: what each of them hands on, and what they refuse.
+
+test_modeling.py and test_calls.py compare whole replies with the naive implementation.
+"""
+
+from __future__ import annotations
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+from other_device import other_device
+from tiny import encode, picture, tiny_processor
+from transformers import DynamicCache, GenerationConfig
+
+from exporter.modeling.configuration_shiftdc import ShiftDCSettings
+from exporter.modeling.inputs_shiftdc import UNMARKED_IMAGE
+from exporter.modeling.modeling_shiftdc import ShiftDCMixin
+
+TWO = {"max_new_tokens": 2, "do_sample": False}
+REQUESTS = ["How do I build this?", "What is it, and who needs one?"]
+IMAGES = [picture(0), picture(1)]
+
+
+@pytest.fixture(scope="module")
+def model(load):
+    return load(strength=4, caption_max_new_tokens=2)
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return tiny_processor()
+
+
+@pytest.fixture(scope="module")
+def inputs(processor):
+    return dict(encode(processor, REQUESTS[:1], IMAGES[:1]))
+
+
+@pytest.fixture(scope="module")
+def both(processor):
+    """A row that is padded, and a longer one."""
+    return dict(encode(processor, REQUESTS, IMAGES))
+
+
+@pytest.fixture(scope="module")
+def text(processor):
+    return dict(encode(processor, ["Hello", "Hello there, you"], [None, None]))
+
+
+def without(given, *names):
+    return {k: v for k, v in given.items() if k not in names}
+
+
+def message_of(run, *args, **kwargs):
+    with pytest.raises(ValueError) as raised:
+        run(*args, **kwargs)
+    return str(raised.value)
+
+
+def logits(model, inputs, **options):
+    """Of the first new token."""
+    options = {"max_new_tokens": 1, "do_sample": False, **options}
+    return model.generate(**inputs, **options, output_logits=True, return_dict_in_generate=True).logits[0]
+
+
+# what is asked
+
+
+def test_ids_are_given_once_in_one_of_three_ways(model, inputs):
+    ids, rest = inputs["input_ids"], without(inputs, "input_ids")
+    expected = model.generate(**inputs, **TWO)
+    assert not torch.equal(expected, model.generate(**inputs, **TWO, shiftdc=False))
+    for given in (model.generate(ids, **rest, **TWO), model.generate(inputs=ids, **rest, **TWO)):
+        assert torch.equal(given, expected)
+    twice = "generate() got input_ids twice: give them as the first argument or as input_ids=."
+    assert message_of(model.generate, ids, **inputs, **TWO) == twice
+    assert message_of(model.generate, inputs=ids, **inputs, **TWO) == twice
+    config = GenerationConfig(max_new_tokens=2, pad_token_id=3, eos_token_id=2)
+    assert torch.equal(model.generate(ids, config, **rest), expected)
+
+
+def test_prompts_without_an_image_are_the_base_model_s(model, text, inputs):
+    stock = type(model)._shiftdc_base_generate
+    for given in (text, inputs):
+        expected = stock(model, **given, **TWO, shiftdc=False)
+        assert torch.equal(model.generate(**given, **TWO, shiftdc=False), expected)
+        assert torch.equal(model.generate(given["input_ids"], **without(given, "input_ids"), **TWO, shiftdc=False), expected)
+        assert torch.equal(model.generate(**given, **TWO), expected) == (given is text)
+    unmasked = model.generate(text["input_ids"][1:], **TWO)
+    assert torch.equal(unmasked, model.generate(text["input_ids"][1:], attention_mask=text["attention_mask"][1:], **TWO))
+    embeds = model.get_input_embeddings()(text["input_ids"])
+    found = model.generate(inputs_embeds=embeds, attention_mask=text["attention_mask"], **TWO, shiftdc=False)
+    assert torch.equal(found, model.generate(**text, **TWO)[:, text["input_ids"].shape[1] :])
+
+
+def test_nothing_runs_before_the_buffers_are_checked(model, inputs, text):
+    broken = copy.deepcopy(model)
+    broken.shiftdc_corrections[0].direction.neg_()
+    for given in (inputs, text):
+        broken._shiftdc_ready = False
+        assert "layer 1 are not those" in message_of(broken.generate, **given, **TWO)
+        assert "layer 1 are not those" in message_of(broken, **given)
+    broken.generate(**inputs, **TWO, shiftdc=False)
+    broken(**inputs, shiftdc=False)
+    assert not broken._shiftdc_ready
+    broken.shiftdc_corrections[0].direction.neg_()
+    broken.generate(**inputs, **TWO)
+    assert broken._shiftdc_ready
+
+
+VIDEO = (
+    "The prompt holds a video, which calibration does not know; give its frames as images, or pass shiftdc=False (no "
+    "calibration)."
+)
+
+
+def test_videos_are_refused(model, inputs, monkeypatch):
+    monkeypatch.setattr(model.config, "video_token_id", int(inputs["input_ids"][0, -1]), raising=False)
+    for call in (model.generate, model.shiftdc_captions, model, model.shiftdc_image):
+        assert message_of(call, **inputs) == VIDEO
+
+
+def test_images_that_no_token_stands_for_are_refused(model, text, inputs):
+    shown = {**text, "pixel_values": inputs["pixel_values"]}
+    for call in (model.generate, model):
+        assert message_of(call, **shown) == UNMARKED_IMAGE
+
+
+def test_several_prompts_in_a_row_are_refused(model, both):
+    ids = both["input_ids"]
+    for positions, refused in ((both["attention_mask"].cumsum(-1) - 1, False), (torch.arange(ids.shape[1]) % 9, True)):
+        given = {**both, "position_ids": positions.clamp_min(0).expand_as(ids)}
+        if refused:
+            assert "several prompts" in message_of(model.generate, **given, **TWO)
+            assert "several prompts" in message_of(model, **given)
+        else:
+            assert torch.allclose(logits(model, given), logits(model, both), atol=1e-4)
+
+
+def test_padding_on_the_right_with_its_mask_and_without(model, both):
+    width = both["input_ids"].shape[1]
+    gap = width - int(both["attention_mask"][0].sum())
+    assert gap > 0
+    right = {**both, **{k: torch.cat([both[k][:1].roll(-gap, 1), both[k][1:]]) for k in ("input_ids", "attention_mask")}}
+    expected = logits(model, both)
+    assert torch.allclose(logits(model, right), expected, atol=1e-4)
+    assert torch.allclose(logits(model, without(right, "attention_mask")), expected, atol=1e-4)
+    found = model.generate(**right, **TWO)
+    assert torch.equal(found[:, :width], right["input_ids"])
+
+
+# captions and references
+
+
+def test_captions_and_references_of_a_padded_batch_are_those_of_its_rows(model, both, text):
+    captions, reference = model.shiftdc_captions(**both), model.shiftdc_reference(**both)
+    for row in (0, 1):
+        kept = both["attention_mask"][row].bool()
+        alone = {"input_ids": both["input_ids"][row : row + 1, kept], "pixel_values": both["pixel_values"][row : row + 1]}
+        assert model.shiftdc_captions(**alone) == captions[row : row + 1]
+        assert torch.allclose(model.shiftdc_reference(**alone), reference[row : row + 1], atol=1e-4)
+    coordinates = model.shiftdc_coordinates(**both)
+    assert coordinates.shape == (2, 2) and not torch.allclose(coordinates, reference)
+    assert model.shiftdc_captions(**text) == [[], []]
+    for given in ({}, {"captions": [[], []]}):
+        assert model.shiftdc_reference(**text, **given).tolist() == [[0, 0], [0, 0]]
+    masked = {**both, "attention_mask": both["attention_mask"].clone()}
+    masked["attention_mask"][1, :3] = 0
+    assert not torch.allclose(model.shiftdc_reference(**masked)[1], reference[1])
+
+
+def test_captions_are_as_long_as_the_config_says_and_the_base_model_s_own(load, inputs):
+    for length in (2, 5):
+        model = load(strength=4, caption_max_new_tokens=length)
+        (caption,) = model.shiftdc_captions(**inputs)
+        asked = torch.tensor([model.shiftdc_composer.caption_prompt(inputs["input_ids"][0].tolist())])
+        expected = type(model)._shiftdc_base_generate(
+            model, input_ids=asked, pixel_values=inputs["pixel_values"], max_new_tokens=length, do_sample=False, shiftdc=False
+        )
+        assert caption == [t for t in expected[0, asked.shape[1] :].tolist() if t not in (2, 3)] and caption
+
+
+def test_given_captions_are_used_by_row(model, processor, both):
+    mixed = dict(encode(processor, [REQUESTS[0], "Hello", REQUESTS[1]], [IMAGES[0], None, IMAGES[1]]))
+    captions = [torch.tensor([90, 91]), [5], [92]]
+    found = model.shiftdc_reference(**mixed, captions=captions)
+    assert found[1].tolist() == [0, 0]
+    singles = [model.shiftdc_reference(**encode(processor, [r], [i]), captions=[c]) for r, i, c in
+               zip(REQUESTS, IMAGES, (captions[0], captions[2]), strict=True)]  # fmt: skip
+    assert torch.allclose(found[[0, 2]], torch.cat(singles), atol=1e-4)
+    expected = logits(model, mixed, shiftdc_reference=found)
+    assert torch.allclose(logits(model, mixed, shiftdc_captions=captions), expected, atol=1e-4)
+    assert message_of(model.generate, **mixed, shiftdc_captions=captions[:2]) == (
+        "shiftdc_captions needs one caption per row: expected 3, found 2."
+    )
+
+
+def test_a_static_reference_has_no_pass(load, inputs):
+    model = load(strength=4, reference="static")
+    assert message_of(model.shiftdc_reference, **inputs) == (
+        "A checkpoint with 'reference: static' has no reference pass: its shift is baked in."
+    )
+    assert message_of(model.shiftdc_image, **inputs) == (
+        "shiftdc_image() is for checkpoints with 'reference: caption'; the others write no caption."
+    )
+    prompt = model._shiftdc_images.prompt(inputs["input_ids"], None, {})
+    assert model._shiftdc_amounts(prompt, None, None) == {}
+    given = torch.zeros(1, 2)
+    assert torch.equal(model._shiftdc_amounts(prompt, given, None)["shiftdc_reference"], given)
+
+
+@pytest.mark.parametrize("rule", ["sequential", "precomputed"])
+def test_what_corrections_are_computed_from(load, processor, rule):
+    model = load(strength=4, rule=rule, caption_max_new_tokens=2)
+    mixed = dict(encode(processor, [REQUESTS[0], "Hello"], [IMAGES[0], None]))
+    prompt = model._shiftdc_images.prompt(mixed["input_ids"], mixed["attention_mask"], {"pixel_values": mixed["pixel_values"]})
+    reference = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    found = model._shiftdc_amounts(prompt, reference.double(), None)
+    (name, amounts) = found.popitem()
+    assert amounts.dtype == torch.float32 and not found
+    if rule == "sequential":
+        assert name == "shiftdc_reference" and torch.equal(amounts, reference)
+    else:
+        assert name == "shiftdc_correction"
+        assert torch.allclose(amounts[0], model.shiftdc_coordinates(**mixed)[0] - reference[0], atol=1e-4)
+    captions = [[90], []]
+    own = model._shiftdc_amounts(prompt, None, captions)[name]
+    expected = model._shiftdc_amounts(prompt, model.shiftdc_reference(**mixed, captions=captions), None)[name]
+    assert torch.allclose(own, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "reference",
+    [torch.zeros(1, 3), torch.zeros(2, 2), torch.tensor([[1.0, torch.inf]]), torch.tensor([[torch.nan, 1.0]])],
+    ids=str,
+)
+def test_a_reference_of_other_rows_or_layers_or_no_numbers(model, inputs, reference):
+    assert message_of(model.generate, **inputs, **TWO, shiftdc_reference=reference) == (
+        f"shiftdc_reference must be finite and of shape [batch, calibrated layers] = [1, 2], found {list(reference.shape)}."
+    )
+
+
+@pytest.mark.parametrize("mean", [0.0, -0.5])
+def test_a_neutral_image_for_every_image_and_none_for_padding(mean):
+    pixels = torch.ones(2, 3, 3, 4, 4)
+    pixels[0, 2] = 0
+    pixels[1, 0, :2] = 0
+    found = ShiftDCMixin._shiftdc_blank(SimpleNamespace(shiftdc_blank_pixel=mean), pixels)
+    expected = torch.full_like(pixels, mean)
+    expected[0, 2] = 0
+    assert torch.equal(found, expected) and found.dtype == pixels.dtype
+    assert ShiftDCMixin._shiftdc_blank(SimpleNamespace(shiftdc_blank_pixel=mean), pixels.half()).dtype == torch.float16
+    assert ShiftDCMixin._shiftdc_blank(SimpleNamespace(shiftdc_blank_pixel=-0.5), torch.zeros(1, 3, 4, 4)).any() == 0
+
+
+def test_coordinates_of_prompts_that_are_composed_here(model, inputs):
+    prompts = [[1, 9, 10], [1, 9, 10, 11, 12]]
+    found = model._shiftdc_last_coordinates(prompts, torch.device("cpu"), {})
+    for row, prompt in enumerate(prompts):
+        assert torch.allclose(found[row], model.shiftdc_coordinates(torch.tensor([prompt]))[0], atol=1e-4)
+    ids = inputs["input_ids"][0].tolist()
+    shown = model._shiftdc_last_coordinates([ids], torch.device("cpu"), {"pixel_values": inputs["pixel_values"]})
+    assert torch.allclose(shown, model.shiftdc_coordinates(**inputs), atol=1e-4)
+
+
+def test_token_inputs_are_made_for_prompts_that_are_composed_here(model, monkeypatch):
+    given = {}
+    monkeypatch.setattr(type(model), "_shiftdc_image_names", frozenset({"token_type_ids"}))
+    monkeypatch.setattr(type(model), "_shiftdc_coordinates", lambda self, inputs, last: given.update(inputs, last=last))
+    model._shiftdc_last_coordinates([[9, 4], [4]], torch.device("cpu"), {"token_type_ids": "of the original"})
+    assert {k: v.tolist() for k, v in given.items()} == {
+        "input_ids": [[9, 4], [3, 4]], "attention_mask": [[1, 1], [0, 1]], "token_type_ids": [[0, 1], [0, 1]], "last": [1, 1],
+    }  # fmt: skip
+
+
+# the reply
+
+
+def calls_of_the_base_class(model, monkeypatch):
+    """Arguments of every call of the base class's generate()."""
+    calls = []
+    stock = type(model)._shiftdc_base_generate
+    base = next(c for c in type(model).__mro__ if vars(c).get("generate") is stock)
+    monkeypatch.setattr(base, "generate", lambda self, *a, **k: calls.append(k) or stock(self, *a, **k))
+    return calls
+
+
+def test_the_image_is_read_once_where_the_reply_may_go_on_from_its_cache(model, inputs, monkeypatch):
+    calls = calls_of_the_base_class(model, monkeypatch)
+    expected = model.generate(**inputs, **TWO, shiftdc_captions=model.shiftdc_captions(**inputs))
+    for options, shares in (
+        ({}, True),
+        ({"num_beams": 1, "streamer": None}, True),
+        ({"output_logits": False, "logits_processor": []}, True),
+        ({"use_cache": False}, False),
+        ({"past_key_values": DynamicCache()}, False),
+        ({"generation_config": GenerationConfig(max_new_tokens=2, pad_token_id=3, eos_token_id=2)}, True),
+        ({"generation_config": GenerationConfig(max_new_tokens=2, pad_token_id=3, eos_token_id=2, use_cache=False)}, False),
+    ):
+        calls.clear()
+        given = {"max_new_tokens": 2} if "generation_config" in options else TWO
+        assert torch.equal(model.generate(**inputs, **given, **options), expected)
+        caption, reply = calls
+        assert ("pixel_values" in caption, "pixel_values" in reply) == (True, not shares)
+        assert caption["shiftdc"] is False and caption["max_new_tokens"] == 2 and "shiftdc" not in reply
+        assert reply["shiftdc_prompt_length"] == inputs["input_ids"].shape[1] and reply["shiftdc_rows"].tolist() == [True]
+    monkeypatch.setattr(model.generation_config, "cache_implementation", "static")
+    calls.clear()
+    model.generate(**inputs, **TWO)
+    assert "pixel_values" in calls[1]
+
+
+def test_images_that_were_read_before_are_not_read_again(model, inputs, processor):
+    read = model.shiftdc_image(**inputs)
+    assert read.cache is not None and read.prefixes and read.captions == model.shiftdc_captions(**inputs)
+    expected = model.generate(**inputs, **TWO)
+    length = read.cache.get_seq_length()
+    for given in (inputs, without(inputs, "pixel_values"), inputs):
+        assert torch.equal(model.generate(**given, **TWO, shiftdc_image=read), expected)
+        assert read.cache.get_seq_length() == length
+    other = dict(encode(processor, REQUESTS[:1], IMAGES[1:]))
+    assert "is of other images" in message_of(model.generate, **other, **TWO, shiftdc_image=read)
+    bare = without(inputs, "pixel_values")
+    assert "no image was given" in message_of(model.generate, **bare, **TWO, use_cache=False, shiftdc_image=read)
+    assert torch.equal(model.generate(**inputs, **TWO, use_cache=False, shiftdc_image=read), expected)
+
+
+def test_of_rows_without_an_image_nothing_is_kept(model, processor):
+    mixed = dict(encode(processor, [REQUESTS[0], "Hello"], [IMAGES[0], None]))
+    read = model.shiftdc_image(**mixed)
+    assert read.cache is None and read.captions[0] and read.captions[1] == []
+
+
+def test_the_baked_shift_and_a_given_reference_need_no_caption(load, inputs, monkeypatch):
+    for model, options in (
+        (load(strength=4, reference="static"), {}),
+        (load(strength=4, reference="text"), {}),
+        (load(strength=4, caption_max_new_tokens=2), {"shiftdc_reference": torch.zeros(1, 2)}),
+        (load(strength=4, caption_max_new_tokens=2), {"shiftdc_captions": [[90]]}),
+    ):
+        calls = calls_of_the_base_class(model, monkeypatch)
+        model.generate(**inputs, **TWO, **options)
+        assert len(calls) == 1
+        monkeypatch.undo()
+
+
+def test_a_family_without_shared_prefixes_reads_the_image_twice(model, inputs, monkeypatch):
+    expected = model.generate(**inputs, **TWO)
+    monkeypatch.setattr(type(model), "shiftdc_shares_prefix", False)
+    calls = calls_of_the_base_class(model, monkeypatch)
+    assert torch.equal(model.generate(**inputs, **TWO), expected)
+    assert ["pixel_values" in c for c in calls] == [True, True]
+
+
+def test_a_family_that_goes_on_in_no_cache(model, inputs, monkeypatch):
+    cache = DynamicCache()
+    first = model.generate(**inputs, **TWO, past_key_values=cache)
+    monkeypatch.setattr(type(model), "shiftdc_continues_caches", False)
+    sentence = (
+        "ShiftDCLlavaForConditionalGeneration does not go on from past_key_values with calibration: give the whole prompt and a "
+        "new cache, or pass shiftdc=False (no calibration)."
+    )
+    more = {"input_ids": torch.cat([first, first[:, -1:]], dim=1), "pixel_values": inputs["pixel_values"]}
+    mask = {"attention_mask": torch.ones_like(more["input_ids"])}
+    assert message_of(model.generate, **more, **mask, **TWO, past_key_values=cache) == sentence
+    step = {"input_ids": first[:, -1:], "past_key_values": cache}
+    assert message_of(model, **step) == sentence
+    model(**step, shiftdc=False)
+    model.generate(**inputs, **TWO, past_key_values=DynamicCache())
+    model(**inputs, past_key_values=DynamicCache())
+
+
+def test_state_of_the_backbone_is_put_back(model, monkeypatch):
+    monkeypatch.setattr(type(model), "shiftdc_backbone_state", ("deltas",))
+    model.model.deltas = "before"
+    try:
+        with pytest.raises(RuntimeError, match="stop"), model._shiftdc_preserving_state():
+            model.model.deltas = "within"
+            raise RuntimeError("stop")
+        assert model.model.deltas == "before"
+    finally:
+        del model.model.deltas
+
+
+def test_a_step_is_told_where_to_correct(model, inputs):
+    rows, ids = torch.tensor([True]), inputs["input_ids"]
+    reference, length = torch.zeros(1, 2), ids.shape[1]
+    given = {
+        "shiftdc_rows": rows,
+        "shiftdc_prompt_length": length,
+        "shiftdc_reference": reference,
+        "shiftdc_correction": reference,
+    }
+
+    def prepared(ids, cache=None, **options):
+        return model.prepare_inputs_for_generation(ids, past_key_values=cache, attention_mask=torch.ones_like(ids), **options)
+
+    first = prepared(ids, pixel_values=inputs["pixel_values"], is_first_iteration=True, **given)
+    assert first["shiftdc_position"].tolist() == [length - 1] and first["shiftdc_unrecorded"] is True
+    assert first["shiftdc_reference"] is reference and first["shiftdc_correction"] is reference and "shiftdc" not in first
+    cache = DynamicCache()
+    model.model(input_ids=ids, past_key_values=cache, shiftdc=False)
+    longer = torch.cat([ids, ids[:, :1]], dim=1)
+    later = prepared(longer, cache, next_sequence_length=1, **given)
+    assert later["shiftdc"] is False and later["shiftdc_unrecorded"] is True and later["input_ids"].shape == (1, 1)
+    assert not {"shiftdc_position", "shiftdc_reference", "shiftdc_correction"} & later.keys()
+    off = prepared(ids, shiftdc=False)
+    assert off["shiftdc"] is False and off["shiftdc_unrecorded"] is True and "shiftdc_position" not in off
+    for options in ({}, {"shiftdc_prompt_length": length}):
+        plain = prepared(ids, **options)
+        assert not {"shiftdc_position", "shiftdc_unrecorded"} & plain.keys()
+    half = prepared(ids, shiftdc_rows=rows)
+    assert half["shiftdc_unrecorded"] is True and "shiftdc_position" not in half
+    embeds = model.get_input_embeddings()(ids)
+    by_embeds = prepared(ids, inputs_embeds=embeds, is_first_iteration=True, shiftdc_rows=rows, shiftdc_prompt_length=length)
+    assert torch.equal(by_embeds["inputs_embeds"], embeds) and by_embeds["shiftdc_position"].tolist() == [length - 1]
+
+
+def test_continuous_batching_is_refused_in_one_sentence(model):
+    expected = (
+        "Continuous batching (generate_batch, cache_implementation='paged', transformers serve --continuous-batching) reads many "
+        "prompts as one row without their images, which calibration does not know: call generate(), or load the base "
+        "model for it."
+    )
+    for call in (model.generate_batch, model.init_continuous_batching, model.continuous_batching_context_manager):
+        assert message_of(call, [[1]]) == message_of(call, inputs=[[1]]) == expected
+
+
+def test_what_a_cache_of_an_uncalibrated_reply_holds(model, text, inputs, processor):
+    for given, options in ((text, {}), (inputs, {"shiftdc": False})):
+        cache = DynamicCache()
+        out = model.generate(**given, **TWO, min_new_tokens=2, past_key_values=cache, **options)
+        held = cache._shiftdc_held
+        assert torch.equal(held.ids, out[:, :-1]) and torch.equal(held.tail, out[:, -1:])
+        assert held.corrected.tolist() == [-1] * len(out)
+        assert torch.equal(held.mask[:, : given["input_ids"].shape[1]], given["attention_mask"])
+        returned = model.generate(**given, **TWO, min_new_tokens=2, return_dict_in_generate=True, **options)
+        assert torch.equal(returned.past_key_values._shiftdc_held.ids, held.ids)
+        if given is inputs:
+            assert torch.equal(held.images["pixel_values"], inputs["pixel_values"])
+    unknown = DynamicCache()
+    model.model(input_ids=text["input_ids"], past_key_values=unknown, shiftdc=False)
+    longer = torch.cat([text["input_ids"], text["input_ids"][:, -1:]], dim=1)
+    model.generate(longer, attention_mask=torch.ones_like(longer), past_key_values=unknown, **TWO, shiftdc=False)
+    assert unknown._shiftdc_held is None
+    known = DynamicCache()
+    model.generate(**text, **TWO, past_key_values=known)
+    other = torch.cat([text["input_ids"] + 1, text["input_ids"]], dim=1)  # the base class goes on behind what the cache holds
+    model.generate(other, attention_mask=torch.ones_like(other), past_key_values=known, **TWO, shiftdc=False)
+    assert known._shiftdc_held is None
+
+
+def test_what_a_cache_of_a_calibrated_reply_holds(model, both):
+    cache = DynamicCache()
+    out = model.generate(**both, **TWO, min_new_tokens=2, past_key_values=cache)
+    held = cache._shiftdc_held
+    length = both["input_ids"].shape[1]
+    assert torch.equal(held.ids, out[:, :-1]) and held.corrected.tolist() == [length - 1] * 2
+    returned = model.generate(**both, **TWO, min_new_tokens=2, return_dict_in_generate=True)
+    assert torch.equal(returned.past_key_values._shiftdc_held.ids, held.ids)
+    assert torch.equal(returned.sequences, out)
+
+
+# one pass
+
+
+@torch.no_grad()
+def test_a_pass_is_corrected_where_it_is_told(model, inputs, caplog):
+    plain, found = model(**inputs, shiftdc=False).logits, model(**inputs).logits
+    assert torch.equal(plain[:, :-1], found[:, :-1]) and not torch.equal(plain[:, -1], found[:, -1])
+    at = torch.tensor([10])
+    told = model(**inputs, shiftdc_position=at).logits
+    assert torch.equal(plain[:, :10], told[:, :10]) and not torch.equal(plain[:, 10], told[:, 10])
+    assert torch.equal(model(**inputs, shiftdc_position=at, shiftdc=False).logits, plain)
+    assert torch.equal(model(**inputs, shiftdc_position=at, shiftdc_unrecorded=True).logits, told)
+    amounts = torch.full((1, 2), 2.0)
+    assert not torch.equal(model(**inputs, shiftdc_correction=amounts).logits, found)
+    assert not torch.equal(model(**inputs, shiftdc_reference=amounts).logits, found)
+    assert torch.equal(
+        model(**inputs, shiftdc_reference=amounts, shiftdc_correction=amounts).logits,
+        model(**inputs, shiftdc_correction=amounts).logits,
+    )
+    embeds = model.get_input_embeddings()(inputs["input_ids"])
+    assert message_of(model, inputs_embeds=embeds) == (
+        "forward() needs input_ids to see which rows hold an image; pass shiftdc_position= with inputs_embeds, or shiftdc=False "
+        "(no calibration)."
+    )
+    at = torch.tensor([2])
+    assert not torch.equal(
+        model(inputs_embeds=embeds, shiftdc_position=at).logits, model(inputs_embeds=embeds, shiftdc=False).logits
+    )
+    cache = DynamicCache()
+    model(inputs_embeds=embeds, past_key_values=cache, shiftdc_position=at)
+    assert cache._shiftdc_held is None
+    returned = model(inputs_embeds=embeds, use_cache=True, shiftdc=False).past_key_values
+    assert returned._shiftdc_held is None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rule", ["sequential", "precomputed"])
+def test_the_target_of_one_pass(load, both, rule):
+    model = load(strength=1, rule=rule)
+    reference = model.shiftdc_coordinates(**both) - 2
+    found = model(**both, shiftdc_reference=reference).logits
+    amounts = torch.full((2, 2), 2.0)
+    expected = model(**both, shiftdc_correction=amounts).logits
+    assert torch.allclose(found, expected, atol=1e-4) == (rule == "precomputed")
+    assert not torch.allclose(found[:, -1], model(**both).logits[:, -1], atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rule", ["sequential", "precomputed"])
+def test_a_prompt_in_parts_is_the_prompt(load, both, rule):
+    model = load(strength=3, rule=rule)
+    reference = model.shiftdc_coordinates(**both) - 2
+    expected = model(**both, shiftdc_reference=reference).logits
+    for first in (both["input_ids"].shape[1] - 5, both["input_ids"].shape[1] - 1):
+        cache = DynamicCache()
+        begun = {**both, **{k: both[k][:, :first] for k in ("input_ids", "attention_mask")}}
+        model(**begun, past_key_values=cache)
+        rest = {"input_ids": both["input_ids"][:, first:], "attention_mask": both["attention_mask"]}
+        found = model(**rest, past_key_values=cache, shiftdc_reference=reference).logits
+        assert torch.allclose(found, expected[:, first:], atol=1e-4)
+
+
+def test_a_warning_where_the_baked_shift_stands_for_another_reference(load, inputs, monkeypatch):
+    said = []
+    monkeypatch.setattr("exporter.modeling.modeling_shiftdc.logger.warning_once", said.append)
+    model = load(strength=4, caption_max_new_tokens=2)
+    amounts = torch.ones(1, 2)
+    for given in ({"shiftdc": False}, {"shiftdc_reference": amounts}, {"shiftdc_correction": amounts}):
+        model(**inputs, **given)
+    load(strength=4, reference="static")(**inputs)
+    assert said == []
+    model(**inputs)
+    assert said == [
+        "forward() got no shiftdc_reference, so the mean shift baked at export is used instead of the 'caption' reference; "
+        "generate() computes that reference itself."
+    ]
+
+
+@torch.no_grad()
+def test_on_another_device_the_same_comes_out(model, both):
+    reference = model.shiftdc_coordinates(**both) - 2
+    given = both["input_ids"], both["attention_mask"]
+    expected = model(**both, shiftdc_reference=reference).logits
+    position = torch.tensor([20, -1])
+    at = model(**both, shiftdc_position=position).logits
+    with other_device() as device:
+        there = copy.deepcopy(model).to(device)
+        moved = {k: v.to(device) for k, v in both.items()}
+        for target in (reference, reference.to(device)):
+            assert torch.allclose(there(**moved, shiftdc_reference=target).logits.cpu(), expected, atol=1e-3)
+        for place in (position, position.to(device)):
+            assert torch.allclose(there(**moved, shiftdc_position=place).logits.cpu(), at, atol=1e-3)
+    assert given[0] is both["input_ids"]
+
+
+def test_settings_of_prompts_come_from_the_config(model, monkeypatch):
+    assert model._shiftdc_settings == ShiftDCSettings.of(model.config)
+    images = model._shiftdc_images
+    assert (images.names, images.image_token_id, images.video_token_id) == (type(model)._shiftdc_image_names, 4, None)
+    assert images.by_row is model.shiftdc_row_inputs and images.token_inputs is model.shiftdc_token_inputs
+    assert (model._shiftdc_padding.token, model._shiftdc_padding.ends) == (3, {2})
+    monkeypatch.setattr(model.generation_config, "eos_token_id", [2, 7])
+    assert model._shiftdc_padding.ends == {2, 7}
+    monkeypatch.setattr(model.generation_config, "eos_token_id", None)
+    assert model._shiftdc_padding.ends == {2}
