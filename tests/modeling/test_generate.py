@@ -467,7 +467,7 @@ def test_what_a_cache_of_a_calibrated_reply_holds(model, both):
 
 
 @torch.no_grad()
-def test_a_pass_is_corrected_where_it_is_told(model, inputs, caplog):
+def test_a_pass_is_corrected_where_it_is_told(model, inputs):
     plain, found = model(**inputs, shiftdc=False).logits, model(**inputs).logits
     assert torch.equal(plain[:, :-1], found[:, :-1]) and not torch.equal(plain[:, -1], found[:, -1])
     at = torch.tensor([10])
