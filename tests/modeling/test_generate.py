@@ -234,7 +234,7 @@ def test_what_corrections_are_computed_from(load, processor, rule):
 @pytest.mark.parametrize(
     "reference",
     [torch.zeros(1, 3), torch.zeros(2, 2), torch.tensor([[1.0, torch.inf]]), torch.tensor([[torch.nan, 1.0]])],
-    ids=str,
+    ids=["layers", "rows", "infinite", "no number"],
 )
 def test_a_reference_of_other_rows_or_layers_or_no_numbers(model, inputs, reference):
     assert message_of(model.generate, **inputs, **TWO, shiftdc_reference=reference) == (
