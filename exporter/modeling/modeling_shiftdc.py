@@ -412,8 +412,7 @@ class ShiftDCMixin(_Model):
             hooks = module._forward_hooks
             for number in [n for n, h in hooks.items() if getattr(h, "__module__", "") == "transformers.utils.output_capturing"]:
                 del hooks[number]
-            if getattr(module, "_output_capturing_hooks_installed", False):
-                vars(module)["_output_capturing_hooks_installed"] = False
+            vars(module).pop("_output_capturing_hooks_installed", None)
         return self.__dict__
 
     def __setstate__(self, state: dict[str, object]) -> None:
@@ -431,7 +430,7 @@ class ShiftDCMixin(_Model):
 
     def shiftdc_check(self) -> None:
         """Raise ValueError unless every buffer is there and the one that the config records, and the adapter is there."""
-        if self._shiftdc_settings.adapter is not None and not getattr(self, "_hf_peft_config_loaded", False):
+        if self._shiftdc_settings.adapter is not None and not self._hf_peft_config_loaded:
             raise ValueError("This checkpoint was calibrated together with its PEFT adapter: load it with from_pretrained().")
         for correction in self.shiftdc_corrections:
             correction.check()
