@@ -576,11 +576,8 @@ class ShiftDCMixin(_Model):
         if turn is not None and held is not None and first_difference(turn.prompt.ids, held.ids) < held.ids.shape[1]:
             turn = None  # the base class goes on from other tokens than these
         remember(cache, None)
-        named = {} if ids is None else {"input_ids": ids}
-        out = super().generate(**named, **kwargs, shiftdc=False)
-        if turn is None:
-            remember(cache_of(out, cache), None)
-        else:
+        out = super().generate(input_ids=ids, **kwargs, shiftdc=False)
+        if turn is not None:
             remember_reply(cache_of(out, cache), turn.whole_answer(out), turn, self._shiftdc_padding)
         return out
 

@@ -15,6 +15,7 @@ from tiny import encode, picture, tiny_processor
 from transformers import DynamicCache, GenerationConfig
 
 from exporter.modeling.configuration_shiftdc import ShiftDCSettings
+from exporter.modeling.image_prefix_shiftdc import PreallocatedLayer
 from exporter.modeling.inputs_shiftdc import UNMARKED_IMAGE
 from exporter.modeling.modeling_shiftdc import ShiftDCMixin
 
@@ -130,8 +131,10 @@ def test_images_that_no_token_stands_for_are_refused(model, text, inputs):
 
 def test_several_prompts_in_a_row_are_refused(model, both):
     ids = both["input_ids"]
-    for positions, refused in ((both["attention_mask"].cumsum(-1) - 1, False), (torch.arange(ids.shape[1]) % 9, True)):
-        given = {**both, "position_ids": positions.clamp_min(0).expand_as(ids)}
+    mask = both["attention_mask"]
+    counted = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 1)  # as transformers counts
+    for positions, refused in ((counted, False), (torch.arange(ids.shape[1]) % 9, True)):
+        given = {**both, "position_ids": positions.expand_as(ids)}
         if refused:
             assert "several prompts" in message_of(model.generate, **given, **TWO)
             assert "several prompts" in message_of(model, **given)
@@ -312,6 +315,30 @@ def test_the_image_is_read_once_where_the_reply_may_go_on_from_its_cache(model, 
     assert "pixel_values" in calls[1]
 
 
+def test_a_reply_that_counts_columns_reads_its_image_itself_where_rows_differ(model, both, inputs, monkeypatch):
+    calls = calls_of_the_base_class(model, monkeypatch)
+    for given, options, shares in (
+        (both, {}, True),
+        (both, {"repetition_penalty": 1.5}, False),
+        (inputs, {"repetition_penalty": 1.5}, True),
+    ):
+        calls.clear()
+        model.generate(**given, **TWO, **options)
+        assert ("pixel_values" not in calls[1]) is shares
+
+
+def test_a_conversation_goes_on_in_its_cache(model, inputs, processor):
+    cache = DynamicCache()
+    first = model.generate(**inputs, **TWO, min_new_tokens=2, past_key_values=cache)
+    new = processor.tokenizer(" USER: Why? ASSISTANT:", add_special_tokens=False, return_tensors="pt")["input_ids"]
+    whole = torch.cat([first, new], dim=1)
+    mask = torch.ones_like(whole)
+    expected = model.generate(whole, attention_mask=mask, pixel_values=inputs["pixel_values"], **TWO)
+    found = model.generate(new, attention_mask=mask, past_key_values=cache, **TWO)
+    assert torch.equal(found[:, new.shape[1] :], expected[:, whole.shape[1] :])
+    assert torch.equal(found[:, : new.shape[1]], new)
+
+
 def test_images_that_were_read_before_are_not_read_again(model, inputs, processor):
     read = model.shiftdc_image(**inputs)
     assert read.cache is not None and read.prefixes and read.captions == model.shiftdc_captions(**inputs)
@@ -325,6 +352,17 @@ def test_images_that_were_read_before_are_not_read_again(model, inputs, processo
     bare = without(inputs, "pixel_values")
     assert "no image was given" in message_of(model.generate, **bare, **TWO, use_cache=False, shiftdc_image=read)
     assert torch.equal(model.generate(**inputs, **TWO, use_cache=False, shiftdc_image=read), expected)
+
+
+def test_where_nothing_is_kept_of_an_image(model, inputs, text, monkeypatch):
+    nothing = model.shiftdc_image(**text)
+    assert (nothing.captions, nothing.images, nothing.prefixes, nothing.cache) == ([[], []], {}, [], None)
+    kept = model.shiftdc_image(**inputs).cache
+    assert {type(layer) for layer in kept.layers} == {PreallocatedLayer}
+    prompt = model._shiftdc_prompt(inputs["input_ids"], None, {"pixel_values": inputs["pixel_values"]})
+    assert model._shiftdc_read(prompt, keep=False).cache is None
+    monkeypatch.setattr(type(model), "shiftdc_shares_prefix", False)
+    assert model.shiftdc_image(**inputs).cache is None
 
 
 def test_of_rows_without_an_image_nothing_is_kept(model, processor):
@@ -344,6 +382,13 @@ def test_the_baked_shift_and_a_given_reference_need_no_caption(load, inputs, mon
         model.generate(**inputs, **TWO, **options)
         assert len(calls) == 1
         monkeypatch.undo()
+
+
+def test_the_precomputed_rule_reads_the_image_for_every_pass(load, inputs, monkeypatch):
+    model = load(strength=4, rule="precomputed", caption_max_new_tokens=2)
+    calls = calls_of_the_base_class(model, monkeypatch)
+    model.generate(**inputs, **TWO)
+    assert ["pixel_values" in c for c in calls] == [True, True] and "past_key_values" not in calls[0]
 
 
 def test_a_family_without_shared_prefixes_reads_the_image_twice(model, inputs, monkeypatch):
@@ -450,6 +495,34 @@ def test_what_a_cache_of_an_uncalibrated_reply_holds(model, text, inputs, proces
     other = torch.cat([text["input_ids"] + 1, text["input_ids"]], dim=1)  # the base class goes on behind what the cache holds
     model.generate(other, attention_mask=torch.ones_like(other), past_key_values=known, **TWO, shiftdc=False)
     assert known._shiftdc_held is None
+
+
+def test_an_uncalibrated_conversation_goes_on_in_its_cache(model, text):
+    """What the base class reads is noted, which is neither the last token of a reply nor what a failed call was given."""
+    cache = DynamicCache()
+    first = model.generate(**text, **TWO, min_new_tokens=2, past_key_values=cache)
+    new = text["input_ids"][:, -2:]
+    mask = torch.cat([text["attention_mask"], torch.ones(2, 3, dtype=torch.long)], dim=1)
+    second = model.generate(new, attention_mask=mask, **TWO, min_new_tokens=2, past_key_values=cache)
+    held = cache._shiftdc_held
+    assert (
+        torch.equal(held.ids, torch.cat([first[:, :-1], second[:, :-1]], dim=1)) and held.ids.shape[1] == cache.get_seq_length()
+    )
+    assert torch.equal(held.mask[:, : mask.shape[1]], mask)
+
+    def fail(ids, scores):
+        raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        mask = torch.cat([held.mask, torch.ones(2, 2, dtype=torch.long)], dim=1)
+        model.generate(new, attention_mask=mask, **TWO, past_key_values=cache, logits_processor=[fail])
+    assert cache._shiftdc_held is None
+
+
+def test_padding_is_noted_where_no_mask_is_given(model, text):
+    cache = DynamicCache()
+    model.generate(text["input_ids"], **TWO, past_key_values=cache)
+    assert torch.equal(cache._shiftdc_held.mask[:, :-1], text["attention_mask"])
 
 
 def test_what_a_cache_of_a_calibrated_reply_holds(model, both):
