@@ -166,12 +166,47 @@ def test_captions_and_references_of_a_padded_batch_are_those_of_its_rows(model, 
         assert torch.allclose(model.shiftdc_reference(**alone), reference[row : row + 1], atol=1e-4)
     coordinates = model.shiftdc_coordinates(**both)
     assert coordinates.shape == (2, 2) and not torch.allclose(coordinates, reference)
+    assert torch.allclose(model.shiftdc_reference(**both, captions=captions), reference, atol=1e-4)
     assert model.shiftdc_captions(**text) == [[], []]
     for given in ({}, {"captions": [[], []]}):
         assert model.shiftdc_reference(**text, **given).tolist() == [[0, 0], [0, 0]]
-    masked = {**both, "attention_mask": both["attention_mask"].clone()}
-    masked["attention_mask"][1, :3] = 0
-    assert not torch.allclose(model.shiftdc_reference(**masked)[1], reference[1])
+
+
+def test_what_the_mask_hides_is_not_there(model, both):
+    """Other tokens than padding, which a mask alone can hide."""
+    mask = both["attention_mask"].clone()
+    mask[1, :2] = 0
+    hidden = {**both, "attention_mask": mask}
+    padded = {"input_ids": both["input_ids"].masked_fill(mask == 0, 3), "pixel_values": both["pixel_values"]}
+    assert not torch.allclose(logits(model, hidden)[1], logits(model, both)[1], atol=1e-4)
+    for options in ({}, {"use_cache": False}, {"past_key_values": True}, {"shiftdc": False}):
+        found, expected = (
+            logits(model, given, **{k: DynamicCache() if k == "past_key_values" else v for k, v in options.items()})
+            for given in (hidden, padded)
+        )
+        assert torch.allclose(found, expected, atol=1e-4)
+    assert model.shiftdc_captions(**hidden) == model.shiftdc_captions(**padded) != model.shiftdc_captions(**both)
+    read = model.shiftdc_image(**hidden)
+    assert (read.captions, read.prefixes) == ((other := model.shiftdc_image(**padded)).captions, other.prefixes)
+    assert torch.allclose(model.shiftdc_reference(**hidden), model.shiftdc_reference(**padded), atol=1e-4)
+
+
+def test_padding_that_may_end_a_text_is_told_by_the_mask_alone(model, both, monkeypatch):
+    expected, coordinates = logits(model, both), model.shiftdc_coordinates(**both)
+    monkeypatch.setattr(model.generation_config, "pad_token_id", 2)
+    mask = both["attention_mask"]
+    given = {**both, "input_ids": both["input_ids"].masked_fill(mask == 0, 2)}
+    for options in ({}, {"use_cache": False}, {"past_key_values": DynamicCache()}):
+        assert torch.allclose(logits(model, given, **options), expected, atol=1e-4)
+    gap = int((mask[0] == 0).sum())
+    right = {k: torch.cat([v[:1].roll(-gap, 1), v[1:]]) if k != "pixel_values" else v for k, v in given.items()}
+    assert torch.allclose(model.shiftdc_coordinates(**right), coordinates, atol=1e-4)
+
+
+@pytest.mark.parametrize("reference", ["static", "blank", "text"])
+def test_given_captions_win_over_the_kind_of_reference(load, model, inputs, reference):
+    other, captions = load(strength=4, reference=reference), [[90, 91]]
+    assert torch.equal(other.shiftdc_reference(**inputs, captions=captions), model.shiftdc_reference(**inputs, captions=captions))
 
 
 def test_captions_are_as_long_as_the_config_says_and_the_base_model_s_own(load, inputs):
@@ -327,14 +362,16 @@ def test_a_reply_that_counts_columns_reads_its_image_itself_where_rows_differ(mo
         assert ("pixel_values" not in calls[1]) is shares
 
 
-def test_a_conversation_goes_on_in_its_cache(model, inputs, processor):
+def test_a_conversation_goes_on_in_its_cache(model, inputs, processor, monkeypatch):
     cache = DynamicCache()
     first = model.generate(**inputs, **TWO, min_new_tokens=2, past_key_values=cache)
     new = processor.tokenizer(" USER: Why? ASSISTANT:", add_special_tokens=False, return_tensors="pt")["input_ids"]
     whole = torch.cat([first, new], dim=1)
     mask = torch.ones_like(whole)
     expected = model.generate(whole, attention_mask=mask, pixel_values=inputs["pixel_values"], **TWO)
+    calls = calls_of_the_base_class(model, monkeypatch)
     found = model.generate(new, attention_mask=mask, past_key_values=cache, **TWO)
+    assert ["pixel_values" in c for c in calls] == [True, False]  # for the caption, which is in view of the request
     assert torch.equal(found[:, new.shape[1] :], expected[:, whole.shape[1] :])
     assert torch.equal(found[:, : new.shape[1]], new)
 
@@ -361,6 +398,9 @@ def test_where_nothing_is_kept_of_an_image(model, inputs, text, monkeypatch):
     assert {type(layer) for layer in kept.layers} == {PreallocatedLayer}
     prompt = model._shiftdc_prompt(inputs["input_ids"], None, {"pixel_values": inputs["pixel_values"]})
     assert model._shiftdc_read(prompt, keep=False).cache is None
+    calls = calls_of_the_base_class(model, monkeypatch)
+    model.shiftdc_captions(**inputs)
+    assert "past_key_values" not in calls[0]
     monkeypatch.setattr(type(model), "shiftdc_shares_prefix", False)
     assert model.shiftdc_image(**inputs).cache is None
 
@@ -615,9 +655,8 @@ def test_a_warning_where_the_baked_shift_stands_for_another_reference(load, inpu
 
 
 @torch.no_grad()
-def test_on_another_device_the_same_comes_out(model, both):
+def test_on_another_device_the_same_comes_out(model, both, text):
     reference = model.shiftdc_coordinates(**both) - 2
-    given = both["input_ids"], both["attention_mask"]
     expected = model(**both, shiftdc_reference=reference).logits
     position = torch.tensor([20, -1])
     at = model(**both, shiftdc_position=position).logits
@@ -628,7 +667,8 @@ def test_on_another_device_the_same_comes_out(model, both):
             assert torch.allclose(there(**moved, shiftdc_reference=target).logits.cpu(), expected, atol=1e-3)
         for place in (position, position.to(device)):
             assert torch.allclose(there(**moved, shiftdc_position=place).logits.cpu(), at, atol=1e-3)
-    assert given[0] is both["input_ids"]
+        nothing = there.shiftdc_reference(text["input_ids"].to(device))
+        assert nothing.device == device and not nothing.cpu().any()
 
 
 def test_settings_of_prompts_come_from_the_config(model, monkeypatch):
