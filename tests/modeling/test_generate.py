@@ -220,6 +220,23 @@ def test_captions_are_as_long_as_the_config_says_and_the_base_model_s_own(load, 
         assert caption == [t for t in expected[0, asked.shape[1] :].tolist() if t not in (2, 3)] and caption
 
 
+def test_what_each_kind_of_reference_is_the_coordinate_of(load, processor):
+    mixed = dict(encode(processor, [REQUESTS[0], "Hello", REQUESTS[1]], [IMAGES[0], None, IMAGES[1]]))
+    prompts = [mixed["input_ids"][row, mixed["attention_mask"][row].bool()].tolist() for row in (0, 2)]
+    composer = load(strength=4).shiftdc_composer
+    pixels = {"pixel_values": torch.zeros_like(mixed["pixel_values"])}
+    for kind in ("caption", "text", "blank"):
+        model = load(strength=4, reference=kind, caption_max_new_tokens=2)
+        captions = [c for c in model.shiftdc_captions(**mixed) if c] if kind == "caption" else [None, None]
+        asked = prompts if kind == "blank" else [composer.text_prompt(p, c) for p, c in zip(prompts, captions, strict=True)]
+        expected = model._shiftdc_last_coordinates(asked, torch.device("cpu"), pixels if kind == "blank" else {})
+        found = model.shiftdc_reference(**mixed)
+        assert torch.allclose(found[[0, 2]], expected, atol=1e-4) and found[1].tolist() == [0, 0]
+    assert "no image was given" in message_of(
+        load(strength=4, reference="blank").shiftdc_reference, **without(mixed, "pixel_values")
+    )
+
+
 def test_given_captions_are_used_by_row(model, processor, both):
     mixed = dict(encode(processor, [REQUESTS[0], "Hello", REQUESTS[1]], [IMAGES[0], None, IMAGES[1]]))
     captions = [torch.tensor([90, 91]), [5], [92]]
