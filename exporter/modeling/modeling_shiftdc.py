@@ -802,7 +802,7 @@ class ShiftDCMixin(_Model):
             counterparts = [composer.text_prompt(p, c) for p, c in zip(prompts, texts, strict=True)]
             coordinates = self._shiftdc_last_coordinates(counterparts, prompt.ids.device, {})
         reference = coordinates.new_zeros(len(prompt.ids), coordinates.shape[1])
-        reference[prompt.rows.to(reference.device)] = coordinates
+        reference[prompt.rows] = coordinates
         return reference
 
     def _shiftdc_blank(self, pixels: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,7 @@ from tiny import encode, picture, tiny_processor
 from transformers import DynamicCache, GenerationConfig
 
 from exporter.modeling.configuration_shiftdc import ShiftDCSettings
+from exporter.modeling.conversation_shiftdc import UNKNOWN_CACHE
 from exporter.modeling.image_prefix_shiftdc import PreallocatedLayer
 from exporter.modeling.inputs_shiftdc import UNMARKED_IMAGE
 from exporter.modeling.modeling_shiftdc import ShiftDCMixin
@@ -307,7 +308,9 @@ def test_a_neutral_image_for_every_image_and_none_for_padding(mean):
     expected[0, 2] = 0
     assert torch.equal(found, expected) and found.dtype == pixels.dtype
     assert ShiftDCMixin._shiftdc_blank(SimpleNamespace(shiftdc_blank_pixel=mean), pixels.half()).dtype == torch.float16
-    assert ShiftDCMixin._shiftdc_blank(SimpleNamespace(shiftdc_blank_pixel=-0.5), torch.zeros(1, 3, 4, 4)).any() == 0
+    assert not ShiftDCMixin._shiftdc_blank(SimpleNamespace(shiftdc_blank_pixel=-0.5), torch.zeros(1, 3, 4, 4)).any()
+    patches = ShiftDCMixin._shiftdc_blank(SimpleNamespace(shiftdc_blank_pixel=0.0), torch.ones(5, 6))  # as Qwen has them
+    assert patches.shape == (5, 6) and not patches.any()
 
 
 def test_coordinates_of_prompts_that_are_composed_here(model, inputs):
@@ -629,6 +632,33 @@ def test_a_pass_is_corrected_where_it_is_told(model, inputs):
 
 
 @torch.no_grad()
+def test_a_pass_behind_what_is_not_known(model, inputs):
+    def filled():
+        cache = DynamicCache()
+        model.model(input_ids=inputs["input_ids"][:, :3], past_key_values=cache, shiftdc=False)
+        return cache
+
+    step = {"input_ids": torch.tensor([[9, 10]])}
+    assert message_of(model, **step, past_key_values=filled()) == UNKNOWN_CACHE
+    plain = model(**step, past_key_values=(cache := filled()), shiftdc=False).logits
+    assert cache._shiftdc_held is None and cache.get_seq_length() == 5
+    told = model(**step, past_key_values=(cache := filled()), shiftdc_position=torch.tensor([1])).logits
+    assert cache._shiftdc_held is None and not torch.equal(plain[:, 1], told[:, 1]) and torch.equal(plain[:, 0], told[:, 0])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shiftdc", [None, False])
+def test_a_pass_that_fails_leaves_its_cache_unknown(model, inputs, shiftdc):
+    cache = DynamicCache()
+    model(**inputs, past_key_values=cache, shiftdc=shiftdc)
+    assert torch.equal(cache._shiftdc_held.ids, inputs["input_ids"])
+    bad = {"input_ids": torch.tensor([[10**6]]), "past_key_values": cache, "shiftdc": shiftdc}
+    with pytest.raises(IndexError):
+        model(**bad)
+    assert cache._shiftdc_held is None
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("rule", ["sequential", "precomputed"])
 def test_the_target_of_one_pass(load, both, rule):
     model = load(strength=1, rule=rule)
@@ -684,6 +714,10 @@ def test_on_another_device_the_same_comes_out(model, both, text):
             assert torch.allclose(there(**moved, shiftdc_reference=target).logits.cpu(), expected, atol=1e-3)
         for place in (position, position.to(device)):
             assert torch.allclose(there(**moved, shiftdc_position=place).logits.cpu(), at, atol=1e-3)
+        prompts = [[1, 9], [1, 9, 10]]
+        composed = there._shiftdc_last_coordinates(prompts, device, {})
+        here = model._shiftdc_last_coordinates(prompts, torch.device("cpu"), {})
+        assert composed.device == device and torch.allclose(composed.cpu(), here, atol=1e-3)
         nothing = there.shiftdc_reference(text["input_ids"].to(device))
         assert nothing.device == device and not nothing.cpu().any()
 
