@@ -165,7 +165,15 @@ def test_white_space_around_a_request_is_taken_away_where_the_template_does():
         ({}, "USER: <image>\n<image>\nHow? ASSISTANT:", "How?"),
         ({}, "USER: <image>Which?<image> ASSISTANT:", "Which?"),
         ({}, "USER: <image> \n<image> ASSISTANT:", " \n"),
+        ({"head": ("never",)}, "<image> \n<image> ASSISTANT:", " \n"),
         ({}, "USER: One<image>two ASSISTANT:", "two"),
+        ({}, "USER: How? ASSISTANT:<image>", "How?"),
+        ({}, "USER: A ASSISTANT: B USER: C ASSISTANT: D USER: E ASSISTANT:", "E"),
+        ({}, "USER: A USER: B ASSISTANT:", "A USER: B"),
+        ({}, "How? ASSISTANT: A USER: B", "How?"),
+        ({}, " ASSISTANT:", ""),
+        ({}, " ASSISTANT: B ASSISTANT:", " B"),
+        ({"reply": (), "head": (), "tail": ()}, "How?", "How?"),
         ({}, "USER: A ASSISTANT: B USER: C ASSISTANT: D", "C"),
         ({}, "USER: A ASSISTANT: B ASSISTANT:", " B"),
     ],
@@ -189,6 +197,7 @@ def test_a_request_is_shown_with_special_tokens_as_they_are_written():
         ({}, " ASSISTANT:", -1),
         ({"head": ()}, f"{ONE} No.", -5),
         ({"tail": ()}, ONE, None),
+        ({"tail": (), "head": ()}, ONE, None),
     ],
 )
 def test_where_the_prompt_ends(changes, prompt, end):
@@ -206,6 +215,7 @@ def test_where_the_prompt_ends(changes, prompt, end):
         ({}, BEHIND, ""),  # another request stands before it
         ({"caption": "{request}"}, BEHIND, "<s>USER: How?<image>"),
         ({}, "<s>USER: How? ASSISTANT:", ""),
+        ({"caption": "{request}"}, "<s>USER: How? ASSISTANT:", ""),
         ({"tail": ()}, "<s>USER: <image>", ""),  # nothing stands behind it
         ({"tail": (), "caption": ""}, "<s>USER: <image>a", ""),
         ({"caption": "<image>{request}"}, ONE, "<s>USER: <image><image>"),  # as text
@@ -230,7 +240,7 @@ def test_a_text_forges_no_special_token():
         assert prompt.count(2) == 0 and prompt.count(4) == (prompt == made.caption_prompt(given))
     assert shown(made.text_prompt(ids(ONE), "a\ud800b\udfffc")) == "<s>USER: How? Caption: a\ufffdb\ufffdc ASSISTANT:"
     lone = [*ids("<s>USER: <image>\na"), 100 + 0xD800, *ids(" ASSISTANT:")]
-    assert made.request(lone) == "a\ufffd"
+    assert made.request(lone) == "a\ufffd" and made.request(lone[-12:]) == "\ufffd"
 
 
 @pytest.mark.parametrize("bos_added", [False, True])
@@ -242,6 +252,37 @@ def test_a_tokenizer_that_drops_the_first_space(bos_added):
     assert made.flat(given).text.count(" USER") == (not bos_added)
     assert made.flat(given[1:]).text.startswith("USER")
     assert made.caption_prompt(given)[: given.index(4) + 1] == given[: given.index(4) + 1]
+
+
+def test_text_is_tokenised_behind_what_stands_before_it():
+    """At the start of a text this tokenizer writes a space, which is not to come in the middle of a prompt."""
+    made = composer(codec=DropsSpaces())
+    for before, space in (("", " "), ("x</s>", "")):
+        found = shown(made.caption_prompt(ids(f"<s>{before}<s>USER: How?<image> ASSISTANT:" if before else BEHIND)))
+        start = f"<s>{before}<s>" if before else "<s>"
+        assert found == f"{start}{space}USER: Describe it. Request: How?<image> ASSISTANT:"
+
+
+def test_whether_text_keeps_its_space_behind_a_special_token():
+    class Strips(Letters):
+        def decode(self, ids):
+            return super().decode(ids).replace("> ", ">")
+
+    class Lower(Letters):
+        def encode(self, text, *, plain=False):
+            return super().encode(text.lower(), plain=plain)
+
+    assert [composer(codec=codec())._keeps_space(1) for codec in (Letters, Lower, Strips)] == [True, True, False]
+
+
+def test_a_tokenizer_that_reads_no_special_token_in_a_text():
+    class ReadsNone(Letters):
+        def encode(self, text, *, plain=False):
+            return super().encode(text, plain=True)
+
+    for bos_added in (False, True):
+        found = composer(codec=ReadsNone(), bos_added=bos_added).caption_prompt(ids(BEHIND))
+        assert shown(found) == "<s>USER: Describe it. Request: How?<image> ASSISTANT:"
 
 
 def test_a_prompt_as_text():
@@ -292,6 +333,7 @@ def test_runs_between_special_tokens():
 def test_the_longest_text_is_tried_first_and_digits_stand_for_any():
     pattern = re.compile(_either(["a", "a1", "a", "b.", ""]))
     assert pattern.match("a27x")[0] == "a27" and pattern.match("ax")[0] == "a"
+    assert re.match(_either(["a9", "a1b"]), "a5b")[0] == "a5b"
     assert pattern.match("b.")[0] == "b." and pattern.match("bc")[0] == ""
 
 
