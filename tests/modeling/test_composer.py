@@ -172,6 +172,7 @@ def test_white_space_around_a_request_is_taken_away_where_the_template_does():
         ({}, "USER: A USER: B ASSISTANT:", "A USER: B"),
         ({}, "How? ASSISTANT: A USER: B", "How?"),
         ({}, " ASSISTANT:", ""),
+        ({"reply": ()}, " ASSISTANT:", ""),
         ({}, " ASSISTANT: B ASSISTANT:", " B"),
         ({"reply": (), "head": (), "tail": ()}, "How?", "How?"),
         ({}, "USER: A ASSISTANT: B USER: C ASSISTANT: D", "C"),

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from other_device import other_device
 from transformers import DynamicCache, LlamaConfig, MistralConfig
 from transformers.cache_utils import DynamicLayer
 
@@ -88,6 +89,26 @@ def test_the_cache_of_what_stands_before_the_question_is_kept():
     assert read.prefixes == [[1, 4], [1, 4]] and read.cache is cache and cache.get_seq_length() == 2
     assert generate.given["past_key_values"] is cache
     assert generate.given["token_type_ids"].tolist() == [[0, 1, 0], [0, 1, 0]]
+
+
+def test_caption_requests_of_several_lengths_are_padded_behind_the_image():
+    longer = SimpleNamespace(caption_prompt=lambda p: [*p[:2], *p[2:], 8], image_prefix=lambda p: p[:2])
+    read_images(prompt(), longer, IMAGES, PADDING, of_tokens(0), generate := Writes([20], [21]))
+    assert generate.given["input_ids"].tolist() == [[1, 4, 3, 9, 8], [1, 4, 7, 7, 8]]
+    assert generate.given["attention_mask"].tolist() == [[1, 1, 0, 1, 1], [1, 1, 1, 1, 1]]
+
+
+def test_prompts_on_another_device():
+    read = ShiftDCImage([[], []], {"pixel_values": PIXELS}, [[1, 4], [1, 4]], of_tokens(2))
+    with other_device() as device:
+        there = IMAGES.prompt(BOTH.to(device), None, {"pixel_values": PIXELS.to(device)})
+        read.check(there)
+        moved = behind_prefixes(read, there, PADDING, fixed_columns=False)
+        assert [t.device for t in moved] == [device, device]
+        given = []
+        with pytest.raises(StopIteration):
+            read_images(there, COMPOSER, IMAGES, PADDING, None, lambda **k: given.append(k) or next(iter(())))
+        assert [given[0][name].device for name in ("input_ids", "attention_mask", "pixel_values")] == [device] * 3
 
 
 def test_of_some_prompts_no_cache_is_kept():
