@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from other_device import other_device
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation import GenerateDecoderOnlyOutput
@@ -156,7 +157,7 @@ def test_which_caches_can_be_cut():
 def test_a_cache_is_emptied_to_be_filled_anew():
     cache = filled(3)
     empty(cache)
-    assert length_of(cache) == 0 and not any(layer.is_initialized for layer in cache.layers)
+    assert length_of(cache) == 0 and all(layer.is_initialized is False and not layer.keys.numel() for layer in cache.layers)
     cache.update(torch.ones(2, 1, 1, 1), torch.ones(2, 1, 1, 1), 0)
     assert cache.get_seq_length() == 1
     done = []
@@ -336,6 +337,8 @@ def test_padding_on_the_right_goes_to_the_left():
         assert message_of(left_aligned, replace(turn, held=held(ids)), IMAGES, PADDING) == (
             "A conversation in past_key_values goes on with padding on the left; pad on the left."
         )
+    hidden = Turn(ids, prompt(ids, torch.tensor([[1, 1, 1], [1, 0, 0]])))  # other tokens than padding
+    assert left_aligned(hidden, IMAGES, PADDING).prompt.ids.tolist() == [[4, 9, 3], [8, 7, 9]]
     left = Turn(ids, prompt(ids.flip(1), torch.tensor([[0, 1, 1], [1, 1, 1]])))
     assert left_aligned(left, IMAGES, PADDING) is left
 
@@ -474,7 +477,8 @@ def test_a_first_pass():
 def test_a_later_pass():
     before = held(row(4, 9), {"pixel_values": PIXELS}, corrected=(1,), mask=row(0, 1))
     for mask, whole in ((None, [0, 1, 1, 1]), (row(1, 0), [0, 1, 1, 0]), (row(1, 1, 1, 0), [1, 1, 1, 0])):
-        step = pass_behind(before, {"input_ids": row(8, 7), "attention_mask": mask}, IMAGES)
+        step = pass_behind(before, inputs := {"input_ids": row(8, 7), "attention_mask": mask}, IMAGES)
+        assert step.inputs is inputs
         assert step.prompt.ids.tolist() == [[4, 9, 8, 7]] and step.past == 2 and step.corrected.tolist() == [1]
         assert step.prompt.mask.tolist() == [whole] and step.prompt.images == {"pixel_values": PIXELS} and step.knows_images
     step = pass_behind(before, {"input_ids": row(4, 7), "pixel_values": OTHER, "token_type_ids": row(1, 0)}, IMAGES)
@@ -568,9 +572,9 @@ def test_a_prompt_without_an_end_that_does_not_go_on_is_refused(stays):
 
 def test_what_an_earlier_correction_has_touched_is_read_again():
     ids = torch.tensor([[4, 9, 8, 7, 6, 5], [3, 4, 8, 7, 6, 5]])
-    mask = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 1, 1, 1, 1, 1]])
+    mask = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1]])
     cache = filled(4, rows=2)
-    positions = torch.tensor([[4, 5], [3, 4]])
+    positions = torch.tensor([[4, 5], [2, 3]], dtype=torch.int32)
     given = {
         "past_key_values": cache, "attention_mask": torch.ones(2, 2), "position_ids": positions, "labels": ids[:, 4:],
         "logits_to_keep": torch.tensor([0, 1]), "pixel_values": PIXELS,
@@ -579,7 +583,8 @@ def test_what_an_earlier_correction_has_touched_is_read_again():
     step = ended(start, [5, 4])
     assert step.past == 2 and step.position.tolist() == [3, 2] and step.corrected.tolist() == [5, 4]
     assert torch.equal(step.inputs["input_ids"], ids[:, 2:]) and step.inputs["attention_mask"] is mask
-    assert step.inputs["position_ids"].tolist() == [[2, 3, 4, 5], [1, 2, 3, 4]]
+    assert step.inputs["position_ids"].tolist() == [[2, 3, 4, 5], [0, 1, 2, 3]]
+    assert step.inputs["position_ids"].dtype == torch.int32
     assert step.inputs["labels"].tolist() == [[-100, -100, 6, 5], [-100, -100, 6, 5]]
     assert step.inputs["logits_to_keep"].tolist() == [2, 3] and step.inputs["pixel_values"] is PIXELS
     ids[1, 1] = 9  # a row without an image
@@ -614,6 +619,45 @@ def test_what_comes_out_is_of_the_caller_s_tokens():
     assert found is out and out.logits.flatten().tolist() == [1, 2, 3]
     assert [h.flatten().tolist() for h in out.hidden_states] == [[1, 2, 3]] * 2 and type(out.hidden_states) is tuple
     assert of_the_last(LlavaCausalLMOutputWithPast(logits=torch.ones(1, 4, 1)), 2).logits.shape == (1, 2, 1)
+    assert of_the_last(SimpleNamespace(logits=torch.ones(1, 4, 1)), 2).logits.shape == (1, 2, 1)
+
+
+def test_what_lies_on_another_device_than_the_conversation():
+    """The caller's own tensors, or those of an earlier call, may lie elsewhere than the model's."""
+    ids = torch.tensor([[4, 9, 8, 7], [4, 9, 8, 7]])
+    new = ids[:, 2:]
+    with other_device() as device:
+        cache = filled(2, rows=2)
+        remember(cache, held(ids[:, :2], {"pixel_values": PIXELS}, (1, 1), mask=torch.tensor([[1, 1], [0, 1]])))
+        before = held_by(cache)
+        for layer in cache.layers:
+            layer.keys, layer.values = layer.keys.to(device), layer.values.to(device)
+        assert held_by(cache) is before
+        turn = Turn(new, prompt(ids))
+        out = torch.cat([ids, new], dim=1).to(device)
+        assert turn.answered(out).cpu().tolist() == [[8, 7, 8, 7]] * 2
+        assert turn.whole_answer(out[:, 2:]).cpu().tolist() == [[4, 9, 8, 7, 8, 7]] * 2
+        whole, mask = behind(before, new.to(device), torch.ones(2, 4, device=device), True)
+        assert whole.device == mask.device == device and whole.cpu().tolist() == ids.tolist()
+        there = Turn(ids.to(device), prompt(ids.to(device), torch.ones_like(ids).to(device)))
+        remember_reply(made := filled(4, rows=2), out, there, PADDING, torch.ones(2, dtype=torch.bool, device=device))
+        assert made._shiftdc_held.corrected.device == device and made._shiftdc_held.corrected.cpu().tolist() == [3, 3]
+        for known_of in (None, before):
+            step = pass_behind(known_of, {"input_ids": new.to(device), "attention_mask": torch.ones_like(new)}, IMAGES)
+            assert step.prompt.ids.device == step.prompt.mask.device == device
+            assert known_of is not None or step.corrected.device == device
+        at = replace(step, corrected=step.corrected.to(device)).corrected_at(torch.tensor([1, -1]))
+        assert at.corrected.cpu().tolist() == [3, 1]
+        start = Pass({"input_ids": ids.to(device)}, there.prompt, 0, torch.tensor([-1, -1]))
+        ended_there = ended(start, [3, 2])
+        assert ended_there.position.device == device and ended_there.position.cpu().tolist() == [3, 2]
+        assert first_difference(ids.to(device), ids) == 4 and first_difference(ids[:, :1].to(device), ids + 1) == 0
+        assert are_equal({"a": PIXELS.to(device)}, {"a": PIXELS}) and not are_equal({"a": PIXELS.to(device)}, {"a": OTHER})
+        both = put_together({"a": PIXELS.to(device)}, {"a": OTHER}, 1, frozenset())["a"]
+        assert both.device == device and both.cpu().tolist() == [*PIXELS.tolist(), *OTHER.tolist()]
+        assert reordered(ids.to(device), torch.tensor([[3, 2, 1, 0]] * 2)).cpu().tolist() == ids.flip(1).tolist()
+        begun = ended(replace(start, inputs={**start.inputs, "use_cache": True}), [None, 2])
+        assert begun.shown.cpu().tolist() == [3, 2] and begun.position.cpu().tolist() == [-1, 2]
 
 
 # tensors
