@@ -908,8 +908,7 @@ class ShiftDCMixin(_Model):
         if step.shown is not None:
             out = correct({**step.inputs, "past_key_values": None, "use_cache": False}, step.shown)
             out.past_key_values = left
-        if left is not None and length_of(left) == step.prompt.ids.shape[1]:
-            remember(left, step.held)
+        remember(left, step.held)
         return of_the_last(out, ids.shape[1]) if step.past < past else out
 
     def _shiftdc_located(self, step: Pass) -> Pass:

@@ -141,6 +141,7 @@ def test_several_prompts_in_a_row_are_refused(model, both):
             assert "several prompts" in message_of(model, **given)
         else:
             assert torch.allclose(logits(model, given), logits(model, both), atol=1e-4)
+            assert torch.allclose(model(**given).logits[:, -1], model(**both).logits[:, -1], atol=1e-4)
 
 
 def test_padding_on_the_right_with_its_mask_and_without(model, both):
@@ -194,11 +195,13 @@ def test_what_the_mask_hides_is_not_there(model, both):
 
 def test_padding_that_may_end_a_text_is_told_by_the_mask_alone(model, both, monkeypatch):
     expected, coordinates = logits(model, both), model.shiftdc_coordinates(**both)
+    tokens = model.generate(**both, **TWO)[:, both["input_ids"].shape[1] :]
     monkeypatch.setattr(model.generation_config, "pad_token_id", 2)
     mask = both["attention_mask"]
     given = {**both, "input_ids": both["input_ids"].masked_fill(mask == 0, 2)}
     for options in ({}, {"use_cache": False}, {"past_key_values": DynamicCache()}):
         assert torch.allclose(logits(model, given, **options), expected, atol=1e-4)
+    assert torch.equal(model.generate(**given, **TWO)[:, mask.shape[1] :], tokens)  # behind the cache of what it has read
     gap = int((mask[0] == 0).sum())
     right = {k: torch.cat([v[:1].roll(-gap, 1), v[1:]]) if k != "pixel_values" else v for k, v in given.items()}
     assert torch.allclose(model.shiftdc_coordinates(**right), coordinates, atol=1e-4)
@@ -644,6 +647,60 @@ def test_a_pass_behind_what_is_not_known(model, inputs):
     assert cache._shiftdc_held is None and cache.get_seq_length() == 5
     told = model(**step, past_key_values=(cache := filled()), shiftdc_position=torch.tensor([1])).logits
     assert cache._shiftdc_held is None and not torch.equal(plain[:, 1], told[:, 1]) and torch.equal(plain[:, 0], told[:, 0])
+
+
+def words(processor, text):
+    return processor.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+
+
+@torch.no_grad()
+def test_a_later_turn_by_hand_undoes_the_correction_of_the_first(model, inputs, processor):
+    cache = DynamicCache()
+    first = model(**inputs, past_key_values=cache)
+    new = words(processor, " No. USER: Why? ASSISTANT:")
+    whole = torch.cat([inputs["input_ids"], new], dim=1)
+    row = {"input_ids": whole, "attention_mask": torch.ones_like(whole)}
+    found = model(input_ids=new, attention_mask=row["attention_mask"], past_key_values=cache)
+    expected = model(**row, pixel_values=inputs["pixel_values"]).logits
+    assert found.logits.shape[1] == new.shape[1] and torch.allclose(found.logits, expected[:, -new.shape[1] :], atol=1e-4)
+    assert torch.equal(cache._shiftdc_held.ids, whole) and cache._shiftdc_held.corrected.tolist() == [whole.shape[1] - 1]
+    assert first.past_key_values is found.past_key_values is cache
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("given", ["cache", "use_cache"])
+def test_the_first_part_of_a_prompt_by_hand(model, inputs, given):
+    begun = {**inputs, **{k: inputs[k][:, :-3] for k in ("input_ids", "attention_mask")}}
+    last = torch.tensor([begun["input_ids"].shape[1] - 1])
+    out = model(**begun, **({"past_key_values": DynamicCache()} if given == "cache" else {"use_cache": True}))
+    assert torch.equal(out.logits, model(**begun, shiftdc_position=last).logits)
+    assert not torch.equal(out.logits, model(**begun, shiftdc=False).logits)
+    held = out.past_key_values._shiftdc_held
+    assert torch.equal(held.ids, begun["input_ids"]) and held.corrected.tolist() == [-1]
+    plain = model(**begun, shiftdc=False).past_key_values
+    assert all(torch.equal(a.keys, b.keys) for a, b in zip(out.past_key_values.layers, plain.layers, strict=True))
+
+
+@torch.no_grad()
+def test_labels_and_masks_tell_where_a_prompt_ends(model, inputs, processor):
+    length = inputs["input_ids"].shape[1]
+    quoted = torch.cat([inputs["input_ids"], words(processor, " I said ASSISTANT: no.")], dim=1)
+    row = {"input_ids": quoted, "attention_mask": torch.ones_like(quoted), "pixel_values": inputs["pixel_values"]}
+    labels = torch.where(torch.arange(quoted.shape[1]) < length, -100, quoted)
+    plain = model(**row, shiftdc=False).logits
+    moved = [int((model(**row, **given).logits != plain).any(-1)[0].nonzero()[0]) for given in ({"labels": labels}, {})]
+    assert moved[0] == length - 1 < moved[1]
+    deep = {**inputs, "attention_mask": torch.ones(1, 1, length, length, dtype=torch.bool)}
+    assert "attention_mask must be [batch, time]" in message_of(model, **deep)
+
+
+@torch.no_grad()
+def test_embeddings_that_fail_leave_a_known_cache_unknown(model, inputs):
+    cache = DynamicCache()
+    model(**inputs, past_key_values=cache)
+    with pytest.raises(RuntimeError):
+        model(inputs_embeds=torch.ones(1, 1, 5), past_key_values=cache, shiftdc=False)
+    assert cache._shiftdc_held is None
 
 
 @torch.no_grad()

@@ -93,6 +93,19 @@ def test_arguments_of_forward_by_position(model, inputs):
         assert not torch.equal(found, model(*(values[n] for n in names), shiftdc=False).logits)
 
 
+def test_positional_arguments_get_the_base_class_s_names():
+    def base(self, input_ids, mask=None, **kwargs):
+        raise AssertionError
+
+    def forward(self, *, shiftdc=None, **inputs):
+        return self, shiftdc, inputs
+
+    bound = modeling_shiftdc._with_shiftdc_arguments(forward, base)
+    assert list(inspect.signature(bound).parameters) == ["self", "input_ids", "mask", "shiftdc", "kwargs"]
+    assert bound(1, 2, 3, shiftdc=False, other=4) == (1, False, {"input_ids": 2, "mask": 3, "other": 4})
+    assert bound(1, 2) == (1, None, {"input_ids": 2})
+
+
 @pytest.mark.parametrize(("names", "expected"), [(("a", "b"), "of b"), (("b", "c"), "of b"), (("a",), None), ((), None)])
 def test_the_first_key_renaming_there_is_is_taken(monkeypatch, names, expected):
     registered = []
