@@ -17,11 +17,14 @@ import with_torchvision  # noqa: F401, I001 (before transformers, which looks fo
 import pytest
 import torch
 from filelock import FileLock
+from in_memory import calibrated_copy
 from interpreters import open_nurseries
-from tiny import save_tiny_llava
-from transformers import AutoModelForImageTextToText
+from tiny import save_tiny_llava, tiny_processor
+from transformers import LlavaForConditionalGeneration
 
 from exporter.models import prompt_check
+from exporter.models.recipe import load_recipe
+from exporter.models.vlm import VLM
 from exporter.checkpoint import verify
 from exporter.onnx.export import export_onnx
 from exporter.onnx.interface import SUFFIXES
@@ -111,18 +114,22 @@ def make_export(base_folder: Path, calibration_file: Path, tmp_path_factory: pyt
     return make
 
 
-@pytest.fixture(scope="module")
-def load(make_export: Any) -> Any:
-    """load(**options) -> the model of the tiny export, two-sided and with short captions where `options` do not say otherwise."""
-    loaded: dict[tuple, Any] = {}
+@pytest.fixture(scope="session")
+def load(base_folder: Path) -> Any:
+    """load(**options) -> the tiny base, calibrated by random directions, two-sided and with short captions by default.
+
+    In memory, by this package's own classes: quicker than an export, and what breaks in them is seen.
+    """
+    stock = LlavaForConditionalGeneration.from_pretrained(base_folder).eval()
+    vlm, recipe = VLM(stock, tiny_processor()), load_recipe("llava")
+    made: dict[tuple, Any] = {}
 
     def get(**options: Any) -> Any:
         settings = {"gate": "two-sided", "caption_max_new_tokens": 8, **options}
         key = tuple(sorted(settings.items()))
-        if key not in loaded:
-            folder = make_export(**settings).plan.output
-            loaded[key] = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True).eval()
-        return loaded[key]
+        if key not in made:
+            made[key] = calibrated_copy(vlm, recipe.with_overrides(**settings), (1, 2)).model
+        return made[key]
 
     return get
 

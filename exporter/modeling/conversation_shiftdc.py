@@ -63,7 +63,7 @@ def held_by(cache: Cache | None) -> Held | None:
     if held is None or held.ids.shape[1] != length_of(cache):
         return None
     before, last = held.last, _last_keys(cache)
-    if before is None or last is None or before.shape != last.shape:
+    if before is None or last is None:
         return None
     return held if torch.equal(before.to(last.device), last) else None
 
@@ -386,9 +386,7 @@ def ending_at(step: Pass, found: list[int | None], image_token_id: int, shares_p
     rows, shown = step.prompt.rows, None
     ends = torch.tensor([-1 if end is None else end for end in found], device=rows.device)
     if None in found:  # the first part of a prompt, as it seems: corrected at its end, of which the cache keeps nothing
-        begun = torch.tensor([end is None for end in found], device=ends.device)
-        shown = torch.where(begun, last_true(step.prompt.mask), ends)
-        rows = rows & ~begun
+        shown = torch.where(rows & (ends < 0), last_true(step.prompt.mask), ends)
     before = step.corrected.to(ends.device)
     in_past = rows & (ends < step.past)
     if bool((in_past & (before != ends)).any()):
@@ -426,7 +424,7 @@ def _read_again(step: Pass, start: int, ends: torch.Tensor, image_token_id: int)
         inputs["attention_mask"] = mask
     if positions is not None:
         counted = (mask.cumsum(-1) - 1).clamp_min(0)[:, start : step.past]
-        inputs["position_ids"] = torch.cat([counted.to(positions).expand(len(positions), -1), positions], dim=1)
+        inputs["position_ids"] = torch.cat([counted.to(positions), positions.expand(len(counted), -1)], dim=1)
     if inputs.get("labels") is not None:
         inputs["labels"] = torch.nn.functional.pad(inputs["labels"], (again.shape[1], 0), value=-100)
     if isinstance(keep := inputs.get("logits_to_keep"), torch.Tensor):

@@ -324,15 +324,14 @@ class ShiftDCMixin(_Model):
         base: Any = next((c for c in cls.__mro__ if c.__module__.startswith("transformers.") and "forward" in c.__dict__), None)
         if base is None:  # a mixin
             return
-        strict = getattr(base, "_keep_in_fp32_modules_strict", None) or ()
-        cls._keep_in_fp32_modules_strict = {*strict, "shiftdc"}
+        cls._keep_in_fp32_modules_strict = {*(base._keep_in_fp32_modules_strict or ()), "shiftdc"}
         setattr(cls, "forward", _with_shiftdc_arguments(cls.forward, base.forward))  # noqa: B010 (mypy: a method)
         cls._shiftdc_base_forward = base.forward
         cls._shiftdc_base_generate = base.generate
         cls._shiftdc_image_names = image_arguments(base.forward)
 
-    def __init__(self, config: PreTrainedConfig, *args: object, **kwargs: object):
-        super().__init__(config, *args, **kwargs)
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__(config)
         settings = ShiftDCSettings.of(config)
         _MADE.add(type(self))
         self._shiftdc_ready = False
@@ -432,8 +431,7 @@ class ShiftDCMixin(_Model):
             hooks = module._forward_hooks
             for number in [n for n, h in hooks.items() if getattr(h, "__module__", "") == "transformers.utils.output_capturing"]:
                 del hooks[number]
-            if getattr(module, "_output_capturing_hooks_installed", False):
-                vars(module)["_output_capturing_hooks_installed"] = False
+            vars(module).pop("_output_capturing_hooks_installed", None)
         return self.__dict__
 
     def __setstate__(self, state: dict[str, object]) -> None:
@@ -451,7 +449,7 @@ class ShiftDCMixin(_Model):
 
     def shiftdc_check(self) -> None:
         """Raise ValueError unless every buffer is there and the one that the config records, and the adapter is there."""
-        if self._shiftdc_settings.adapter is not None and not getattr(self, "_hf_peft_config_loaded", False):
+        if self._shiftdc_settings.adapter is not None and not self._hf_peft_config_loaded:
             raise ValueError("This checkpoint was calibrated together with its PEFT adapter: load it with from_pretrained().")
         for correction in self.shiftdc_corrections:
             correction.check()
@@ -602,11 +600,8 @@ class ShiftDCMixin(_Model):
         if turn is not None and held is not None and first_difference(turn.prompt.ids, held.ids) < held.ids.shape[1]:
             turn = None  # the base class goes on from other tokens than these
         remember(cache, None)
-        named = {} if ids is None else {"input_ids": ids}
-        out = super().generate(**named, **kwargs, shiftdc=False)
-        if turn is None:
-            remember(cache_of(out, cache), None)
-        else:
+        out = super().generate(input_ids=ids, **kwargs, shiftdc=False)
+        if turn is not None:
             remember_reply(cache_of(out, cache), turn.whole_answer(out), turn, self._shiftdc_padding)
         return out
 
@@ -813,7 +808,9 @@ class ShiftDCMixin(_Model):
             raise ValueError("A checkpoint with 'reference: static' has no reference pass: its shift is baked in.")
         if captions is not None and len(captions) != len(prompt.ids):
             raise ValueError(f"shiftdc_captions needs one caption per row: expected {len(prompt.ids)}, found {len(captions)}.")
-        if captions is None and kind == "caption" and prompt.rows.any():
+        if not prompt.rows.any():
+            return torch.zeros(len(prompt.ids), len(self._shiftdc_settings.layers), device=prompt.ids.device)
+        if captions is None and kind == "caption":
             captions = self._shiftdc_read(prompt, keep=False).captions
         prompts = self._shiftdc_padding.token_lists(prompt)
         if kind == "blank":
@@ -829,7 +826,7 @@ class ShiftDCMixin(_Model):
             counterparts = [composer.text_prompt(p, c) for p, c in zip(prompts, texts, strict=True)]
             coordinates = self._shiftdc_last_coordinates(counterparts, prompt.ids.device, {})
         reference = coordinates.new_zeros(len(prompt.ids), coordinates.shape[1])
-        reference[prompt.rows.to(reference.device)] = coordinates
+        reference[prompt.rows] = coordinates
         return reference
 
     def _shiftdc_blank(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -938,8 +935,7 @@ class ShiftDCMixin(_Model):
         if step.shown is not None:
             out = correct({**step.inputs, "past_key_values": None, "use_cache": False}, step.shown)
             out.past_key_values = left
-        if left is not None and length_of(left) == step.prompt.ids.shape[1]:
-            remember(left, step.held)
+        remember(left, step.held)
         return of_the_last(out, ids.shape[1]) if step.past < past else out
 
     def _shiftdc_located(self, step: Pass) -> Pass:

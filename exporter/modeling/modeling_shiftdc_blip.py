@@ -75,8 +75,8 @@ class ShiftDCBlipMixin(ShiftDCMixin):
     shiftdc_continues_caches = False
     language_model: PreTrainedModel
 
-    def __init__(self, config: PreTrainedConfig, *args: object, **kwargs: object):
-        super().__init__(config, *args, **kwargs)
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__(config)
         stock: type = type(self.language_model)
         self.language_model.__class__ = _language_model_class(stock)
 

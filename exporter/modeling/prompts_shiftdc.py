@@ -139,8 +139,7 @@ class PromptComposer:
         """
         ids, asked = list(ids), self.caption_prompt(ids)
         end = max((i + 1 for i, t in enumerate(ids) if t == self.image_token_id), default=0)
-        shared = asked[:end] == ids[:end] and self.image_token_id not in asked[end:]
-        return ids[:end] if shared and end < min(len(ids), len(asked)) else []
+        return ids[:end] if asked[:end] == ids[:end] and end < min(len(ids), len(asked)) else []
 
     def request(self, ids: Sequence[int]) -> str:
         """The text of the request of the last user turn."""
@@ -180,9 +179,9 @@ class PromptComposer:
 
     def _request(self, text: str) -> tuple[int, int]:
         """Where the request of the last user turn stands in a flat text: [start, end)."""
-        end = text.rfind(self._tail) if self._tail else len(text)
+        end = text.rfind(self._tail)
         end = len(text) if end < 0 else end
-        reply = text.rfind(self._reply, 0, end) if self._reply else -1
+        reply = text[:end].rfind(self._reply) if self._reply else -1
         turn = reply + len(self._reply) if reply >= 0 else 0
         head = text.find(self._head, turn, end)
         start = head + len(self._head) if head >= 0 else turn

@@ -39,6 +39,13 @@ def model(load):
 
 
 @pytest.fixture(scope="module")
+def exported(make_export):
+    """As users load it."""
+    folder = make_export(gate="two-sided", caption_max_new_tokens=8).plan.output
+    return AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True).eval()
+
+
+@pytest.fixture(scope="module")
 def directions(model):
     return {layer: c.direction for layer, c in zip(LAYERS, model.shiftdc_corrections, strict=True)}
 
@@ -264,22 +271,22 @@ def test_multi_turn_prompts_use_the_last_request(model, processor):
     assert not torch.equal(first_logits(model, inputs), first_logits(model, inputs, shiftdc=False))
 
 
-def test_pipeline_answers_calibrated(make_export, model, processor):
+def test_pipeline_answers_calibrated(make_export, exported, processor):
     folder = make_export(gate="two-sided", caption_max_new_tokens=8).plan.output
     pipe = pipeline("image-text-to-text", model=str(folder), trust_remote_code=True)
     message = [{"role": "user", "content": [{"type": "image", "image": IMAGES[0]}, {"type": "text", "text": REQUESTS[0]}]}]
     reply = pipe(text=message, generate_kwargs=GREEDY, return_full_text=False)[0]["generated_text"]
     inputs = encode(processor, REQUESTS[:1], IMAGES[:1])
-    out = model.generate(**inputs, **GREEDY)[0, inputs["input_ids"].shape[1] :]
+    out = exported.generate(**inputs, **GREEDY)[0, inputs["input_ids"].shape[1] :]
     assert reply.strip() == processor.decode(out, skip_special_tokens=True).strip()
 
 
-def test_save_pretrained_round_trip(model, processor, tmp_path, base_folder):
-    model.save_pretrained(tmp_path)
+def test_save_pretrained_round_trip(exported, processor, tmp_path, base_folder):
+    exported.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     again = AutoModelForImageTextToText.from_pretrained(tmp_path, trust_remote_code=True).eval()
     inputs = encode(processor, REQUESTS, IMAGES)
-    assert torch.equal(again.generate(**inputs, **GREEDY), model.generate(**inputs, **GREEDY))
+    assert torch.equal(again.generate(**inputs, **GREEDY), exported.generate(**inputs, **GREEDY))
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["shiftdc"]["layers"] == LAYERS
     with pytest.raises(Exception, match="calibrated by ShiftDC"):
@@ -300,7 +307,7 @@ def test_bfloat16_keeps_the_directions_in_float32(make_export, processor):
 
 
 @pytest.mark.parametrize("offload", [False, True])
-def test_device_map(make_export, model, processor, tmp_path, offload):
+def test_device_map(make_export, exported, processor, tmp_path, offload):
     folder = make_export(gate="two-sided", caption_max_new_tokens=8).plan.output
     rest = [
         "vision_tower",
@@ -315,7 +322,7 @@ def test_device_map(make_export, model, processor, tmp_path, offload):
         folder, trust_remote_code=True, device_map=places, offload_folder=tmp_path
     )
     inputs = encode(processor, REQUESTS, IMAGES)
-    assert torch.equal(placed.generate(**inputs, **GREEDY), model.generate(**inputs, **GREEDY))
+    assert torch.equal(placed.generate(**inputs, **GREEDY), exported.generate(**inputs, **GREEDY))
 
 
 def test_torch_compile_gives_the_same_tokens(make_export, processor, tmp_path):
