@@ -33,7 +33,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.utils import ModelOutput, is_peft_available, logging
 
-from .configuration_shiftdc import ShiftDCSettings, ShiftDCTraits, config_class, stock_class
+from .configuration_shiftdc import ShiftDCSettings, ShiftDCTraits, TokenInput, config_class, stock_class
 from .conversation_shiftdc import (
     UNKNOWN_CACHE,
     Pass,
@@ -58,6 +58,7 @@ from .conversation_shiftdc import (
 )
 from .image_prefix_shiftdc import ShiftDCImage, behind_prefixes, new_cache, read_images, reads_padding, takes_cache
 from .inputs_shiftdc import (
+    TOKEN_TYPES,
     UNMARKED_IMAGE,
     Arguments,
     ImageArguments,
@@ -291,9 +292,12 @@ class ShiftDCMixin(_Model):
     def shiftdc_token_inputs(traits: ShiftDCTraits, ids: torch.Tensor, given: Images) -> Images:
         """Inputs as long as the prompt, for prompts `ids` [batch, time] that were composed here; `given`: the original ones.
 
-        Prompts with an image have those that the original has, prompts without one those that the processor gives them.
+        Prompts with an image have those that the original has, prompts without one those that the processor gives them. Of
+        those that no processor was seen to give, 1 marks a token of an image.
         """
-        wanted = {n: t for n, t in traits.token_inputs.items() if n in given or (t.in_text and not given)}
+        marks = TokenInput(0, {str(traits.image_token_id): 1}, in_text=False)
+        known = {**dict.fromkeys(TOKEN_TYPES, marks), **traits.token_inputs}
+        wanted = {n: t for n, t in known.items() if n in given or (t.in_text and not given)}
         made = {name: torch.full_like(ids, told.elsewhere) for name, told in wanted.items()}
         for name, told in wanted.items():
             for token, value in told.at.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +14,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 
+from exporter.modeling.configuration_shiftdc import ShiftDCTraits
 from exporter.modeling.conversation_shiftdc import (
     UNKNOWN_CACHE,
     Held,
@@ -48,9 +50,10 @@ from exporter.modeling.conversation_shiftdc import (
 from exporter.modeling.inputs_shiftdc import ImageArguments, Padding
 from exporter.modeling.modeling_shiftdc import ShiftDCMixin
 
+TRAITS = ShiftDCTraits("model.language_model.layers", 64, "image_seq_length", image_token_id=4)
 IMAGES = ImageArguments(
     frozenset({"pixel_values", "image_sizes", "by_row", "token_type_ids"}), frozenset({"by_row"}),
-    ShiftDCMixin.shiftdc_token_inputs, 4, None,
+    partial(ShiftDCMixin.shiftdc_token_inputs, TRAITS), 4, None,
 )  # fmt: skip
 PADDING = Padding(3, frozenset({2}))
 PIXELS = torch.arange(6.0).reshape(1, 6)

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from in_memory import with_traits
 from other_device import other_device
 from tiny import encode, picture, tiny_processor
 from transformers import DynamicCache, GenerationConfig
@@ -119,7 +120,8 @@ VIDEO = (
 
 
 def test_videos_are_refused(model, inputs, monkeypatch):
-    monkeypatch.setattr(model.config, "video_token_id", int(inputs["input_ids"][0, -1]), raising=False)
+    last = int(inputs["input_ids"][0, -1])
+    monkeypatch.setattr(model.config, "shiftdc", with_traits(model.config.shiftdc, video_token_id=last))
     for call in (model.generate, model.shiftdc_captions, model, model.shiftdc_image):
         assert message_of(call, **inputs) == VIDEO
 
@@ -301,19 +303,24 @@ def test_a_reference_of_other_rows_or_layers_or_no_numbers(model, inputs, refere
     )
 
 
+def blank(pixel):
+    return SimpleNamespace(_shiftdc_traits=SimpleNamespace(blank_pixel=pixel))
+
+
 @pytest.mark.parametrize("mean", [0.0, -0.5])
 def test_a_neutral_image_for_every_image_and_none_for_padding(mean):
     pixels = torch.ones(2, 3, 3, 4, 4)
     pixels[0, 2] = 0
     pixels[1, 0, :2] = 0
-    found = ShiftDCMixin._shiftdc_blank(SimpleNamespace(shiftdc_blank_pixel=mean), pixels)
+    found = ShiftDCMixin._shiftdc_blank(blank(mean), pixels)
     expected = torch.full_like(pixels, mean)
     expected[0, 2] = 0
     assert torch.equal(found, expected) and found.dtype == pixels.dtype
-    assert ShiftDCMixin._shiftdc_blank(SimpleNamespace(shiftdc_blank_pixel=mean), pixels.half()).dtype == torch.float16
-    assert not ShiftDCMixin._shiftdc_blank(SimpleNamespace(shiftdc_blank_pixel=-0.5), torch.zeros(1, 3, 4, 4)).any()
-    patches = ShiftDCMixin._shiftdc_blank(SimpleNamespace(shiftdc_blank_pixel=0.0), torch.ones(5, 6))  # as Qwen has them
-    assert patches.shape == (5, 6) and not patches.any()
+    assert ShiftDCMixin._shiftdc_blank(blank(mean), pixels.half()).dtype == torch.float16
+    assert not ShiftDCMixin._shiftdc_blank(blank(-0.5), torch.zeros(1, 3, 4, 4)).any()
+    for value in (0.0, 1e-6):  # patches, as Qwen has them
+        patches = ShiftDCMixin._shiftdc_blank(blank(value), torch.ones(5, 6))
+        assert torch.equal(patches, torch.full((5, 6), value))
 
 
 def test_coordinates_of_prompts_that_are_composed_here(model, inputs):
@@ -330,7 +337,7 @@ def test_token_inputs_are_made_for_prompts_that_are_composed_here(model, monkeyp
     given = {}
     monkeypatch.setattr(type(model), "_shiftdc_image_names", frozenset({"token_type_ids"}))
     monkeypatch.setattr(type(model), "_shiftdc_coordinates", lambda self, inputs, last: given.update(inputs, last=last))
-    model._shiftdc_last_coordinates([[9, 4], [4]], torch.device("cpu"), {"token_type_ids": "of the original"})
+    model._shiftdc_last_coordinates([[9, 4], [4]], torch.device("cpu"), {"token_type_ids": torch.tensor([[1]])})
     assert {k: v.tolist() for k, v in given.items()} == {
         "input_ids": [[9, 4], [3, 4]], "attention_mask": [[1, 1], [0, 1]], "token_type_ids": [[0, 1], [0, 1]], "last": [1, 1],
     }  # fmt: skip
@@ -424,7 +431,7 @@ def test_where_nothing_is_kept_of_an_image(model, inputs, text, monkeypatch):
     calls = calls_of_the_base_class(model, monkeypatch)
     model.shiftdc_captions(**inputs)
     assert "past_key_values" not in calls[0]
-    monkeypatch.setattr(type(model), "shiftdc_shares_prefix", False)
+    monkeypatch.setattr(model.config, "shiftdc", with_traits(model.config.shiftdc, shares_prefix=False))
     assert model.shiftdc_image(**inputs).cache is None
 
 
@@ -456,7 +463,7 @@ def test_the_precomputed_rule_reads_the_image_for_every_pass(load, inputs, monke
 
 def test_a_family_without_shared_prefixes_reads_the_image_twice(model, inputs, monkeypatch):
     expected = model.generate(**inputs, **TWO)
-    monkeypatch.setattr(type(model), "shiftdc_shares_prefix", False)
+    monkeypatch.setattr(model.config, "shiftdc", with_traits(model.config.shiftdc, shares_prefix=False))
     calls = calls_of_the_base_class(model, monkeypatch)
     assert torch.equal(model.generate(**inputs, **TWO), expected)
     assert ["pixel_values" in c for c in calls] == [True, True]
@@ -481,7 +488,7 @@ def test_a_family_that_goes_on_in_no_cache(model, inputs, monkeypatch):
 
 
 def test_state_of_the_backbone_is_put_back(model, monkeypatch):
-    monkeypatch.setattr(type(model), "shiftdc_backbone_state", ("deltas",))
+    monkeypatch.setattr(model.config, "shiftdc", with_traits(model.config.shiftdc, backbone_state=["model.deltas"]))
     model.model.deltas = "before"
     try:
         with pytest.raises(RuntimeError, match="stop"), model._shiftdc_preserving_state():
@@ -783,7 +790,8 @@ def test_settings_of_prompts_come_from_the_config(model, monkeypatch):
     assert model._shiftdc_settings == ShiftDCSettings.of(model.config)
     images = model._shiftdc_images
     assert (images.names, images.image_token_id, images.video_token_id) == (type(model)._shiftdc_image_names, 4, None)
-    assert images.by_row is model.shiftdc_row_inputs and images.token_inputs is model.shiftdc_token_inputs
+    monkeypatch.setattr(model.config, "shiftdc", with_traits(model.config.shiftdc, row_inputs=["pixel_values"]))
+    assert model._shiftdc_images.by_row == {"pixel_values"} and images.by_row == frozenset()
     assert (model._shiftdc_padding.token, model._shiftdc_padding.ends) == (3, {2})
     monkeypatch.setattr(model.generation_config, "eos_token_id", [2, 7])
     assert model._shiftdc_padding.ends == {2, 7}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +11,7 @@ from other_device import other_device
 from transformers import DynamicCache, LlamaConfig, MistralConfig
 from transformers.cache_utils import DynamicLayer
 
+from exporter.modeling.configuration_shiftdc import ShiftDCTraits
 from exporter.modeling.image_prefix_shiftdc import (
     SPARE,
     PreallocatedLayer,
@@ -23,9 +25,10 @@ from exporter.modeling.image_prefix_shiftdc import (
 from exporter.modeling.inputs_shiftdc import ImageArguments, Padding
 from exporter.modeling.modeling_shiftdc import ShiftDCMixin
 
+TRAITS = ShiftDCTraits("model.language_model.layers", 64, "image_seq_length", image_token_id=4)
 IMAGES = ImageArguments(
     frozenset({"pixel_values", "pixel_mask", "by_row", "token_type_ids"}), frozenset({"by_row"}),
-    ShiftDCMixin.shiftdc_token_inputs, 4, None,
+    partial(ShiftDCMixin.shiftdc_token_inputs, TRAITS), 4, None,
 )  # fmt: skip
 PADDING = Padding(3, frozenset({2, 5}))
 PIXELS = torch.arange(6.0).reshape(2, 3)

@@ -14,10 +14,16 @@ from transformers import LlavaForConditionalGeneration, PreTrainedModel
 from transformers.generation import GenerationMixin
 
 from exporter.modeling import modeling_shiftdc
-from exporter.modeling.modeling_shiftdc import ShiftDCMixin, calibrate, register_key_conversion
-from exporter.modeling.modeling_shiftdc_llava import ShiftDCLlavaForConditionalGeneration
+from exporter.modeling.configuration_shiftdc import ShiftDCTraits
+from exporter.modeling.modeling_shiftdc import (
+    ShiftDCLlavaForConditionalGeneration,
+    ShiftDCMixin,
+    _register_key_conversion,
+    calibrate,
+)
 from exporter.modeling.prompts_shiftdc import PromptComposer, TokenizerCodec
 
+TRAITS = ShiftDCTraits("layers", 4, "image_seq_length", image_token_id=4, pixel_inputs=("pixel_values", "frames"))
 OWN = ["shiftdc", "shiftdc_reference", "shiftdc_correction", "shiftdc_position", "shiftdc_unrecorded"]
 
 
@@ -116,7 +122,7 @@ def test_the_first_key_renaming_there_is_is_taken(monkeypatch, names, expected):
         "register_checkpoint_conversion_mapping",
         lambda name, mapping, overwrite=False: registered.append((name, mapping, overwrite)),
     )
-    register_key_conversion(ShiftDCMixin, *names)
+    _register_key_conversion(ShiftDCMixin, *names)
     assert registered == ([] if expected is None else [("ShiftDCMixin", expected, True)])
 
 
@@ -125,16 +131,17 @@ def test_the_first_key_renaming_there_is_is_taken(monkeypatch, names, expected):
 
 def test_by_default_tokens_of_images_are_marked_where_the_prompt_marks_them():
     ids = torch.tensor([[4, 9, 4]])
-    found = ShiftDCMixin.shiftdc_token_inputs(ids, 4, {"mm_token_type_ids": None, "pixel_values": None, "token_type_ids": None})
+    found = ShiftDCMixin.shiftdc_token_inputs(
+        TRAITS, ids, {"mm_token_type_ids": None, "pixel_values": None, "token_type_ids": None}
+    )
     assert {k: v.tolist() for k, v in found.items()} == {"mm_token_type_ids": [[1, 0, 1]], "token_type_ids": [[1, 0, 1]]}
-    assert ShiftDCMixin.shiftdc_image_layers(None) == frozenset()
 
 
 @pytest.mark.parametrize(
     ("rows", "images", "unmarked"),
     [
         ([False, False], {"pixel_values": 1}, True),
-        ([False, False], {"image_sizes": 1, "pixel_values_videos": 1}, True),
+        ([False, False], {"image_sizes": 1, "frames": 1}, True),
         ([False, True], {"pixel_values": 1}, False),
         ([False, False], {"pixel_values": None}, False),
         ([False, False], {"image_sizes": 1}, False),
@@ -142,7 +149,7 @@ def test_by_default_tokens_of_images_are_marked_where_the_prompt_marks_them():
     ],
 )
 def test_pixels_that_no_token_stands_for(rows, images, unmarked):
-    assert bool(ShiftDCMixin.shiftdc_unmarked_image(torch.tensor(rows), images)) is unmarked
+    assert bool(ShiftDCMixin.shiftdc_unmarked_image(TRAITS, torch.tensor(rows), images)) is unmarked
 
 
 def test_a_pass_that_only_reads_keeps_no_cache():
