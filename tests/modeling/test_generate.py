@@ -569,16 +569,16 @@ def test_what_a_cache_of_an_uncalibrated_reply_holds(model, text, inputs, proces
 
 def test_an_uncalibrated_conversation_goes_on_in_its_cache(model, text):
     """What the base class reads is noted, which is neither the last token of a reply nor what a failed call was given."""
-    cache = DynamicCache()
-    first = model.generate(**text, **TWO, min_new_tokens=2, past_key_values=cache)
     new = text["input_ids"][:, -2:]
-    mask = torch.cat([text["attention_mask"], torch.ones(2, 3, dtype=torch.long)], dim=1)
-    second = model.generate(new, attention_mask=mask, **TWO, min_new_tokens=2, past_key_values=cache)
-    held = cache._shiftdc_held
-    assert (
-        torch.equal(held.ids, torch.cat([first[:, :-1], second[:, :-1]], dim=1)) and held.ids.shape[1] == cache.get_seq_length()
-    )
-    assert torch.equal(held.mask[:, : mask.shape[1]], mask)
+    for width in (3, 4):  # without the last token of the reply, or with it
+        cache = DynamicCache()
+        first = model.generate(**text, **TWO, min_new_tokens=2, past_key_values=cache)
+        mask = torch.cat([text["attention_mask"], torch.ones(2, width, dtype=torch.long)], dim=1)
+        second = model.generate(new, attention_mask=mask, **TWO, min_new_tokens=2, past_key_values=cache)
+        held = cache._shiftdc_held
+        assert torch.equal(held.ids, torch.cat([first[:, :-1], second[:, :-1]], dim=1))
+        assert held.ids.shape == held.mask.shape and held.ids.shape[1] == cache.get_seq_length()
+        assert torch.equal(held.mask[:, : text["input_ids"].shape[1]], text["attention_mask"])
 
     def fail(ids, scores):
         raise RuntimeError("stop")
