@@ -153,9 +153,26 @@ def test_pixels_that_no_token_stands_for(rows, images, unmarked):
 
 
 def test_a_pass_that_only_reads_keeps_no_cache():
-    given = []
-    ShiftDCMixin.shiftdc_backbone(SimpleNamespace(model=lambda **k: given.append(k)), input_ids=1)
-    assert given == [{"input_ids": 1, "use_cache": False}]
+    class Inner(torch.nn.Module):
+        def forward(self, input_ids=None, pixel_values=None, use_cache=None, **kwargs):
+            given.append({"input_ids": input_ids, "use_cache": use_cache, **kwargs})
+
+    class Outer(PreTrainedModel):  # of transformers, as it were
+        __module__ = "transformers.models.outer"
+
+        def __init__(self):
+            torch.nn.Module.__init__(self)
+            self.model = Inner()
+
+        def forward(self, **kwargs):
+            given.append(kwargs)
+
+    given, model = [], Outer()
+    ShiftDCMixin.shiftdc_backbone(model, input_ids=1, shiftdc_position=2)
+    assert given == [{"input_ids": 1, "use_cache": False, "shiftdc_position": 2}]
+    given.clear()  # what the inner one has no parameter for, the outer one makes something of
+    ShiftDCMixin.shiftdc_backbone(model, input_ids=1, image_embeds=3)
+    assert given == [{"input_ids": 1, "image_embeds": 3, "use_cache": False, "logits_to_keep": 1}]
 
 
 # models
