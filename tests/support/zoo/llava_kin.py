@@ -139,4 +139,3 @@ def cohere2_vision() -> TinyFamily:
 FAMILIES: dict[str, Callable[[], TinyFamily]] = {
     f.__name__: f for f in (vipllava, llava_next_video, video_llava, granite4_vision, cohere2_vision)
 }
-REFUSED: dict[str, str] = {}
