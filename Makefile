@@ -2,6 +2,7 @@
 # make test: set everything up, run the tests
 # make bench: the table of the README's section "Speed", on one CPU thread
 # make evidence: every defence and control on the demo's test split, as in the README
+# make families: every image-text-to-text type of transformers the whole way, into docs/families.md; goes on where it stopped
 # make mutants MUTANTS='exporter.evaluation.verdict*': which broken lines the tests do not notice (docs/mutants.md)
 # make published SHIFTDC_PUBLISHED=FOLDER: small files of published checkpoints, which are no part of this project, the whole way
 PYTHON ?= python3
@@ -9,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: bench demo evidence mutants published test check clean
+.PHONY: bench demo evidence families mutants published test check clean
 
 demo: $(READY)
 	$(BIN)/shiftdc-export demo --output demo-shiftdc --force
@@ -24,6 +25,9 @@ bench: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+families: $(READY)
+	$(BIN)/python tests/support/families_report.py $(FAMILIES)
 
 mutants: $(READY)
 	$(BIN)/mutmut run --max-children 2 $(MUTANTS)

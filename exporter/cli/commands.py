@@ -75,16 +75,17 @@ def export_command(
 @main.command("check")
 @click.argument("model")
 @options.recipe
+@options.experimental_family
 @options.revision
 @options.as_json
-def check_command(model: str, recipe: str | None, revision: str | None, as_json: bool) -> None:
+def check_command(model: str, recipe: str | None, experimental_family: bool, revision: str | None, as_json: bool) -> None:
     """Tell whether MODEL can be calibrated, from its small files alone."""
     with libraries_quiet():
         from exporter.models.base import resolve_small
         from exporter.models.check import check, recipe_of
 
         files = resolve_small(model, revision)
-        chosen = recipe_of(files, recipe)
+        chosen = recipe_of(files, recipe, experimental=experimental_family)
         found = check(files, chosen, allow_inexact=True)
     document = console.check_document(files, chosen, found)
     if as_json:
@@ -242,22 +243,23 @@ def evaluate(checkpoint: Path, defences: tuple[str, ...], quiet: bool, as_json: 
 
 @main.command()
 @click.argument("name", required=False)
-@click.option("--markdown", is_flag=True, help="The table of the README.")
+@click.option("--markdown", is_flag=True, help="The same as a table in Markdown.")
 @options.as_json
 def recipes(name: str | None, markdown: bool, as_json: bool) -> None:
-    """The families supported, with what works in each; with NAME one recipe in full."""
-    from exporter.models import family_table
-    from exporter.models.recipe import load_recipe
-    from exporter.runtime.resources import resource
+    """The families of the installed transformers, supported or refused, and why; with NAME one recipe in full."""
+    from exporter.models.family_table import FamilyTable
 
     if name is not None:
-        recipe = load_recipe(name)
-        text = (resource("recipes") / f"{name}.yaml").read_text("utf-8") if not as_json else recipe.model_dump_json(indent=2)
-        click.echo(text.rstrip())
-    elif markdown:
-        click.echo(family_table.markdown())
-    elif as_json:
-        print_json(family_table.supported())
-    else:
-        for row in family_table.supported():
-            click.echo(f"{row['name']:16} {', '.join(row['models'])}")
+        return click.echo(_recipe_text(name, as_json))
+    with libraries_quiet():
+        table = FamilyTable.of_installed()
+    if as_json:
+        return print_json(table.as_json())
+    return click.echo(table.markdown() if markdown else table.text())
+
+
+def _recipe_text(name: str, as_json: bool) -> str:
+    from exporter.models.recipe import load_recipe
+
+    recipe = load_recipe(name)
+    return recipe.model_dump_json(indent=2) if as_json else recipe.as_yaml()

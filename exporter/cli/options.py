@@ -54,6 +54,9 @@ max_new_tokens = click.option("--max-new-tokens", type=click.IntRange(1), defaul
 quiet = click.option("--quiet", is_flag=True, help="No progress on stderr.")
 as_json = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 recipe = click.option("--recipe", metavar="NAME|FILE", help="Recipe [default: the model family's].")
+experimental_family = click.option(
+    "--experimental-family", is_flag=True, help="Try a model type that is new in transformers: what it needs is measured."
+)
 revision = click.option("--revision", help="Branch, tag or commit of a Hub model.")
 precision = click.option("--precision", default=",".join(PRECISIONS), show_default=True, help="With commas between them.")
 
@@ -68,6 +71,7 @@ push = together(
 
 method = together(
     recipe,
+    experimental_family,
     click.option(
         "--calibration",
         metavar="builtin|harmless|FILE.jsonl|UNSAFE+SAFE",

@@ -54,7 +54,10 @@ def family(name: str) -> Family:
     """The modeling code of a transformers model_type. Raises InputError."""
     stock = getattr(transformers, STOCK.get(name, ""), None)
     if stock is None:
-        raise InputError(f"Recipe: transformers has no class for family {name!r}; see 'shiftdc-export recipes'.")
+        raise InputError(
+            f"Recipe: transformers {transformers.__version__} has no class for family {name!r}; upgrade it, or see "
+            "'shiftdc-export recipes'."
+        )
     module = OWN_CODE.get(name, "modeling_shiftdc")
     code = importlib.import_module(f"exporter.modeling.{module}")
     config = getattr(configuration_shiftdc, f"ShiftDC{stock.config_class.__name__}")

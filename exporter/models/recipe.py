@@ -7,6 +7,7 @@ import reprlib
 from pathlib import Path
 from typing import Annotated, Literal
 
+import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from exporter.errors import InputError
@@ -92,7 +93,7 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    family: str = Field(pattern=r"^[a-z0-9_-]+$", description="transformers model_type")
+    family: str = Field(pattern=r"^[a-z0-9._-]+$", description="transformers model_type")
     models: tuple[str, ...] = Field(description="checkpoints that the recipe is written for")
     chat_template: str | None = Field(None, description="Jinja template for families whose checkpoints have none")
     prompts: Wording = Field(PAPER, description="wording of the method's two extra prompts")
@@ -120,6 +121,10 @@ class Recipe(BaseModel):
     def caption_tokens(self) -> int:
         """Longest caption."""
         return self.naming_max_new_tokens if self.caption_style == "naming" else self.caption_max_new_tokens
+
+    def as_yaml(self) -> str:
+        """Every field, with defaults filled in."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120).rstrip()
 
     def with_overrides(self, **options: object) -> Recipe:
         """The recipe with the command line's values, where they are given. Raises InputError."""

@@ -58,7 +58,8 @@ class ExportOptions:
 
     output: by default a folder named after the model. recipe: by default the model family's. adapter: folder or Hub id of a PEFT
     adapter, merged unless `keep_adapter`. batch_size: None for as many prompts as fit. settings: of the recipe, in place of its
-    own (`layers`, `reference`, `strength`, ...; None leaves a setting as it is).
+    own (`layers`, `reference`, `strength`, ...; None leaves a setting as it is). experimental_family: whether a model type that
+    is new in transformers is tried.
     """
 
     output: Path | None = None
@@ -73,6 +74,7 @@ class ExportOptions:
     load_in_4bit: bool = False
     load_in_8bit: bool = False
     allow_inexact_prompts: bool = False
+    experimental_family: bool = False
     settings: Mapping[str, object] = field(default_factory=dict)
 
     @classmethod
@@ -107,7 +109,7 @@ def make_plan(model: str, options: ExportOptions | None = None, announce: Announ
         )
     if options.keep_adapter and options.adapter is None:
         raise InputError("--keep-adapter: there is no adapter to keep; give --adapter too.")
-    default = recipe_of(files, options.recipe)
+    default = recipe_of(files, options.recipe, experimental=options.experimental_family)
     chosen = default.with_overrides(**options.settings)
     calibration = load_calibration(chosen.calibration, default.calibration)
     if chosen.strength == "auto" and not calibration.select("held_out", "unsafe"):

@@ -196,12 +196,18 @@ def test_recipes():
     assert "text_counterpart" in run("recipes", "llava").stdout
     assert json.loads(run("recipes", "llava", "--json").stdout)["family"] == "llava"
     listed = json.loads(run("recipes", "--json").stdout)
-    assert all({"family", "models", "references", "onnx", "notes"} <= row.keys() for row in listed)
-    assert "llava" in [row["family"] for row in listed]
+    assert all({"name", "family", "models", "onnx", "notes"} == row.keys() for row in listed["supported"])
+    assert "llava" in [row["family"] for row in listed["supported"]]
+    assert "encoder-decoder" in listed["refused"]["florence2"] and listed["untried"] == []
 
 
-def test_the_readme_has_the_table_of_families():
-    assert run("recipes", "--markdown").stdout.strip() in Path("README.md").read_text()
+@pytest.mark.parametrize("form", [(), ("--markdown",)])
+def test_recipes_begin_with_the_count_and_end_with_what_is_refused(form):
+    first, *rows = run("recipes", *form).stdout.splitlines()
+    listed = json.loads(run("recipes", "--json").stdout)
+    assert first.startswith(f"{listed['supported_types']} of {listed['types']} image-text-to-text types of transformers ")
+    assert "florence2" in rows[-len(listed["refused"]) + list(listed["refused"]).index("florence2")]
+    assert "MiniGPT-4" in rows[-1]
 
 
 def test_help_needs_no_torch():

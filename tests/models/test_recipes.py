@@ -53,6 +53,13 @@ def test_bad_files(tmp_path):
         load_recipe(str(tmp_path / "bad.yaml"))
 
 
+def test_a_recipe_in_full_is_a_recipe(tmp_path):
+    recipe = load_recipe("paligemma")
+    (tmp_path / "mine.yaml").write_text(recipe.as_yaml())
+    assert load_recipe(str(tmp_path / "mine.yaml")) == recipe
+    assert "text_counterpart: '{request} Image Caption: {caption}'" in recipe.as_yaml()
+
+
 def test_the_command_line_wins():
     recipe = load_recipe("llava").with_overrides(gate="two-sided", strength=None)
     assert (recipe.gate, recipe.strength) == ("two-sided", 1.0)

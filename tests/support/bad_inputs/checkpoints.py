@@ -167,6 +167,7 @@ CASES = [
     Case("config without a model type", config(model_type=None), ("names no model_type", "give a transformers checkpoint")),
     Case("config with a number for a model type", config(model_type=7), ("names no model_type", "give a transformers checkpoint")),
     Case("config of an unknown family", config(model_type="gpt2"), ("'gpt2'", "'shiftdc-export recipes'")),
+    Case("config of a family that is refused", config(model_type="florence2"), ("MODEL: ", "florence2", "encoder-decoder", "decoders")),
     Case("config with a surrogate for a family", config(model_type="\ud800"), ("'\\ud800'", "'shiftdc-export recipes'")),
     Case("config of a calibrated model", config(model_type="shiftdc_llava"), ("calibrated already", "give its base model")),
     Case("an export for a base", lambda w: w.calibrate(w.whole_export), ("calibrated already", "give its base model")),

@@ -71,7 +71,7 @@ CASES = [
     *(
         Case(
             f"recipe with {name} number without end",
-            text(LLAVA.replace("strength: 1.0", f"strength: {number}")),
+            text(f"{LLAVA}strength: {number}\n"),
             (*UNREADABLE, "more than 100 characters"),
         )
         for name, number in {
@@ -95,7 +95,7 @@ CASES = [
     Case("recipe with a number for the family", values(family=7), (*WRONG, "family")),
     Case("recipe with a path for the family", values(family="../llava"), (*WRONG, "family")),
     Case("recipe of another family", lambda w: w.calibrate(None, "--recipe", "gemma3"), ("family 'gemma3'", "choose another")),
-    Case("recipe of no family", of_no_family, ("no modeling code for family 'prompts'", "see 'shiftdc-export recipes'")),
+    Case("recipe of no family", of_no_family, ("has no class for family 'prompts'", "see 'shiftdc-export recipes'")),
     Case("recipe with strength nan", values(strength=float("nan")), (*WRONG, "strength")),
     Case("recipe with strength inf", values(strength=float("inf")), (*WRONG, "strength")),
     Case("recipe with a negative strength", values(strength=-0.5), (*WRONG, "strength")),

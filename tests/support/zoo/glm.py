@@ -137,4 +137,3 @@ def glm5_next() -> TinyFamily:
 
 
 FAMILIES = {f.__name__: f for f in (glm46v, glm4v, glm4v_moe, glm_ocr, glmga, glm5_next)}
-REFUSED: dict[str, str] = {}

@@ -114,8 +114,3 @@ def gemma4_unified() -> TinyFamily:
 
 
 FAMILIES: dict[str, Callable[[], TinyFamily]] = {f.__name__: f for f in (gemma4, gemma4_unified)}
-REFUSED: dict[str, str] = {
-    "diffusion_gemma": "writes a reply by denoising a block of tokens, which no prompt's last token is continued by",
-    "shieldgemma2": "judges an image by a policy and answers no requests",
-    "t5gemma2": "encoder-decoder",
-}

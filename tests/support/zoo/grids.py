@@ -183,4 +183,3 @@ def video_llama_3() -> TinyFamily:
 
 
 FAMILIES = {f.__name__: f for f in (kimi_k25, ernie4_5_vl_moe, exaone4_5, hyperclovax_vision_v2, video_llama_3)}
-REFUSED: dict[str, str] = {}

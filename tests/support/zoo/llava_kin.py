@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import with_torchvision  # noqa: F401 (before transformers)
-from tiny import TEMPLATE
+from tiny import TEMPLATE, tiny_model, tiny_processor
 from tiny_families import AYA, IMAGE, TinyFamily, text_sizes, tokenizer, vision_sizes
 from transformers import (
     CLIPImageProcessor,
@@ -136,7 +136,12 @@ def cohere2_vision() -> TinyFamily:
     return TinyFamily(processor, Cohere2VisionForConditionalGeneration(config), LAYERS, first=2)
 
 
+def llava() -> TinyFamily:
+    """LLaVA-1.5, which has more tests elsewhere."""
+    processor = tiny_processor()
+    return TinyFamily(processor, tiny_model(len(processor.tokenizer)), "model.language_model.layers")
+
+
 FAMILIES: dict[str, Callable[[], TinyFamily]] = {
-    f.__name__: f for f in (vipllava, llava_next_video, video_llava, granite4_vision, cohere2_vision)
+    f.__name__: f for f in (llava, vipllava, llava_next_video, video_llava, granite4_vision, cohere2_vision)
 }
-REFUSED: dict[str, str] = {}

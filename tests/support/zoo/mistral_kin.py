@@ -86,6 +86,3 @@ def lighton_ocr() -> TinyFamily:
 FAMILIES: dict[str, Callable[[], TinyFamily]] = {f.__name__: f for f in (mistral_large4, lighton_ocr)}
 #: Checkpoints of types that are elsewhere, with other parts inside.
 VARIANTS: dict[str, Callable[[], TinyFamily]] = {"mistral3 with mistral4": mistral_small4}
-REFUSED: dict[str, str] = {
-    "mistral4": "reads text only; Mistral Small 4, which sees, is of type mistral3",
-}

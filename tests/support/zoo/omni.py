@@ -88,4 +88,3 @@ def qwen3_omni_moe_thinker() -> TinyFamily:
 
 
 FAMILIES = {f.__name__: f for f in (qwen3_omni_moe_thinker, qwen2_5_omni_thinker)}
-REFUSED: dict[str, str] = {}

@@ -109,4 +109,3 @@ def hunyuan_vl() -> TinyFamily:
 
 
 FAMILIES = {f.__name__: f for f in (step3p7, paddleocr_vl, hunyuan_vl)}
-REFUSED: dict[str, str] = {}

@@ -187,8 +187,3 @@ def cohere_compass() -> TinyFamily:
 FAMILIES: dict[str, Callable[[], TinyFamily]] = {
     f.__name__: f for f in (llama4, aria, idefics2, lfm2_vl, granite_docling, cohere_compass)
 }
-REFUSED: dict[str, str] = {
-    "idefics": "its processor keeps no chat template and puts every image behind the whole prompt",
-    "instructblipvideo": "takes videos of four frames, and neither an image nor text alone",
-    "pi0": "moves a robot and writes no text",
-}

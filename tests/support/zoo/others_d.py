@@ -123,4 +123,3 @@ def cosmos3_omni() -> TinyFamily:
 
 
 FAMILIES = {f.__name__: f for f in (lfm3_vl, dots3_note, cosmos3_omni, cosmos3_edge)}
-REFUSED: dict[str, str] = {}

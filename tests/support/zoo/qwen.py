@@ -94,4 +94,3 @@ def qwen4_exp() -> TinyFamily:
 
 
 FAMILIES = {f.__name__: f for f in (qwen3_vl_moe, qwen3_5, qwen3_5_moe, qwen4_exp)}
-REFUSED: dict[str, str] = {}

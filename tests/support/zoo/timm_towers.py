@@ -134,4 +134,3 @@ def perception_lm() -> TinyFamily:
 
 
 FAMILIES: dict[str, Callable[[], TinyFamily]] = {f.__name__: f for f in (gemma3n, fast_vlm, perception_lm)}
-REFUSED: dict[str, str] = {}
