@@ -246,9 +246,11 @@ def test_inputs_as_long_as_the_prompt_are_those_of_each_prompt(model, processor,
     handle = getattr(model, "model", model).register_forward_pre_hook(look, with_kwargs=True)
     try:
         model.generate(**inputs, **GREEDY)
+        corrected = len(seen)
+        model.generate(**inputs, **GREEDY, shiftdc=False)  # some outer classes keep them for themselves
     finally:
         handle.remove()
-    expected = [k for k in names if k in inputs]
+    expected, seen = sorted(seen[-1][1]), seen[:corrected]
     assert len(seen) == 3 or not expected  # caption or blank, clean, reply
     for ids, given in seen:
         assert sorted(given) == sorted(expected)
@@ -324,6 +326,10 @@ def test_a_new_lora_trains_on_top(folder, processor, tiny):
     labels = inputs["input_ids"].clone()
     labels[:, :-3] = -100
     factors = [p for p in tuned.parameters() if p.requires_grad]
+    tuned(**inputs, labels=labels, shiftdc=False).loss.backward()
+    if not all(p.grad is None or p.grad.isfinite().all() for p in factors):
+        pytest.skip("the stock model's own gradients are not finite")
+    tuned.zero_grad()
     before = tuned(**inputs, labels=labels).loss
     before.backward()
     assert factors and all(p.grad is not None for p in factors) and any(p.grad.abs().sum() > 0 for p in factors)
@@ -417,7 +423,18 @@ def test_two_conversations_in_a_cache_are_those_without(model, processor):
     assert found[:, new.shape[1] :].tolist() == expected[:, whole.shape[1] :].tolist()
 
 
-def test_padding_on_the_right_is_as_padding_on_the_left(model, processor):
+def works(base, inputs, **options):
+    """Whether the stock model can: Llama 4's cannot search with beams, ERNIE's not do without a cache."""
+    if hasattr(base, "qformer"):  # it demands an image for every row
+        return True
+    try:
+        base.generate(**inputs, **options)
+    except (ValueError, RuntimeError, IndexError, TypeError):
+        return False
+    return True
+
+
+def test_padding_on_the_right_is_as_padding_on_the_left(model, base, processor):
     left = encode(processor, [ROWS[0], ("Hello", None), ROWS[1]])
     order = torch.sort(left["attention_mask"], dim=1, descending=True, stable=True).indices
     right = dict(left)
@@ -429,6 +446,8 @@ def test_padding_on_the_right_is_as_padding_on_the_left(model, processor):
         right["cross_attention_mask"] = left["cross_attention_mask"].gather(1, index)
     named = {**GREEDY, "suppress_tokens": tokens_of_pictures(model)}  # which a random model may write
     for options in ({}, {"use_cache": False}, {"num_beams": 2}):
+        if options and not works(base, left, **named, **options):
+            continue
         found, expected = (model.generate(**given, **named, **options) for given in (right, left))
         assert new_tokens(found, right) == new_tokens(expected, left)
 
