@@ -179,7 +179,7 @@ both rules, mixed, left-padded and right-padded batches, conversations that go o
 pickling, LoRA on top, and the stock class refused. Published weights are another matter: [published.md](published.md).
 
 "Measured" is what the export found out and recorded in its config.json. ONNX: whether `--onnx` writes graphs. A type that is
-not run yet has a recipe and is exported; nothing is shown for it.
+not run yet has a recipe, and nothing is claimed for it.
 """
 REFUSED = "## Refused\n\nBefore anything is loaded, with this reason.\n\n| model_type | class | why |\n|---|---|---|"
 
