@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from click.testing import CliRunner
 
+from exporter.cli.commands import main
 from exporter.errors import InputError
 from exporter.models import check as checks
 from exporter.models.base import resolve_small
@@ -62,6 +64,14 @@ def test_a_new_type_is_refused_unless_it_is_asked_for(new):
     assert recipe == load_recipe("llava").model_copy(update={"models": (), "onnx": False, "notes": recipe.notes})
     assert "--experimental-family" in recipe.notes[0]
     assert check(new, recipe).prompts.exact
+
+
+def test_the_option_reaches_check_and_export(new, tmp_path):
+    for arguments in (["check", new.folder], [new.folder, "--dry-run", "--layers", "1", "--output", tmp_path / "out"]):
+        refused, tried = (CliRunner().invoke(main, [*map(str, arguments), *more]) for more in ((), ("--experimental-family",)))
+        assert refused.exit_code == 2 and "--experimental-family tries it" in refused.stderr
+        assert tried.exit_code == 0, tried.output
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_type_that_transformers_does_not_list_is_refused_all_the_same(new):

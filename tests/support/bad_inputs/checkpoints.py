@@ -147,7 +147,7 @@ CONFIG = ("MODEL: ", "config.json", "fetch the checkpoint again")
 UNUSABLE = ("MODEL: the config.json of base cannot be used", "restore it")
 SHARD = ("MODEL: ", SINGLE, "not a whole safetensors file", "fetch it again")
 PROCESSOR = ("MODEL: ", "processor", "restore its")
-TEMPLATE = ("MODEL: its chat template does not render a prompt without an image", "restore the template")
+TEMPLATE = ("MODEL: its prompts cannot be composed", "restore its chat template")
 PROMPT = ("MODEL: base cannot read a prompt with an image", "restore its")
 NUMBERS = ("MODEL: ", "not finite", "fetch it again")
 
