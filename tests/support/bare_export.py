@@ -25,7 +25,7 @@ COMPANIONS = {
     "qformer_tokenizer/additional_chat_templates/tool.jinja": "",
     "LICENSE": "free",
 }
-FRAME = PromptFrame((), (), (), (), (), ((),), ((),), ((),), ("", ""), "", "", False)
+FRAME = PromptFrame(((),), (), (), (), (), (((), (), False),), ((),), ("", ""), "", "", False)
 
 
 def bare_base(folder: Path, shards: int = 1, **config: object) -> BaseCheckpoint:
