@@ -12,6 +12,7 @@ REFUSED: dict[str, str] = {
     "pp_formulanet": ENCODER,
     "udop": ENCODER,
     "vision-encoder-decoder": ENCODER,
+    "fuyu": "its processor writes where an answer begins only into prompts with an image, so text prompts are no counterparts",
     "kosmos-2": "a mask of positions over ordinary words marks its images, no token, and a batch cannot mix them with text",
     "kosmos-2.5": "a mask of positions marks its images, no token, and its processor takes no prompt without one",
     "got_ocr2": "its processor composes its own prompts: it takes neither a conversation nor a request without an image",
