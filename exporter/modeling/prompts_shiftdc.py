@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 #: Text around special tokens, as JSON: strings, and the ids of special tokens between them.
 Parts = tuple[str | int, ...]
+#: What stands before and behind the image tokens of an image, and whether such an image ends its turn.
+Around = tuple[Parts, Parts, bool]
 #: Special tokens are lone surrogates, which valid text does not have.
 _FIRST_MARK, _LAST_MARK = 0xD800, 0xDFFF
 _MARK = re.compile("[\ud800-\udfff]")
@@ -53,24 +55,24 @@ class Codec(Protocol):
 class PromptFrame:
     """What a chat template and a processor write around requests and images; found by the exporter, kept in config.json.
 
-    head: what a user's turn starts with. tail: the generation prompt. reply: what stands before an earlier reply.
+    heads: what a user's turn starts with; several where the first turn and later ones have nothing in common.
+    tail: the generation prompt. reply: what stands before an earlier reply.
     opening, gap: what a turn that starts with an image has before and behind it.
-    before, between, after: what stands around the image tokens of one image, in every form (digits stand for any digits).
+    around, between: what stands around and between the image tokens of one image, in every form (digits stand for any digits).
     instead: what a text-only prompt has in place of images, at the start of a turn and elsewhere.
     caption, text: wording of the caption request and of the text-only counterpart.
     bos_added: the tokenizer adds the first token; the template does not write it.
     own: text-only prompts are what is left of prompts with an image, because without one the template writes more.
-    trims: the template takes white space around a request away.
+    trims: the template takes white space at the beginning and at the end of a turn away.
     """
 
-    head: Parts
+    heads: tuple[Parts, ...]
     tail: Parts
     reply: Parts
     opening: Parts
     gap: Parts
-    before: tuple[Parts, ...]
+    around: tuple[Around, ...]
     between: tuple[Parts, ...]
-    after: tuple[Parts, ...]
     instead: tuple[str, str]
     caption: str
     text: str
@@ -106,12 +108,16 @@ class PromptComposer:
     def __init__(self, frame: PromptFrame, codec: Codec, image_token_id: int):
         self.frame, self.codec, self.image_token_id = frame, codec, image_token_id
         self.special = codec.special | {image_token_id}
-        used = [frame.head, frame.tail, frame.reply, frame.opening, frame.gap, *frame.before, *frame.between, *frame.after]
+        edges = (frame.tail, frame.reply, frame.opening, frame.gap)
+        beside = [parts for before, after, _ in frame.around for parts in (before, after)]
+        used = [*frame.heads, *edges, *beside, *frame.between]
         self._marks: dict[int, str] = {}
         for token in (image_token_id, *(p for parts in used for p in parts if isinstance(p, int))):
             self._marks.setdefault(token, chr(_FIRST_MARK + len(self._marks)))
-        edges = (frame.head, frame.tail, frame.reply, frame.opening, frame.gap)
-        self._head, self._tail, self._reply, self._opening, self._gap = map(self._text, edges)
+        self._heads = [self._text(head) for head in frame.heads]
+        self._tail, self._reply, self._opening, self._gap = map(self._text, edges)
+        self._turn_ends = tuple(end for end in (self._tail, self._reply) if end) or ("",)
+        self._around = [(self._text(before), self._text(after), ends_turn) for before, after, ends_turn in frame.around]
         self._images = self._images_pattern()
         self._ways: dict[int, bool] = {}
 
@@ -119,18 +125,20 @@ class PromptComposer:
         """The prompt that asks the model for a caption, in view of the request where the wording has a slot; the image stays."""
         flat = self.flat(ids)
         start, end = self._request(flat.text)
-        asked = self._trimmed(filled(self.frame.caption, request=flat.text[start:end]))
-        return self._encoded(flat, flat.text[:start] + asked + flat.text[end:])
+        before, request, behind = flat.text[:start], flat.text[start:end], flat.text[end:]
+        asked = self._trimmed(before, filled(self.frame.caption, request=request), behind)
+        return self._encoded(flat, before + asked + behind)
 
     def text_prompt(self, ids: Sequence[int], caption: Sequence[int] | str | None = None) -> list[int]:
         """The text-only counterpart: no image, and the caption in its place (None: the request alone)."""
         flat = self.flat(ids)
         start, end = self._request(flat.text)
-        request = flat.text[start:end]
+        before, request, behind = flat.text[:start], flat.text[start:end], flat.text[end:]
         if caption is not None:
             shown = caption.strip() if isinstance(caption, str) else self.codec.text(caption)
-            request = self._trimmed(filled(self.frame.text, request=request, caption=_MARK.sub("\ufffd", shown)))
-        return self._encoded(flat, self._without_images(flat.text[:start] + request + flat.text[end:]))
+            request = filled(self.frame.text, request=request, caption=_MARK.sub("\ufffd", shown))
+        request = self._trimmed(self._without_images(before), request, self._without_images(behind))
+        return self._encoded(flat, self._without_images(before + request + behind))
 
     def image_prefix(self, ids: Sequence[int]) -> list[int]:
         """The beginning that a prompt has in common with its caption prompt, up to its last image token.
@@ -157,7 +165,7 @@ class PromptComposer:
         text = self.flat(ids).text
         at = text.rfind(self._tail) if self._tail else -1
         behind = at + len(self._tail)
-        if at < 0 or (self._head and self._head in text[behind:]):
+        if at < 0 or any(head and head in text[behind:] for head in self._heads):
             return None
         return self._tokens_up_to(list(ids), behind) - 1
 
@@ -183,12 +191,12 @@ class PromptComposer:
         end = len(text) if end < 0 else end
         reply = text[:end].rfind(self._reply) if self._reply else -1
         turn = reply + len(self._reply) if reply >= 0 else 0
-        head = text.find(self._head, turn, end)
-        start = head + len(self._head) if head >= 0 else turn
-        images = [found.span() for found in self._images.finditer(text, turn, end)]
+        head = self._head(text, turn, end)
+        start = head[1] if head else turn
+        images = [found.span() for found in self._images.finditer(text, turn) if found.end() <= end]
         if not images:
             return start, end
-        if head < 0 or images[0][0] < head:  # the turn opens with an image
+        if head is None or images[0][0] < head[0]:  # the turn opens with an image
             start = images[0][0]
         last_start, last_end = images[-1]
         if text[start:last_start].strip() and not text[last_end:end].strip():  # the request stands before the image
@@ -196,8 +204,16 @@ class PromptComposer:
         start = max(start, last_end)
         return min(start + len(self._gap) if text.startswith(self._gap, start) else start, end), end
 
-    def _trimmed(self, request: str) -> str:
-        return request.strip() if self.frame.trims else request
+    def _head(self, text: str, start: int, end: int) -> tuple[int, int] | None:
+        """Where the first head in text[start:end] stands."""
+        found = [(text.find(head, start, end), head) for head in self._heads]
+        return min(((at, at + len(head)) for at, head in found if at >= 0), default=None)
+
+    def _trimmed(self, before: str, request: str, behind: str) -> str:
+        """Some templates take white space at the beginning and at the end of a turn away."""
+        if self.frame.trims and before.endswith(tuple(self._heads)):
+            request = request.lstrip()
+        return request.rstrip() if self.frame.trims and behind.startswith(self._turn_ends) else request
 
     def _without_images(self, text: str) -> str:
         def instead(found: re.Match[str]) -> str:
@@ -207,9 +223,19 @@ class PromptComposer:
 
     def _images_pattern(self) -> re.Pattern[str]:
         """One or more images that stand side by side."""
-        image = f"{self._marks[self.image_token_id]}+"
-        before, between, after = (_either(map(self._text, p)) for p in (self.frame.before, self.frame.between, self.frame.after))
-        return re.compile(f"(?:{before}{image}(?:{between}{image})*{after})+")
+        mark = self._marks[self.image_token_id]
+        tokens = f"{mark}+(?:{_either(map(self._text, self.frame.between))}{mark}+)*"
+        images = [
+            f"{_digits(before)}{tokens}{self._behind_images(before)}"
+            for before in _longest(before for before, *_ in self._around)
+        ]
+        return re.compile(f"(?:{'|'.join(images)})+")
+
+    def _behind_images(self, before: str) -> str:
+        """A pattern of what stands behind images that have `before` before them."""
+        turn_end = f"(?={_either(self._turn_ends)})"
+        here = sorted((a for a in self._around if a[0] == before), key=lambda a: (len(a[1]), a[2]), reverse=True)
+        return f"(?:{'|'.join(_digits(after) + (turn_end if ends_turn else '') for _, after, ends_turn in here)})"
 
     def _text(self, parts: Iterable[str | int]) -> str:
         return "".join(self._marks[p] if isinstance(p, int) else p for p in parts)
@@ -315,9 +341,18 @@ def _runs(ids: Iterable[int], special: frozenset[int]) -> Iterable[tuple[int | N
 
 
 def _either(texts: Iterable[str]) -> str:
-    """A pattern of one of `texts`, the longest that fits; digits stand for any digits."""
-    longest = sorted(set(texts), key=len, reverse=True)
-    return f"(?:{'|'.join(re.sub('[0-9]+', '[0-9]+', re.escape(t)) for t in longest)})"
+    """A pattern of one of `texts`, the longest that fits."""
+    return f"(?:{'|'.join(map(_digits, _longest(texts)))})"
+
+
+def _longest(texts: Iterable[str]) -> list[str]:
+    """The longest first."""
+    return sorted(set(texts), key=len, reverse=True)
+
+
+def _digits(text: str) -> str:
+    """A pattern of `text`, in which digits stand for any digits."""
+    return re.sub("[0-9]+", "[0-9]+", re.escape(text))
 
 
 def _listed(value: object) -> object:

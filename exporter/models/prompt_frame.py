@@ -39,21 +39,20 @@ def prompt_frame(vlm: VLM, prompts: Wording) -> PromptFrame:
         i or _around_image(p, alone[0], vlm.image_token_id) for i, p in zip(images, (shown[0], behind[0]), strict=True)
     ]
     later = _behind_the_request(later)
-    forms = [first.image, later.image, *_forms(writer, None if own else alone[0], vlm.image_token_id)]
-    split = [_split(form, vlm.image_token_id) for form in forms]
+    forms = [first, later, *_forms(writer, None if own else alone[0], vlm.image_token_id, behind=later.image != first.image)]
+    split = [(_split(form.image, vlm.image_token_id), form.ends_turn) for form in forms]
     reply, later_turns = _second_turn(writer)
     heads = [_common_start(alone), _common_start(behind), *later_turns]
     heads = [head for head in heads if vlm.image_token_id not in head]
-    openings = [first.start, *_second_opening(writer, vlm.image_token_id, split[0][0])]
+    openings = [first.start, *_second_opening(writer, vlm.image_token_id, split[0][0][0])]
     return PromptFrame(
-        head=_parts(_shared_end(heads)),
+        heads=_heads(heads),
         tail=_parts(_common_end([*alone, *shown])),
         reply=_parts(reply),
         opening=_parts(_shared_end(openings)),
         gap=_parts(_common_start(shown)[len(first.start) + len(first.image) :]),
-        before=_distinct(s[0] for s in split),
-        between=_distinct(part for s in split for part in s[1:-1]),
-        after=_distinct(s[-1] for s in split),
+        around=tuple(dict.fromkeys((_parts(s[0]), _parts(s[-1]), ends_turn) for s, ends_turn in split)),
+        between=_distinct(part for s, _ in split for part in s[1:-1]),
         instead=(first.instead, later.instead),
         caption=prompts.caption,
         text=prompts.text_counterpart,
@@ -93,7 +92,7 @@ class _Writer:
         self.vlm = vlm
         self.codec = CheckedCodec(vlm.tokenizer)
         self.bos_added = self._bos_added()
-        nothing = PromptFrame((), (), (), (), (), ((),), ((),), ((),), ("", ""), "", "", self.bos_added)
+        nothing = PromptFrame(((),), (), (), (), (), (((), (), False),), ((),), ("", ""), "", "", self.bos_added)
         self.composer = PromptComposer(nothing, self.codec, vlm.image_token_id)
 
     def __call__(self, *turns: Message) -> Cells:
@@ -121,11 +120,15 @@ class _Writer:
 
 @dataclass(frozen=True)
 class _ImagePart:
-    """What an image makes different in a prompt: the cells before it, its own, and the text that stands there without it."""
+    """What an image makes different in a prompt: the cells before it, its own, and the text that stands there without it.
+
+    ends_turn: what stands before the image is its own only where the end of the turn stands behind it.
+    """
 
     start: Cells
     image: Cells
     instead: str
+    ends_turn: bool = False
 
 
 def _difference(shown: Cells, alone: Cells) -> _ImagePart | None:
@@ -143,7 +146,7 @@ def _behind_the_request(part: _ImagePart) -> _ImagePart:
     start, image = part.start, part.image
     while start and image and start[-1] == image[-1]:
         start, image = start[:-1], [image[-1], *image[:-1]]
-    return _ImagePart(start, image, part.instead)
+    return _ImagePart(start, image, part.instead, ends_turn=len(start) < len(part.start))
 
 
 def _around_image(shown: Cells, alone: Cells, image: int) -> _ImagePart:
@@ -159,17 +162,22 @@ def _around_image(shown: Cells, alone: Cells, image: int) -> _ImagePart:
     return _ImagePart(shown[:start], shown[start:end], "")
 
 
-def _forms(writer: _Writer, alone: Cells | None, image: int) -> Iterable[Cells]:
-    """Images of other sizes, and two of them; `alone`: the prompt without, None where it differs by more."""
-    text = _TEXTS[0]
-    several = () if alone is None else (_turn(text, 2), _turn(text, 2, behind=True))  # what joins them is not the images'
-    for pictures in (*(_turn(text, 1, size=size) for size in _SHAPES[1:]), *several):
+def _forms(writer: _Writer, alone: Cells | None, image: int, *, behind: bool) -> Iterable[_ImagePart]:
+    """Images of other sizes, and two of them; `alone`: the prompt without, None where it differs by more.
+
+    behind: images behind a request are written otherwise than before it, in all their sizes.
+    """
+    text, both = _TEXTS[0], (False, True)
+    sizes = [(_turn(text, 1, behind=b, size=size), b) for b in (both if behind else both[:1]) for size in _SHAPES[1:]]
+    # where text prompts differ by more, what joins two images is not the images'
+    several = [] if alone is None else [(_turn(text, 2, behind=b), b) for b in both]
+    for pictures, is_behind in (*sizes, *several):
         shown = writer.or_none(pictures)
         if shown is None:  # some templates take one image
             continue
         part = _around_image(shown, writer(_turn(text)), image) if alone is None else _difference(shown, alone)
         if part is not None:
-            yield part.image
+            yield _behind_the_request(part) if is_behind else part
 
 
 def _split(form: Cells, image: int) -> list[Cells]:
@@ -202,6 +210,12 @@ def _second_opening(writer: _Writer, image: int, before: Cells) -> list[Cells]:
         return []
     start = shown[: shown.index(image)]
     return [start[: len(start) - len(before)]] if start[len(start) - len(before) :] == before else []
+
+
+def _heads(contexts: Sequence[Cells]) -> tuple[Parts, ...]:
+    """What all turns start with; each kind's own where they have nothing in common, as roles behind what is said have not."""
+    shared = _shared_end(contexts)
+    return _distinct([shared] if shared else [_shared_end([context]) for context in contexts])
 
 
 def _shared_end(contexts: Sequence[Cells]) -> Cells:

@@ -10,6 +10,7 @@ OF_TRANSFORMERS = {
     "diffusion_gemma": "it writes a reply by denoising a block of tokens, so that no reply goes on from a prompt's last token",
     "evolla": "it answers questions about proteins and takes no images",
     "florence2": ENCODER,
+    "fuyu": "its processor writes where an answer begins only into prompts with an image, so text prompts are no counterparts",
     "git": "it writes captions and short answers about an image, which is no part of its prompt's tokens",
     "got_ocr2": "its processor composes prompts of its own and takes neither a conversation nor a request without an image",
     "idefics": "its processor has no chat template and puts every image behind the whole prompt",
@@ -24,6 +25,7 @@ OF_TRANSFORMERS = {
     "shieldgemma2": "it judges an image by a policy and answers no requests",
     "t5gemma2": ENCODER,
     "udop": ENCODER,
+    "unlimited_ocr": "it reads pages: its cache forgets the prompt by design, and its processor gives lists beside tensors",
     "vision-encoder-decoder": ENCODER,
 }
 

@@ -301,7 +301,7 @@ def test_a_prompt_as_text():
 @pytest.mark.parametrize(("count", "fits"), [(0xDFFF - 0xD800 + 1, True), (0xDFFF - 0xD800 + 2, False)])
 def test_as_many_special_tokens_as_there_are_marks(count, fits):
     codec = SimpleNamespace(special=frozenset(range(3000)), bos=None, encode=None, decode=str, written=str)
-    frame = PromptFrame((), (), (), (), (), ((),), ((),), ((),), ("", ""), "", "", False)
+    frame = PromptFrame(((),), (), (), (), (), (((), (), False),), ((),), ("", ""), "", "", False)
     made = PromptComposer(frame, codec, 0)
     if fits:
         assert len(made.flat(range(count)).text) == count

@@ -13,6 +13,7 @@ from tiny_families import tiny_family
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from exporter.errors import InputError
+from exporter.modeling.configuration_shiftdc import ShiftDCTraits
 from exporter.modeling.prompts_shiftdc import PromptComposer, PromptFrame, TokenizerCodec
 from exporter.models.prompt_check import CAPTIONS, check_prompts, images_kept
 from exporter.models.prompt_frame import prompt_frame
@@ -56,8 +57,8 @@ def vlm_with(tokenizer: Tokenizer, template: str = TEMPLATE) -> VLM:
     """A processor without a model."""
     config = SimpleNamespace(image_token_id=4, model_type="llava")
     weight = SimpleNamespace(device=torch.device("cpu"))
-    model = SimpleNamespace(config=config, get_input_embeddings=lambda: SimpleNamespace(weight=weight))
-    return VLM(model, tiny_processor(template, tokenizer))
+    model = SimpleNamespace(config=config, dtype=torch.float32, get_input_embeddings=lambda: SimpleNamespace(weight=weight))
+    return VLM(model, tiny_processor(template, tokenizer), tried=ShiftDCTraits("layers", 64, "guard", image_token_id=4))
 
 
 TOKENIZERS = {
@@ -86,19 +87,59 @@ def test_every_wording_is_composed_exactly(vlm, wording):
     assert found.exact, str(found)
 
 
+#: Parts of a turn as `{}`, whose marks are special tokens.
+TURNS = "{% for m in messages %}{% for c in m['content'] %}{}{% endfor %}{{ '<' + m['role'] + '>' }}{% endfor %}"
+#: What a turn says, its image in place of `IMAGE`.
+PART = "{% if c['type'] == 'image' %}IMAGE{% else %}{{ c['text'] }}{% endif %}"
+EDGES = (
+    "{% set t = c['text'] or '' %}{% set t = t.lstrip() if loop.first else t %}{% set t = t.rstrip() if loop.last else t %}"
+    "{{ '<image>' if c['type'] == 'image' else t }}"
+)
+TEMPLATES = {
+    "parts joined by what begins the end of a turn": (
+        "{% for m in messages %}{{ m['role'].upper() + ': ' }}{% for c in m['content'] %}{{ '' if loop.first else '\n' }}"
+        + PART.replace("IMAGE", "<image>")
+        + "{% endfor %}{{ '\n\n' }}{% endfor %}ASSISTANT:"
+    ),
+    "a message for each part": (
+        "<start>{% for m in messages %}{% for c in m['content'] %}{{ '<' + m['role'] + '>' }}"
+        + PART.replace("IMAGE", "<shown><image>").replace("{{ c", "<said>{{ c")
+        + "<end>{% endfor %}{% endfor %}<assistant>"
+    ),
+    "roles behind what they say": (
+        "{% if messages[0]['role'] != 'system' %}<system>{% endif %}" + TURNS.replace("{}", PART.replace("IMAGE", "<image>"))
+    ),
+    "white space taken away at the ends of a turn": (
+        "{% for m in messages %}{{ m['role'].upper() + ': ' }}{% for c in m['content'] %}"
+        + EDGES
+        + "{% endfor %}{{ '\n\n' }}{% endfor %}ASSISTANT:"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_templates_of_other_shapes_are_composed_exactly(name):
+    """As Janus's, Inkling's, HunYuan's and DeepSeek-VL's."""
+    tokenizer = byte_level_tokenizer(CORPUS * 3)
+    tokenizer.add_special_tokens(["<start>", "<system>", "<user>", "<assistant>", "<said>", "<shown>", "<end>"])
+    vlm = vlm_with(tokenizer, TEMPLATES[name])
+    found = check_prompts(vlm, prompt_frame(vlm, PROMPTS), REQUESTS[:10])
+    assert found.exact and not found.refused, str(found)
+
+
 def test_the_frame_survives_json(vlm):
     frame = prompt_frame(vlm, PROMPTS)
     assert PromptFrame.from_json(json.loads(json.dumps(frame.as_json()))) == frame
 
 
-@pytest.mark.parametrize("part", ["head", "tail", "opening", "before", "after", "caption", "text", "instead", "bos_added"])
+@pytest.mark.parametrize("part", ["heads", "tail", "opening", "around", "caption", "text", "instead", "bos_added"])
 def test_the_check_notices_a_wrong_frame(part):
     """Idefics 3 has every part."""
     family = tiny_family("idefics3") if part != "bos_added" else None
     vlm = VLM(family.model, family.processor) if family else vlm_with(legacy_llama_tokenizer())
     frame = prompt_frame(vlm, PROMPTS)
     wrong = {
-        "head": ("U",), "tail": ("never",), "opening": ("never",), "before": ((),), "after": ((),), "caption": "{request}",
+        "heads": (("U",),), "tail": ("never",), "opening": ("never",), "around": (((), (), False),), "caption": "{request}",
         "text": "{request}", "instead": ("", ""), "bos_added": False,
     }[part]  # fmt: skip
     values = {**frame.as_json(), part: wrong}
@@ -206,7 +247,7 @@ def test_images_are_taken_in_once():
 
 def test_too_many_special_tokens_are_told():
     codec = SimpleNamespace(special=frozenset(range(3000)), bos=None, encode=None, decode=str, written=str)
-    frame = PromptFrame((), (), (), (), (), ((),), ((),), ((),), ("", ""), "", "", False)
+    frame = PromptFrame(((),), (), (), (), (), (((), (), False),), ((),), ("", ""), "", "", False)
     with pytest.raises(ValueError, match="different special tokens"):
         PromptComposer(frame, codec, 0).flat(range(3000))
 

@@ -32,7 +32,7 @@ from exporter.runtime.linking import SHARED, is_hub_blob, link_or_copy, symlink_
 SHARD = "model-00001-of-00002.safetensors"
 
 #: Of prompts that are never made.
-FRAME = PromptFrame((), (), (), (), (), ((),), ((),), ((),), ("", ""), "", "", False)
+FRAME = PromptFrame(((),), (), (), (), (), (((), (), False),), ((),), ("", ""), "", "", False)
 TRAITS = ShiftDCTraits("model.language_model.layers", 64, "vision_feature_select_strategy", image_token_id=4)
 
 

@@ -27,7 +27,7 @@ COMPANIONS = {
     "LICENSE": "free",
 }
 TRAITS = ShiftDCTraits("model.language_model.layers", HIDDEN, "vision_feature_select_strategy", image_token_id=4)
-FRAME = PromptFrame((), (), (), (), (), ((),), ((),), ((),), ("", ""), "", "", False)
+FRAME = PromptFrame(((),), (), (), (), (), (((), (), False),), ((),), ("", ""), "", "", False)
 
 
 def bare_base(folder: Path, shards: int = 1, **config: object) -> BaseCheckpoint:

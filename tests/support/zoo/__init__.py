@@ -17,7 +17,7 @@ from tiny_families import TinyFamily
 from exporter.models.recipe import recipe_for_family
 
 MODULES = (
-    "deepseek", "fuyu", "glm", "google", "grids", "inkling", "llava_kin", "minicpm", "minimax", "mistral_kin", "muse", "nemotron",
+    "deepseek", "glm", "google", "grids", "inkling", "llava_kin", "minicpm", "minimax", "mistral_kin", "muse", "nemotron",
     "ocr", "omni", "others_a", "others_b", "others_d", "ovis_molmo", "qwen", "timm_towers",
     "tokens",
 )  # fmt: skip

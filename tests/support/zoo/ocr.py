@@ -6,7 +6,6 @@ The last two have no published template: the recipes hold one.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from tiny_families import IMAGE, TinyFamily, text_sizes, tokenizer, vision_sizes
 from transformers import (
@@ -16,10 +15,6 @@ from transformers import (
     QianfanOCRConfig,
     QianfanOCRForConditionalGeneration,
     QianfanOCRProcessor,
-    UnlimitedOcrConfig,
-    UnlimitedOcrForConditionalGeneration,
-    UnlimitedOcrImageProcessor,
-    UnlimitedOcrProcessor,
 )
 from transformers.models.deepseek_ocr2.image_processing_pil_deepseek_ocr2 import DeepseekOcr2ImageProcessorPil
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
@@ -65,33 +60,4 @@ def deepseek_ocr2() -> TinyFamily:
     )
 
 
-def unlimited_ocr() -> TinyFamily:
-    """The window slides over the answer alone: a prompt and its images stay in sight."""
-    words = tokenizer("<|det|>", "<|/det|>")
-    images = UnlimitedOcrImageProcessor(size={"height": 32, "width": 32}, tile_size=32, max_patches=2)
-    processor = UnlimitedOcrProcessor(images, words, patch_size=4, downsample_ratio=4)
-    clip = {**vision_sizes(32, 16), "hidden_size": 32}
-    config = UnlimitedOcrConfig(
-        text_config={**experts(len(words)), "sliding_window": 3},
-        vision_config={"sam_config": sam(32, 4), "encoder_config": clip}, image_token_id=IMAGE,
-    )  # fmt: skip
-    return TinyFamily(
-        processor, UnlimitedOcrForConditionalGeneration(config), "model.language_model.layers", recipe="unlimited_ocr"
-    )
-
-
-def experts(vocabulary: int) -> dict[str, Any]:
-    return {
-        **text_sizes(vocabulary), "num_key_value_heads": 4, "n_routed_experts": 4, "n_shared_experts": 1,
-        "moe_intermediate_size": 32, "num_experts_per_tok": 2, "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"],
-    }  # fmt: skip
-
-
-def sam(image: int, patch: int) -> dict[str, Any]:
-    return {
-        **vision_sizes(image, patch), "output_channels": 16, "window_size": 4, "global_attn_indexes": [1], "mlp_dim": 64,
-        "downsample_channels": [32, 32],
-    }  # fmt: skip
-
-
-FAMILIES: dict[str, Callable[[], TinyFamily]] = {f.__name__: f for f in (qianfan_ocr, deepseek_ocr2, unlimited_ocr)}
+FAMILIES: dict[str, Callable[[], TinyFamily]] = {f.__name__: f for f in (qianfan_ocr, deepseek_ocr2)}
