@@ -104,6 +104,8 @@ class ShiftDCTraits:
             Every pixel of the blank reference, after normalisation: the processor's mean colour, if that is no padding.
         shares_prefix (`bool`):
             Whether a reply may go on from the KV cache of the prompt's beginning, up to the end of the image.
+        needs_positions (`bool`):
+            Whether forward() must be told positions where rows are padded on the left.
         backbone_state (`tuple[str, ...]`):
             Attributes in which the base class keeps something from one pass to the next, as paths in the model.
     """
@@ -119,6 +121,7 @@ class ShiftDCTraits:
     token_inputs: Mapping[str, TokenInput] = field(default_factory=dict)
     blank_pixel: float = 0.0
     shares_prefix: bool = False
+    needs_positions: bool = False
     backbone_state: tuple[str, ...] = ()
 
     def as_json(self) -> ConfigDict:

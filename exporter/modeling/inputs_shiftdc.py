@@ -196,6 +196,11 @@ def left_padded(prompts: Sequence[list[int]], pad: int, device: torch.device) ->
     return align_prefixes([[] for _ in prompts], prompts, pad, device)
 
 
+def positions_of(mask: torch.Tensor) -> torch.Tensor:
+    """int64 [batch, time]: the places of tokens in rows that may be padded on the left."""
+    return (mask.long().cumsum(-1) - 1).clamp_min(0)
+
+
 def position_to_correct(
     model_inputs: Arguments, past_key_values: Cache | None, rows: torch.Tensor, prompt_length: int
 ) -> torch.Tensor | None:

@@ -70,6 +70,7 @@ from .inputs_shiftdc import (
     last_true,
     left_padded,
     position_to_correct,
+    positions_of,
     prompt_ends,
     refuse_packed_rows,
     require_input_ids,
@@ -857,6 +858,8 @@ class ShiftDCMixin(_Model):
         readout = ShiftDCReadout(len(self._shiftdc_settings.layers), ends_pass=not dispatched)
         dropped = {"labels", "logits_to_keep", "past_key_values", "use_cache"}
         inputs = {k: v for k, v in inputs.items() if k not in dropped and v is not None}
+        if self._shiftdc_traits.needs_positions and inputs.get("attention_mask") is not None:
+            inputs.setdefault("position_ids", positions_of(inputs["attention_mask"]))
         with self._shiftdc_preserving_state(), suppress(ShiftDCReadError):
             self.shiftdc_backbone(self, **inputs, shiftdc_position=position, shiftdc_readout=readout)
         return readout.stacked(position.device)

@@ -102,8 +102,8 @@ def _token_named(names: Sequence[str], *holders: object) -> int | None:
     return None
 
 
-def _picture(shade: int) -> Image.Image:
-    picture = Image.linear_gradient("L").resize((64, 64)).convert("RGB")
+def _picture(shade: int, size: tuple[int, int] = (64, 64)) -> Image.Image:
+    picture = Image.linear_gradient("L").resize(size).convert("RGB")
     return picture.point([min(255, value // 2 + shade) for value in range(256)] * 3)
 
 
@@ -115,6 +115,7 @@ class _Prompts:
         self.one = self._encoded(user_turn(REQUEST, _picture(20)))
         self.other = self._encoded(user_turn(REQUEST, _picture(120)))
         self.text = self._tried([user_turn(REQUEST)])
+        self.large = self._tried([user_turn(REQUEST, _picture(20, (1536, 1024)))])
         text, shown = [user_turn(REQUEST)], [user_turn(REQUEST, _picture(20))]
         twice = [user_turn(REQUEST, _picture(20), _picture(20))]
         # rows and images differ in number, so that neither is taken for the other; some processors take no such batches
@@ -127,7 +128,9 @@ class _Prompts:
 
     def pixel_inputs(self) -> tuple[str, ...]:
         """Those that differ between two pictures of one size."""
-        pairs = ((k, v, self.other.get(k)) for k, v in self.one.items())
+        pairs = [(k, v, self.other.get(k)) for k, v in self.one.items()]
+        if self.large is not None:  # cut into crops, which small ones are not
+            pairs += [(k, v, None) for k, v in self.large.items() if k not in self.one]
         return tuple(sorted(k for k, v, w in pairs if v.is_floating_point() and (w is None or not _equal(v, w))))
 
     def row_inputs(self) -> tuple[str, ...]:

@@ -12,7 +12,8 @@ from transformers import DynamicCache
 
 from exporter.errors import InputError
 from exporter.modeling.configuration_shiftdc import ShiftDCTraits
-from exporter.modeling.image_prefix_shiftdc import new_cache
+from exporter.modeling.image_prefix_shiftdc import copied, new_cache
+from exporter.modeling.inputs_shiftdc import positions_of
 from exporter.models.conversation import user_turn
 from exporter.models.hooks import hooked
 
@@ -34,7 +35,8 @@ def tried_traits(vlm: VLM) -> ShiftDCTraits:
     require_arguments(vlm, inputs)
     width, axis = token_shape(vlm, inputs)
     state, blank = tuple(backbone_state(vlm, inputs)), blank_pixel(vlm)
-    known = replace(vlm.traits, width=width, stream_axis=axis, backbone_state=state, blank_pixel=blank)
+    positions = not state and needs_positions(vlm)
+    known = replace(vlm.traits, width=width, stream_axis=axis, backbone_state=state, blank_pixel=blank, needs_positions=positions)
     return replace(known, shares_prefix=shares_prefix(vlm, known))
 
 
@@ -107,6 +109,25 @@ def _tensors_of(model: nn.Module) -> dict[str, object]:
     }
 
 
+def needs_positions(vlm: VLM) -> bool:
+    """Whether a prompt that is padded on the left gives other logits unless forward() is told its tokens' positions."""
+    plain = vlm.encode([REQUESTS[0]])
+    padded = {name: torch.nn.functional.pad(value, (3, 0)) for name, value in plain.items() if value.ndim == 2}
+    told = {**padded, "position_ids": positions_of(padded["attention_mask"])}
+    expected, without, given = (_text_logits(vlm, inputs) for inputs in (plain, padded, told))
+    if expected is None or without is None or given is None:
+        return False
+    return not _are_close(vlm, without, expected) and _are_close(vlm, given, expected)
+
+
+def _text_logits(vlm: VLM, inputs: Inputs) -> torch.Tensor | None:
+    """None where the outer model takes no prompt without an image."""
+    try:
+        return vlm.model(**inputs, logits_to_keep=1).logits[:, -1]
+    except (ValueError, TypeError, RuntimeError, IndexError, AttributeError):
+        return None
+
+
 def blank_pixel(vlm: VLM) -> float:
     """The value of every pixel of a blank image: 0, unless the model takes such an image for padding.
 
@@ -139,10 +160,17 @@ def shares_prefix(vlm: VLM, traits: ShiftDCTraits) -> bool:
     try:
         vlm.model(**first, past_key_values=cache, use_cache=True, logits_to_keep=1)
         cache.crop(end - cache.get_seq_length())
-        found = _next_logits(vlm, {k: second[k] for k in ("input_ids", "attention_mask")}, cache)
+        behind = {k: second[k] for k in ("input_ids", "attention_mask")}
+        found = [_next_logits(vlm, behind, copied(cache)), _next_logits(vlm, _with_gap(behind, end), copied(cache))]
     except (ValueError, TypeError, RuntimeError, IndexError, AttributeError):  # however it says that it cannot
         return False
-    return _are_close(vlm, found, _next_logits(vlm, second, None))
+    expected = _next_logits(vlm, second, None)
+    return all(_are_close(vlm, logits, expected) for logits in found)
+
+
+def _with_gap(inputs: Inputs, end: int) -> Inputs:
+    """With three columns of padding behind the image, as in batches of prompts of several lengths."""
+    return {name: torch.cat([v[:, :end], torch.zeros_like(v[:, :3]), v[:, end:]], dim=1) for name, v in inputs.items()}
 
 
 def _end_of_image(ids: torch.Tensor, image_token_id: int) -> int:

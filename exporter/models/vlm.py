@@ -12,6 +12,7 @@ from PIL import Image
 from torch import nn
 
 from exporter.modeling.configuration_shiftdc import PREFIX, ShiftDCSettings, ShiftDCTraits
+from exporter.modeling.inputs_shiftdc import positions_of
 from exporter.modeling.prompts_shiftdc import PromptComposer, PromptFrame, TokenizerCodec
 from exporter.models.chat_template import composing, encoded, rendered
 from exporter.models.conversation import Conversation, has_image, user_turn, with_blank_image
@@ -142,7 +143,8 @@ class VLM:
 
     def backbone(self, inputs: Inputs) -> None:
         """One pass through the decoder layers, without cache."""
-        self.family.model.shiftdc_backbone(self.model, **inputs)
+        given = {"position_ids": positions_of(inputs["attention_mask"])} if self.traits.needs_positions else {}
+        self.family.model.shiftdc_backbone(self.model, **inputs, **given)
 
     def token_ids(self, request: str, image: Image.Image | None = None) -> list[int]:
         """One prompt as a list of token ids."""

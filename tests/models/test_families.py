@@ -139,12 +139,14 @@ def directions(model, layers):
     return {layer: c.direction for layer, c in zip(layers, model.shiftdc_corrections, strict=True)}
 
 
-def naive_reference(naive, directions, row, kind, blank=0.0):
+def naive_reference(naive, directions, row, kind, blank=0.0, pixels=("pixel_values",)):
     """Coordinates of the counterpart, which the chat template writes from texts."""
     request, image = row
     if kind == "blank":
         inputs = naive.ids(request, image)
-        inputs["pixel_values"] = torch.full_like(inputs["pixel_values"], blank)
+        for name in pixels:
+            if name in inputs:
+                inputs[name] = torch.full_like(inputs[name], blank)
     elif kind == "text":
         inputs = naive.ids(request)
     else:
@@ -206,10 +208,11 @@ def test_switched_off_is_the_base_model_bit_for_bit(model, base, processor):
 @pytest.mark.parametrize("kind", ["caption", "text", "blank"])
 def test_tokens_equal_the_naive_implementation(model, naive, directions, processor, kind, rule):
     model.config.shiftdc = {**model.config.shiftdc, "reference": kind, "rule": rule}
+    traits = model.config.shiftdc["traits"]
     changed = False
     for row in ROWS:
         inputs = encode(processor, [row])
-        reference = naive_reference(naive, directions, row, kind, model.config.shiftdc["traits"]["blank_pixel"])
+        reference = naive_reference(naive, directions, row, kind, traits["blank_pixel"], traits["pixel_inputs"])
         assert torch.allclose(model.shiftdc_reference(**inputs)[0], reference, atol=1e-4)
         amounts = None
         if rule == "precomputed":
@@ -235,7 +238,7 @@ def test_inputs_as_long_as_the_prompt_are_those_of_each_prompt(model, processor,
     """Token types (Gemma 3, PaliGemma, Qwen) and the cross-attention mask (Mllama) of composed prompts are made anew."""
     model.config.shiftdc = {**model.config.shiftdc, "reference": kind, "rule": "precomputed"}
     inputs = encode(processor, [("Hello", None), *ROWS])
-    names = ("token_type_ids", "mm_token_type_ids", "cross_attention_mask")
+    names = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids", "cross_attention_mask")
     seen = []
 
     def look(module, args, kwargs):
@@ -266,6 +269,14 @@ def test_static_subtracts_the_baked_shift(model, naive, directions, processor):
         assert new_tokens(model.generate(**inputs, **GREEDY), inputs)[0] == naive_reply(naive, directions, row, amounts=amounts)
 
 
+def stock_batches_are_singles(base, processor, rows, plain):
+    """MiniMax's are not (a TODO of its code); text rows of a mixed batch of Mllama's pass its cross-attention layers."""
+    singles = [encode(processor, [row]) for row in rows if row[1] is not None]
+    batched = [tokens for row, tokens in zip(rows, plain, strict=True) if row[1] is not None]
+    alone = [new_tokens(base.generate(**one, **GREEDY), one)[0] for one in singles]
+    return [until_end(t) for t in batched] == [until_end(t) for t in alone]
+
+
 @pytest.mark.parametrize("kind", ["caption", "text", "blank", "static"])
 def test_a_mixed_left_padded_batch_equals_single_prompts(model, base, processor, kind):
     model.config.shiftdc = {**model.config.shiftdc, "reference": kind}
@@ -273,6 +284,8 @@ def test_a_mixed_left_padded_batch_equals_single_prompts(model, base, processor,
     inputs = encode(processor, rows)
     batch = new_tokens(model.generate(**inputs, **GREEDY), inputs)
     plain = new_tokens(base.generate(**inputs, **GREEDY), inputs)
+    if not stock_batches_are_singles(base, processor, rows, plain):
+        pytest.skip("the stock model's left-padded batches are not its single prompts")
     for row, tokens, uncalibrated in zip(rows, batch, plain, strict=True):
         if row[1] is None:  # stock Mllama's text rows depend on the batch: they pass its cross-attention layers in a mixed one
             assert tokens == uncalibrated
@@ -351,7 +364,16 @@ SHARED = {
 
 def readings(model, run):
     """What `run` returns, and how often the vision tower ran meanwhile."""
-    names = ("vision_tower", "vision_model", "visual", "vision_encoder", "vqmodel", "vision_embed_tokens", "audio_vision_tower")
+    names = (
+        "vision_tower",
+        "vision_model",
+        "visual",
+        "vision_encoder",
+        "image_tower",
+        "vqmodel",
+        "vision_embed_tokens",
+        "audio_vision_tower",
+    )
     tower = next((m for n, m in model.named_modules() if n.split(".")[-1] in names), None)
     tower = tower or next(m for m in model.modules() if "Vision" in type(m).__name__ or "Tower" in type(m).__name__)
     calls = []
@@ -372,9 +394,9 @@ def test_one_reading_of_the_image_gives_the_same_tokens(model, processor, rows):
     assert [until_end(t) for t in new_tokens(found, inputs)] == [until_end(t) for t in new_tokens(expected, inputs)]
     assert torch.equal(found[:, : inputs["input_ids"].shape[1]], inputs["input_ids"])
     if SHARED.get(family, shared):
-        assert (once, twice) == (1, 2)
+        assert twice == 2 * once  # some towers see an image whole and in crops
     else:
-        assert once == twice == 2
+        assert once == twice
 
 
 def tokens_of_pictures(model):
@@ -438,7 +460,7 @@ def test_padding_on_the_right_is_as_padding_on_the_left(model, base, processor):
     left = encode(processor, [ROWS[0], ("Hello", None), ROWS[1]])
     order = torch.sort(left["attention_mask"], dim=1, descending=True, stable=True).indices
     right = dict(left)
-    for name in ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"):
+    for name in ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids"):
         if name in left:
             right[name] = left[name].gather(1, order)
     if "cross_attention_mask" in left:

@@ -6,6 +6,7 @@ The last two have no published template: the recipes hold one.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from tiny_families import IMAGE, TinyFamily, text_sizes, tokenizer, vision_sizes
 from transformers import (
@@ -58,6 +59,20 @@ def deepseek_ocr2() -> TinyFamily:
     return TinyFamily(
         processor, DeepseekOcr2ForConditionalGeneration(config), "model.language_model.layers", recipe="deepseek_ocr2"
     )
+
+
+def experts(vocabulary: int) -> dict[str, Any]:
+    return {
+        **text_sizes(vocabulary), "num_key_value_heads": 4, "n_routed_experts": 4, "n_shared_experts": 1,
+        "moe_intermediate_size": 32, "num_experts_per_tok": 2, "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"],
+    }  # fmt: skip
+
+
+def sam(image: int, patch: int) -> dict[str, Any]:
+    return {
+        **vision_sizes(image, patch), "output_channels": 16, "window_size": 4, "global_attn_indexes": [1], "mlp_dim": 64,
+        "downsample_channels": [32, 32],
+    }  # fmt: skip
 
 
 FAMILIES: dict[str, Callable[[], TinyFamily]] = {f.__name__: f for f in (qianfan_ocr, deepseek_ocr2)}
