@@ -13,7 +13,7 @@ from exporter.models.families import family
 from exporter.models.loading import DTYPES
 from exporter.models.processors import load_processor
 from exporter.models.recipe import Recipe
-from exporter.models.vlm import VLM
+from exporter.models.vlm import VLM, composes_text
 
 
 def open_export(folder: Path, *, dtype: str = "auto", device_map: str | None = None) -> VLM:
@@ -30,5 +30,5 @@ def load_calibrated(folder: Path, recipe: Recipe, *, dtype: str = "auto", device
     if device_map is None and torch.cuda.is_available():
         model = model.to("cuda")
     processor = load_processor(folder, recipe, "CHECKPOINT")
-    vlm = VLM(model.eval(), processor, composed_text=recipe.chat_template is not None)
+    vlm = VLM(model.eval(), processor, composed_text=composes_text(processor, recipe))
     return vlm.framed(PromptFrame.from_json(model.config.shiftdc["prompt"]))

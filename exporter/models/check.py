@@ -19,7 +19,7 @@ from exporter.models.prompt_check import PromptCheck, check_prompts
 from exporter.models.prompt_frame import prompt_frame
 from exporter.models.recipe import Recipe, load_recipe, recipe_for_family
 from exporter.models.refused import REFUSED
-from exporter.models.vlm import VLM
+from exporter.models.vlm import VLM, composes_text
 
 UNTRIED = "No recipe is written for this family: --experimental-family tries it with defaults, and what it needs is measured."
 
@@ -107,4 +107,5 @@ def skeleton(base: BaseFiles, recipe: Recipe) -> VLM:
             )
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForImageTextToText.from_config(config)
-    return VLM(model, load_processor(base.folder, recipe), composed_text=recipe.chat_template is not None)
+    processor = load_processor(base.folder, recipe)
+    return VLM(model, processor, composed_text=composes_text(processor, recipe))

@@ -14,7 +14,7 @@ from exporter.models.notices import noticed
 from exporter.models.processors import load_with_notices
 from exporter.models.quantisation import bitsandbytes_config
 from exporter.models.recipe import Recipe
-from exporter.models.vlm import VLM
+from exporter.models.vlm import VLM, composes_text
 
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -53,7 +53,7 @@ def load_vlm(
             )
     if device_map is None and quantised is None and torch.cuda.is_available():
         model = model.to("cuda")
-    vlm = VLM(model.eval(), processor, recipe.chat_template is not None, notices=(*notices, *said))
+    vlm = VLM(model.eval(), processor, composes_text(processor, recipe), notices=(*notices, *said))
     _check_answers(vlm, base.name)
     return vlm
 

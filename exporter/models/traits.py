@@ -107,6 +107,15 @@ def _picture(shade: int, size: tuple[int, int] = (64, 64)) -> Image.Image:
     return picture.point([min(255, value // 2 + shade) for value in range(256)] * 3)
 
 
+def takes_text(processor: ProcessorMixin) -> bool:
+    """Whether a processor takes prompts without an image."""
+    try:
+        encoded(processor, [[user_turn(REQUEST)]], return_tensors="pt")
+    except InputError:
+        return False
+    return True
+
+
 class _Prompts:
     """What the processor makes of a few prompts."""
 

@@ -138,7 +138,9 @@ def blank_pixel(vlm: VLM) -> float:
     except InputError:  # one image is all that its prompts take
         inputs = vlm.encode([REQUESTS[0]], [_picture()])
     try:
-        logits = vlm.model(**{**inputs, **{name: torch.zeros_like(inputs[name]) for name in vlm.traits.pixel_inputs}}).logits
+        logits = vlm.model(
+            **{**inputs, **{name: torch.zeros_like(inputs[name]) for name in vlm.traits.pixel_inputs if name in inputs}}
+        ).logits
     except (ValueError, RuntimeError, IndexError):
         return NEARLY_BLANK
     return 0.0 if torch.isfinite(logits[:, -1]).all() else NEARLY_BLANK

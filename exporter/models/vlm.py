@@ -11,13 +11,15 @@ import torch
 from PIL import Image
 from torch import nn
 
+from exporter.data.images import blank_image
 from exporter.modeling.configuration_shiftdc import PREFIX, ShiftDCSettings, ShiftDCTraits
 from exporter.modeling.inputs_shiftdc import positions_of
 from exporter.modeling.prompts_shiftdc import PromptComposer, PromptFrame, TokenizerCodec
 from exporter.models.chat_template import composing, encoded, rendered
 from exporter.models.conversation import Conversation, has_image, user_turn, with_blank_image
 from exporter.models.families import Family, family
-from exporter.models.traits import structural_traits
+from exporter.models.recipe import Recipe
+from exporter.models.traits import structural_traits, takes_text
 from exporter.models.trials import skipped_layers
 from exporter.runtime.padding import left_padded
 
@@ -45,6 +47,18 @@ class CheckedCodec(TokenizerCodec):
     def written(self, token: int) -> str:
         with composing("MODEL"):
             return super().written(token)
+
+
+def composes_text(processor: ProcessorMixin, recipe: Recipe) -> bool:
+    """Whether prompts without an image are made of those with one.
+
+    Because the processor takes no other, or puts an image's tokens where the template writes nothing.
+    """
+    if recipe.chat_template is None:
+        return False
+    turns = ([user_turn("What is it?", image)] for image in (None, blank_image()))
+    alone, shown = (rendered(processor, turn, add_generation_prompt=True) for turn in turns)
+    return alone == shown or not takes_text(processor)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from exporter.modeling.configuration_shiftdc import ShiftDCSettings
 from exporter.models.prompt_check import check_prompts
 from exporter.models.prompt_frame import prompt_frame
 from exporter.models.recipe import load_recipe
-from exporter.models.vlm import VLM
+from exporter.models.vlm import VLM, composes_text
 from exporter.pipeline.export import export
 from exporter.pipeline.plan import ExportOptions, make_plan
 
@@ -126,7 +126,7 @@ def base(base_folder):
 
 @pytest.fixture(scope="module")
 def vlm(base, processor, tiny):
-    return VLM(base, processor, composed_text=load_recipe(tiny.recipe).chat_template is not None)
+    return VLM(base, processor, composed_text=composes_text(processor, load_recipe(tiny.recipe)))
 
 
 @pytest.fixture(scope="module")
@@ -253,7 +253,7 @@ def test_inputs_as_long_as_the_prompt_are_those_of_each_prompt(model, processor,
         model.generate(**inputs, **GREEDY, shiftdc=False)  # some outer classes keep them for themselves
     finally:
         handle.remove()
-    expected, seen = sorted(seen[-1][1]), seen[:corrected]
+    expected, seen = sorted(seen[-1][1]) if seen else [], seen[:corrected]
     assert len(seen) == 3 or not expected  # caption or blank, clean, reply
     for ids, given in seen:
         assert sorted(given) == sorted(expected)

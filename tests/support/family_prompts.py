@@ -6,6 +6,8 @@ import torch
 from tiny import picture
 from tiny_families import IMAGE, PAD
 
+from exporter.models.chat_template import DAY, on_the_day
+
 GREEDY = {"max_new_tokens": 6, "do_sample": False}
 
 #: The second is cut into another number of tiles.
@@ -27,10 +29,11 @@ def encode(processor, rows):
     ]
     if takes_no_text(processor) and rows[0][1] is None:
         return without_image(processor, rows[0][0])
-    encoded = processor.apply_chat_template(
-        turns, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
-        processor_kwargs={"padding": True, "padding_side": "left"},
-    )  # fmt: skip
+    with on_the_day(DAY):  # as exports are made
+        encoded = processor.apply_chat_template(
+            turns, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+            processor_kwargs={"padding": True, "padding_side": "left"},
+        )  # fmt: skip
     encoded.pop("labels", None)
     for name, value in encoded.items():
         if isinstance(value, torch.Tensor) and value.is_floating_point():  # Llama 4's are of 16 bits
