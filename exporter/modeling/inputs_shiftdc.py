@@ -32,6 +32,8 @@ _NOT_IMAGE_INPUTS = {
 }  # fmt: skip
 #: Arguments that say of each token whether it is part of an image; made anew for prompts that are composed here.
 TOKEN_TYPES = frozenset({"token_type_ids", "mm_token_type_ids"})
+#: Parts of the names of arguments that hold sounds.
+_OF_SOUNDS = ("audio", "input_features", "feature_attention_mask")
 #: Arguments that describe where the prompts of a packed row begin.
 _OF_PACKED_ROWS = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx")
 
@@ -83,12 +85,21 @@ class ImageArguments:
     def prompt(self, ids: torch.Tensor, mask: torch.Tensor | None, images: Images) -> Prompt:
         return Prompt(ids, mask, images, (ids == self.image_token_id).any(-1))
 
-    def refuse_videos(self, ids: torch.Tensor) -> None:
-        """Raise ValueError for videos with tokens of their own, which would otherwise go uncalibrated."""
-        if self.video_token_id is not None and (ids == self.video_token_id).any():
+    def refuse_other_media(self, prompt: Prompt) -> None:
+        """Raise ValueError for videos that no image token stands for, and for sounds beside an image.
+
+        A video would go uncalibrated; a text-only counterpart would keep a sound's tokens without the sound.
+        """
+        unknown = self.video_token_id is None and any("video" in name for name in prompt.images)
+        if unknown or (self.video_token_id is not None and bool((prompt.ids == self.video_token_id).any())):
             raise ValueError(
                 "The prompt holds a video, which calibration does not know; give its frames as images, or pass shiftdc=False "
                 "(no calibration)."
+            )
+        if prompt.rows.any() and any(mark in name for name in prompt.images for mark in _OF_SOUNDS):
+            raise ValueError(
+                "A sound is given beside an image, which calibration does not know; leave it out, or pass shiftdc=False (no "
+                "calibration)."
             )
 
     def of_rows(self, images: Images, rows: torch.Tensor) -> Images:

@@ -308,7 +308,8 @@ class ShiftDCMixin(_Model):
     @staticmethod
     def shiftdc_unmarked_image(traits: ShiftDCTraits, rows: torch.Tensor, images: Images) -> bool:
         """Whether an image is shown to a row of which `rows` [batch] says that it holds none: it would go uncalibrated."""
-        return not rows.any() and any(images.get(name) is not None for name in traits.pixel_inputs)
+        pixels = (v for k, v in images.items() if k in traits.pixel_inputs or k.startswith("pixel_values"))
+        return not rows.any() and any(v is not None for v in pixels)
 
     @staticmethod
     def shiftdc_backbone(model: _Model, **inputs: object) -> None:
@@ -486,13 +487,14 @@ class ShiftDCMixin(_Model):
         return Padding(self.generation_config.pad_token_id, frozenset(listed))
 
     def _shiftdc_prompt(self, ids: torch.Tensor, mask: torch.Tensor | None, images: Images) -> Prompt:
-        """Raises ValueError for videos."""
-        self._shiftdc_images.refuse_videos(ids)
-        return self._shiftdc_images.prompt(ids, mask, images)
+        """Raises ValueError for videos and sounds."""
+        prompt = self._shiftdc_images.prompt(ids, mask, {k: v for k, v in images.items() if v is not None})
+        self._shiftdc_images.refuse_other_media(prompt)
+        return prompt
 
     def _shiftdc_shows_image(self, prompt: Prompt) -> bool:
         """Whether any row holds an image. Raises ValueError where that is not to be seen in the ids."""
-        self._shiftdc_images.refuse_videos(prompt.ids)
+        self._shiftdc_images.refuse_other_media(prompt)
         if self.shiftdc_unmarked_image(self._shiftdc_traits, prompt.rows, prompt.images):
             raise ValueError(UNMARKED_IMAGE)
         return bool(prompt.rows.any())

@@ -68,11 +68,23 @@ class TestImageArguments:
 
     def test_videos_are_refused(self):
         video = torch.tensor([[1, 5], [8, 5]])
-        with pytest.raises(ValueError, match=rf"holds a video, .*; give its frames as images, or {OPT_OUT}\.$"):
-            ARGUMENTS.refuse_videos(video)
-        ARGUMENTS.refuse_videos(IDS)
+        refused = pytest.raises(ValueError, match=rf"holds a video, .*; give its frames as images, or {OPT_OUT}\.$")
+        with refused:
+            ARGUMENTS.refuse_other_media(ARGUMENTS.prompt(video, None, {}))
+        ARGUMENTS.refuse_other_media(ARGUMENTS.prompt(IDS, None, {}))
+        # of a class whose videos have a token of their own, the ids tell
+        ARGUMENTS.refuse_other_media(ARGUMENTS.prompt(IDS, None, {"pixel_values_videos": PIXELS}))
         without = ImageArguments(frozenset(), frozenset(), types_of_tokens, IMAGE, video_token_id=None)
-        without.refuse_videos(video)
+        without.refuse_other_media(without.prompt(video, None, {}))
+        for name in ("pixel_values_videos", "video_grid_thw"):
+            with pytest.raises(ValueError, match="holds a video"):
+                without.refuse_other_media(without.prompt(IDS, None, {name: PIXELS}))
+
+    @pytest.mark.parametrize("name", ["input_features", "feature_attention_mask", "audio_values"])
+    def test_sounds_beside_an_image_are_refused(self, name):
+        with pytest.raises(ValueError, match=rf"^A sound is given beside an image, .*; leave it out, or {OPT_OUT}\.$"):
+            ARGUMENTS.refuse_other_media(ARGUMENTS.prompt(IDS, None, {name: PIXELS}))
+        ARGUMENTS.refuse_other_media(ARGUMENTS.prompt(IDS[1:], None, {name: PIXELS}))  # and without one they are the base's
 
     def test_images_of_some_rows(self):
         """Only what has an entry for every row is cut: other tensors have one for every image."""

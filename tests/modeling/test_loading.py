@@ -142,6 +142,7 @@ def test_by_default_tokens_of_images_are_marked_where_the_prompt_marks_them():
     [
         ([False, False], {"pixel_values": 1}, True),
         ([False, False], {"image_sizes": 1, "frames": 1}, True),
+        ([False, False], {"image_sizes": 1, "pixel_values_videos": 1}, True),
         ([False, True], {"pixel_values": 1}, False),
         ([False, False], {"pixel_values": None}, False),
         ([False, False], {"image_sizes": 1}, False),
