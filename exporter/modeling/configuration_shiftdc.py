@@ -248,9 +248,7 @@ class ShiftDCConfigMixin(_Config):
 def config_class(stock: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
     """The calibrated counterpart of a config class of transformers. It is also an attribute of this module."""
     name = f"ShiftDC{stock.__name__}"
-    made = type(name, (ShiftDCConfigMixin, stock), {"model_type": PREFIX + stock.model_type, "__module__": __name__})
-    globals()[name] = made
-    return made
+    return type(name, (ShiftDCConfigMixin, stock), {"model_type": PREFIX + stock.model_type, "__module__": __name__})
 
 
 def __getattr__(name: str) -> type[PreTrainedConfig]:

@@ -1019,6 +1019,7 @@ def _takes(forward: Callable[..., object], inputs: Arguments) -> bool:
     return {n for n in inputs if not n.startswith("shiftdc")} <= _parameters(forward)
 
 
+@functools.cache
 def calibrated_class(stock: Any, own: type[ShiftDCMixin] = ShiftDCMixin, module: str = __name__) -> type[ShiftDCMixin]:
     """The calibrated counterpart of a `...ForConditionalGeneration` of transformers.
 
@@ -1044,5 +1045,4 @@ def _register_key_conversion(cls: type, *names: str) -> None:
 
 def __getattr__(name: str) -> type[ShiftDCMixin]:
     """`ShiftDCLlavaForConditionalGeneration` for transformers' `LlavaForConditionalGeneration`, and so on."""
-    made = globals()[name] = calibrated_class(stock_class(name, __name__))
-    return made
+    return calibrated_class(stock_class(name, __name__))

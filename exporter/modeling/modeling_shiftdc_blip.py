@@ -118,5 +118,4 @@ class ShiftDCBlipMixin(ShiftDCMixin):
 
 def __getattr__(name: str) -> type[ShiftDCMixin]:
     """`ShiftDCBlip2ForConditionalGeneration` and `ShiftDCInstructBlipForConditionalGeneration`."""
-    made = globals()[name] = calibrated_class(stock_class(name, __name__), ShiftDCBlipMixin, __name__)
-    return made
+    return calibrated_class(stock_class(name, __name__), ShiftDCBlipMixin, __name__)

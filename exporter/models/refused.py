@@ -25,7 +25,7 @@ OF_TRANSFORMERS = {
     "shieldgemma2": "it judges an image by a policy and answers no requests",
     "t5gemma2": ENCODER,
     "udop": ENCODER,
-    "unlimited_ocr": "it reads pages: its cache forgets the prompt by design, and its processor gives lists beside tensors",
+    "unlimited_ocr": "it reads pages only, its cache forgets the prompt by design, and its processor gives lists beside tensors",
     "vision-encoder-decoder": ENCODER,
 }
 

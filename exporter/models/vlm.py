@@ -139,8 +139,9 @@ class VLM:
         return {k: self._placed(v) for k, v in inputs.items() if isinstance(v, torch.Tensor) and k != "labels"}
 
     def _placed(self, value: torch.Tensor) -> torch.Tensor:
-        """On the model's device; pixels in its dtype."""
-        return value.to(self.device, self.model.dtype) if value.is_floating_point() else value.to(self.device)
+        """On the model's device. Pixels of 16 bits, as Llama 4's processor gives them, in the model's dtype."""
+        short = value.is_floating_point() and value.dtype != torch.float32
+        return value.to(self.device, self.model.dtype if short else None)
 
     def _without_image(self, conversation: Conversation) -> list[int]:
         ids = self.encode_conversations([with_blank_image(conversation)])["input_ids"][0].tolist()

@@ -57,14 +57,14 @@ class DropsSpaces(Letters):
 
 
 LLAVA = PromptFrame(
-    head=("USER: ",), tail=(" ASSISTANT:",), reply=(" ASSISTANT:",), opening=("USER: ",), gap=(), before=((),),
-    between=((),), after=(("\n",), ()), instead=("", ""), caption="Describe it. Request: {request}",
+    heads=(("USER: ",),), tail=(" ASSISTANT:",), reply=(" ASSISTANT:",), opening=("USER: ",), gap=(),
+    around=(((), ("\n",), False), ((), (), False)), between=((),), instead=("", ""), caption="Describe it. Request: {request}",
     text="{request} Caption: {caption}", bos_added=True,
 )  # fmt: skip
 #: Images in rows, with a token around each and their number beside it; a turn ends with a token.
 ROWS = PromptFrame(
-    head=("User:",), tail=(6, "Assistant:"), reply=(6, "Assistant:"), opening=("User:",), gap=(" ",), before=((5, "1:"),),
-    between=((5, "12:"), (5, "1:")), after=((5,),), instead=("[first]", "[later]"), caption="{request}?",
+    heads=(("User:",),), tail=(6, "Assistant:"), reply=(6, "Assistant:"), opening=("User:",), gap=(" ",),
+    around=(((5, "1:"), (5,), False),), between=((5, "12:"), (5, "1:")), instead=("[first]", "[later]"), caption="{request}?",
     text="{caption}|{request}", bos_added=False,
 )  # fmt: skip
 
@@ -138,13 +138,14 @@ def test_prompts_that_differ_from_a_prompt_by_text(frame, prompt, request_text, 
 
 def test_a_counterpart_without_a_caption_is_the_request_alone():
     assert shown(composer().text_prompt(ids(ONE))) == "<s>USER: How? ASSISTANT:"
-    assert shown(composer(trims=True).text_prompt(ids(ONE.replace("How?", " How? ")))) == "<s>USER:  How?  ASSISTANT:"
+    assert shown(composer(trims=True).text_prompt(ids(ONE.replace("How?", " How? ")))) == "<s>USER: How? ASSISTANT:"
 
 
 def test_white_space_around_a_request_is_taken_away_where_the_template_does():
     given = ids(ONE)
     padded = {"caption": "  {request}\n", "text": "\n{request} {caption}  "}
-    for trims, request, text in ((True, "How?", "How? a"), (False, "  How?\n", "\nHow? a  ")):
+    # behind an image a text does not stand at the beginning of its turn
+    for trims, request, text in ((True, "  How?", "How? a"), (False, "  How?\n", "\nHow? a  ")):
         made = composer(**padded, trims=trims)
         assert shown(made.caption_prompt(given)) == f"<s>USER: <image><image>\n{request} ASSISTANT:"
         assert shown(made.text_prompt(given, "a")) == f"<s>USER: {text} ASSISTANT:"
@@ -156,16 +157,16 @@ def test_white_space_around_a_request_is_taken_away_where_the_template_does():
         ({"tail": ()}, "<s>USER: <image>\nHow?", "How?"),
         ({"tail": (), "reply": ()}, "<s>USER: <image>\nHow?", "How?"),
         ({"tail": ("never",), "reply": ()}, "<s>USER: <image>\nHow?", "How?"),
-        ({"head": ()}, "<s><image>\nHow? ASSISTANT:", "How?"),
-        ({"head": ("never",)}, "<image>\nHow? ASSISTANT:", "How?"),
-        ({"head": ("never",)}, "How? ASSISTANT:", "How?"),
+        ({"heads": ((),)}, "<s><image>\nHow? ASSISTANT:", "How?"),
+        ({"heads": (("never",),)}, "<image>\nHow? ASSISTANT:", "How?"),
+        ({"heads": (("never",),)}, "How? ASSISTANT:", "How?"),
         ({}, "<image>USER: How? ASSISTANT:", "USER: How?"),
         ({}, "How? ASSISTANT:", "How?"),
         ({"gap": ("How? and",)}, "USER: <image>How? ASSISTANT:", "How?"),
         ({}, "USER: <image>\n<image>\nHow? ASSISTANT:", "How?"),
         ({}, "USER: <image>Which?<image> ASSISTANT:", "Which?"),
         ({}, "USER: <image> \n<image> ASSISTANT:", " \n"),
-        ({"head": ("never",)}, "<image> \n<image> ASSISTANT:", " \n"),
+        ({"heads": (("never",),)}, "<image> \n<image> ASSISTANT:", " \n"),
         ({}, "USER: One<image>two ASSISTANT:", "two"),
         ({}, "USER: How? ASSISTANT:<image>", "How?"),
         ({}, "USER: A ASSISTANT: B USER: C ASSISTANT: D USER: E ASSISTANT:", "E"),
@@ -174,7 +175,7 @@ def test_white_space_around_a_request_is_taken_away_where_the_template_does():
         ({}, " ASSISTANT:", ""),
         ({"reply": ()}, " ASSISTANT:", ""),
         ({}, " ASSISTANT: B ASSISTANT:", " B"),
-        ({"reply": (), "head": (), "tail": ()}, "How?", "How?"),
+        ({"reply": (), "heads": ((),), "tail": ()}, "How?", "How?"),
         ({}, "USER: A ASSISTANT: B USER: C ASSISTANT: D", "C"),
         ({}, "USER: A ASSISTANT: B ASSISTANT:", " B"),
     ],
@@ -196,9 +197,9 @@ def test_a_request_is_shown_with_special_tokens_as_they_are_written():
         ({}, f"{ONE} No. USER: Why? ASSISTANT:", -1),
         ({}, ONE[:-1], None),
         ({}, " ASSISTANT:", -1),
-        ({"head": ()}, f"{ONE} No.", -5),
+        ({"heads": ((),)}, f"{ONE} No.", -5),
         ({"tail": ()}, ONE, None),
-        ({"tail": (), "head": ()}, ONE, None),
+        ({"tail": (), "heads": ((),)}, ONE, None),
     ],
 )
 def test_where_the_prompt_ends(changes, prompt, end):
@@ -248,7 +249,7 @@ def test_a_text_forges_no_special_token():
 def test_a_tokenizer_that_drops_the_first_space(bos_added):
     """Text behind the first token is decoded with it where that alone keeps a space; what was added is not written."""
     codec = DropsSpaces()
-    made = composer(codec=codec, bos_added=bos_added, head=(" USER: ",), opening=(" USER: ",))
+    made = composer(codec=codec, bos_added=bos_added, heads=((" USER: ",),), opening=(" USER: ",))
     given = ids("<s> USER: <image> How? ASSISTANT:")
     assert made.flat(given).text.count(" USER") == (not bos_added)
     assert made.flat(given[1:]).text.startswith("USER")
@@ -316,7 +317,7 @@ def test_as_many_special_tokens_as_there_are_marks(count, fits):
 
 def test_a_frame_is_the_same_behind_json():
     values = ROWS.as_json()
-    assert values["before"] == [[5, "1:"]] and values["instead"] == ["[first]", "[later]"]
+    assert values["around"] == [[[5, "1:"], [5], False]] and values["instead"] == ["[first]", "[later]"]
     assert PromptFrame.from_json(values) == ROWS
     least = {k: v for k, v in values.items() if k not in ("own", "trims")}  # as older exports have it
     assert PromptFrame.from_json(least) == ROWS and (ROWS.own, ROWS.trims) == (False, False)

@@ -153,6 +153,13 @@ def test_another_format_version(export):
         load(export)
 
 
+def of_format_2(prompt):
+    """Heads had no alternatives, and what stands around an image was in two sets."""
+    kept = {k: v for k, v in prompt.items() if k not in ("heads", "around")}
+    before, after, _ = zip(*prompt["around"], strict=True)
+    return {**kept, "head": prompt["heads"][0], "before": list(before), "after": list(after)}
+
+
 @pytest.fixture
 def export_of_format_2(make_export, tmp_path):
     """An export as version 0.1.0 wrote it before the code was put into files by role; its tokens are those of today's."""
@@ -165,6 +172,7 @@ def export_of_format_2(make_export, tmp_path):
     field, sentence = "vision_feature_select_strategy", configuration_shiftdc.STOCK_CLASS_GUARD
     block = {k: v for k, v in config["shiftdc"].items() if k != "traits"}
     block |= {"version": 2, "guarded": {"field": field, "value": config[field]}}
+    block["prompt"] = of_format_2(block["prompt"])
     block["decoder_layers"] = config["shiftdc"]["traits"]["decoder_layers"]
     classes = {
         "AutoConfig": "modeling_shiftdc_config.ShiftDCLlavaConfig",

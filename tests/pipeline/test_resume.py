@@ -212,7 +212,7 @@ def test_a_store_says_what_its_activations_depend_on(plan, cache):
     assert found.keys() == {"base", "adapter", "calibration", "recipe", "captions", "arithmetic", "code"}
     assert found["base"].keys() == {"name", "revision", "weights", "files"}
     assert found["calibration"].keys() == {"source", "texts", "images"}
-    assert found["recipe"].keys() == {"family", "decoder_layers", "prompts", "layers"}
+    assert found["recipe"].keys() == {"family", "prompts", "layers"}
     assert found["code"] == code_identity()
 
 
