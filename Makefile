@@ -51,7 +51,7 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 # seen by the tests alone, which say why (tests/support/with_torchvision.py)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps --upgrade \
-		--target $(VENV)/test-only torchvision
+		--target $(VENV)/test-only torchvision timm
 	touch $@
 
 clean:
